@@ -1,0 +1,45 @@
+"""The equations in NumPy float64, written from the papers and not from the package."""
+import numpy as np
+
+
+def softmax(z, T=1.0):
+    z = np.asarray(z, np.float64) / T
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def ce(y, z):
+    return -np.mean([np.log(p[k]) for k, p in zip(y, softmax(z))])
+
+
+def kl(q, p):
+    """Mean over the batch of Σ_c q_c (log q_c − log p_c)."""
+    return np.mean(np.sum(q * (np.log(q) - np.log(p)), axis=-1))
+
+
+def omega(e, alpha, weight=1.0):
+    return weight * np.exp(-5 * (1 - e / alpha) ** 2) if e < alpha else weight
+
+
+def phi(g, beta):
+    return min(1 - 1 / g, beta)
+
+
+def pcl(y, z, z_e, z_t, T, w):
+    """(L_c, ω L_pe, ω L_pm)."""
+    m = len(z)
+    l_c = sum(ce(y, zj) for zj in z) + ce(y, z_e)
+    l_pe = T**2 * sum(kl(softmax(z_e, T), softmax(zj, T)) for zj in z)
+    l_pm = T**2 * sum(sum(kl(softmax(z_t[i], T), softmax(z[j], T)) for i in range(m) if i != j) / (m - 1) for j in range(m))
+    return l_c, w * l_pe, w * l_pm
+
+
+def sgd(w, gradients, rates, momentum=0.9, decay=5e-4, nesterov=True):
+    """The weights after each step of the frameworks' SGD with coupled decay."""
+    v, path = np.zeros_like(w), []
+    for g, lr in zip(gradients, rates):
+        d = g + decay * w
+        v = momentum * v + d
+        w = w - lr * (d + momentum * v if nesterov else v)
+        path.append(w)
+    return path

@@ -1,0 +1,32 @@
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow import keras
+
+import oracle
+from tf_pcl.ema import Shadow
+from tf_pcl.networks import resnet8
+
+
+def test_shadow_follows_the_recursion_and_leaves_statistics_alone():
+    source, shadow = (resnet8((8, 8, 1), 10) for _ in range(2))
+    ema = Shadow(source, shadow)
+    for a, b in zip(source.get_weights(), shadow.get_weights()):
+        np.testing.assert_array_equal(a, b)
+    statistics = [w.numpy() for w in shadow.non_trainable_weights]
+    want = [w.numpy().astype(np.float64) for w in shadow.trainable_weights]
+    for g in range(1, 6):
+        for w in source.weights:
+            w.assign_add(tf.random.normal(w.shape, seed=g))
+        ema.update(oracle.phi(g, 0.7))
+        want = [oracle.phi(g, 0.7) * t + (1 - oracle.phi(g, 0.7)) * s.numpy() for t, s in zip(want, source.trainable_weights)]
+    for w, expected in zip(shadow.trainable_weights, want):
+        np.testing.assert_allclose(w.numpy(), expected, atol=1e-5)
+    for w, before in zip(shadow.non_trainable_weights, statistics):
+        np.testing.assert_array_equal(w.numpy(), before)
+
+
+def test_models_built_otherwise_are_refused():
+    dense = lambda units: keras.Sequential([keras.Input((3,)), keras.layers.Dense(units)])
+    with pytest.raises(ValueError, match="different weights"):
+        Shadow(dense(4), dense(5))

@@ -1,0 +1,16 @@
+"""Online knowledge distillation in Keras: peers that teach each other while they train, one of which is deployed.
+
+    from tf_pcl import data, methods, networks
+
+Names are imported when first used, so that what needs no TensorFlow (flags, help) does not wait for it.
+"""
+import importlib
+
+__version__ = "0.1.0"
+__all__ = ["data", "methods", "networks", "losses", "optimizer", "schedules"]
+
+
+def __getattr__(name):
+    if name in __all__:
+        return importlib.import_module(f"tf_pcl.{name}")
+    raise AttributeError(f"module 'tf_pcl' has no attribute {name!r}")

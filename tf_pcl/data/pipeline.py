@@ -1,0 +1,83 @@
+"""tf.data pipelines: training batches of several views, test batches.
+
+A training batch is a pure function of (seed, step): its images are a stateless permutation of the epoch, its views are
+drawn from stateless random numbers keyed by step and view. So a run goes on at any step without a stored iterator, two
+methods see the same images (and the same first view), and workers need not talk to each other.
+"""
+import tensorflow as tf
+
+from tf_pcl.data import augment
+from tf_pcl.errors import UserError
+
+
+def train_batches(data, batch_size, epochs, *, views=1, seed=0, start=0, flip=None, cutout=0, shard=(0, 1)):
+    """Endless-looking but finite training data: `epochs` epochs of shuffled batches of augmented views.
+
+    Args:
+      data: an ImageData (datasets.load).
+      batch_size: B, the global batch; the rest of an epoch that does not fill a batch is left out of that epoch.
+      epochs: how many epochs.
+      views: m, independent augmentations of each image.
+      seed: an integer; the same seed gives the same batches.
+      start: the step (batches from the beginning) to begin with.
+      flip: whether to mirror; by default what the data set says.
+      cutout: size in pixels (even) of a blackened square; 0 for none.
+      shard: (i, n): only the i-th of n equal parts of each batch.
+    Returns:
+      A tf.data.Dataset of (views uint8 [B / n, m, H, W, C], labels int32 [B / n]), raw 0–255.
+    """
+    steps = steps_per_epoch(data, batch_size)
+    part, parts = shard
+    rows = slice(batch_size // parts * part, batch_size // parts * (part + 1))
+    base = tf.constant([seed & 0x7FFFFFFF, 0x5EED], tf.int32)
+    mirror = data.flip if flip is None else flip
+    padding = max(1, round(min(data.image_shape[:2]) / 8))
+
+    def augmented(step, images, labels):
+        made = []
+        for j in range(views):
+            key = augment.fold_in(base, 1, step, j)
+            view = augment.pad_crop_flip(images, key, padding, mirror, rows, batch_size)
+            made.append(augment.cutout(view, key, cutout, rows, batch_size) if cutout else view)
+        return tf.ensure_shape(tf.stack(made, 1), [rows.stop - rows.start, views, *data.image_shape]), labels
+
+    if data.train.random_access:
+        def batch(step):
+            epoch, k = step // steps, step % steps
+            index = tf.random.experimental.index_shuffle(
+                k * batch_size + tf.range(batch_size, dtype=tf.int64)[rows], augment.fold_in(base, 0, epoch),
+                tf.constant(len(data.train) - 1, tf.int64))
+            return augmented(step, *data.train.fetch(index))
+
+        batches = tf.data.Dataset.range(start, epochs * steps).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
+    else:
+        def epoch_batches(epoch):
+            first = tf.maximum(start - epoch * steps, 0)
+            examples = data.train.shuffled(augment.fold_in(base, 0, epoch))
+            part_of = examples.batch(batch_size, drop_remainder=True).take(steps).enumerate(epoch * steps).skip(first)
+            return part_of.map(lambda step, example: augmented(step, example[0][rows], example[1][rows]),
+                               num_parallel_calls=tf.data.AUTOTUNE)
+
+        batches = tf.data.Dataset.range(start // steps, epochs).flat_map(epoch_batches)
+    return batches.prefetch(2)
+
+
+def steps_per_epoch(data, batch_size):
+    """Whole batches in the training images; UserError if there is none."""
+    if batch_size > len(data.train):
+        raise UserError(f"--batch_size={batch_size} is larger than the {len(data.train)} training images of {data.name}")
+    return len(data.train) // batch_size
+
+
+def test_batches(data, batch_size):
+    """The test images in their order, the last batch smaller: (images uint8 [≤B, H, W, C], labels int32 [≤B])."""
+    if data.test.random_access:
+        count = len(data.test)
+        starts = tf.data.Dataset.range(0, count, batch_size)
+        batches = starts.map(lambda i: data.test.fetch(tf.range(i, tf.minimum(i + batch_size, count))),
+                             num_parallel_calls=tf.data.AUTOTUNE)
+    else:
+        batches = data.test.examples().batch(batch_size)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    return batches.with_options(options).prefetch(2)

@@ -1,0 +1,27 @@
+"""Exponential moving averages of weights."""
+
+
+class Shadow:
+    """Keeps the trainable weights of `shadow` at an exponential moving average of those of `source`.
+
+    BatchNorm's moving statistics are left alone: the shadow collects its own from its forward passes, as in Mean Teacher
+    (Tarvainen and Valpola, 2017). The shadow stays `trainable`, since a frozen BatchNorm layer would not use batch
+    statistics; whoever trains `source` leaves the shadow's weights out of the optimizer.
+
+    Args:
+      source, shadow: two keras models built alike. The shadow starts as a copy of the source, statistics included.
+    Raises:
+      ValueError: if the weights do not pair up.
+    """
+
+    def __init__(self, source, shadow):
+        pairs = list(zip(source.weights, shadow.weights))
+        if len(source.weights) != len(shadow.weights) or any(s.shape != t.shape for s, t in pairs):
+            raise ValueError("source and shadow have different weights: build both from the same network")
+        shadow.set_weights(source.get_weights())
+        self.pairs = list(zip(source.trainable_weights, shadow.trainable_weights))
+
+    def update(self, decay):
+        """θ^t ← φ θ^t + (1 − φ) θ, with φ = `decay` in [0, 1]."""
+        for source, shadow in self.pairs:
+            shadow.assign_add((1.0 - decay) * (source - shadow))

@@ -1,0 +1,34 @@
+"""The target network trained alone, with cross-entropy: what every method is compared with."""
+import tensorflow as tf
+from tensorflow import keras
+
+from tf_pcl.losses import cross_entropy
+from tf_pcl.methods.distiller import Distiller, Exit, classifier
+from tf_pcl.networks import with_features
+
+
+class Baseline(Distiller):
+    """One network, one view: L = CE(y, z).
+
+    Args:
+      network: the target network, a functional keras.Model from images to logits or probabilities.
+      preprocess: a layer in front of it, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce",)
+    exits = ("peer_1",)
+    deployed_exit = "peer_1"
+
+    def __init__(self, network, *, preprocess=None):
+        super().__init__(preprocess)
+        self.network = with_features(network)
+
+    def students(self, views, training):
+        return {"peer_1": Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
+
+    def loss_terms(self, labels, student, teacher):
+        return {"ce": cross_entropy(labels, student["peer_1"].logits)}
+
+    def deployed(self):
+        images = keras.Input(self.network.input_shape[1:], dtype=tf.uint8, name="images")
+        return classifier(images, self.network(self.preprocess(images))["logits"])

@@ -1,0 +1,172 @@
+"""Peer Collaborative Learning for Online Knowledge Distillation (Wu and Gong, AAAI 2021).
+
+m peers share a trunk θ_l; peer j has its own branch θ_h,j and sees its own augmentation x_j of every image x:
+f_j ∈ R^d is its feature, z_j ∈ R^C its logits. Two teachers arise on the way:
+
+- the *peer ensemble teacher*, a classifier on all features: z_e = W [f_1; …; f_m] + b (section 3.2);
+- the *peer mean teacher*, the average over training steps of trunk, branches and ensemble classifier (section 3.3):
+      θ^t_g = φ(g) θ^t_{g−1} + (1 − φ(g)) θ_g,   φ(g) = min(1 − 1/g, β)
+
+With p^T(z) = softmax(z / T) and the ramp-up weight ω, the loss is L = L_c + ω (L_pe + L_pm):
+
+    L_c  = Σ_j CE(y, z_j) + CE(y, z_e)                                 `ce`
+    L_pe = T² Σ_j KL(p^T(z_e) ‖ p^T(z_j))                              `ensemble`, ω included
+    L_pm = T² Σ_j 1/(m−1) Σ_{i≠j} KL(p^T(z^t_i) ‖ p^T(z_j))            `mean`, ω included
+
+No gradient flows into a teacher. Deployed is the mean model of peer 1.
+
+What the paper leaves open: g counts training steps (`ema_every="epoch"` counts epochs); β, unless given, is 0.999, when
+steps are counted capped so that the average spans at most 1 % of training; the mean teacher sees the same views as the
+peers and uses batch statistics; the BatchNorm statistics that it is deployed with are its own, from those passes; the
+m views pass the trunk as one batch.
+"""
+import tensorflow as tf
+from tensorflow import keras
+
+from tf_pcl import schedules
+from tf_pcl.ema import Shadow
+from tf_pcl.errors import UserError, choose
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.distiller import Distiller, Exit, Peers, classifier, peer_names
+from tf_pcl.networks import clone, split
+
+
+class PCL(Distiller):
+    """Peers that learn from their ensemble and from each other's means.
+
+    Args:
+      network: the target network, a functional keras.Model from images to logits or probabilities.
+      split_at: the name of the last layer that the peers share; by default that before the last stage.
+      peers: m ≥ 2.
+      temperature: T > 0.
+      rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
+      distill_weight: λ, the full value of ω.
+      ema_decay: β in [0, 1); None for the default above.
+      ema_every: "step" or "epoch", what g counts.
+      ensemble_teacher: "features" (the paper's), "logits" (z_e is the mean of the peers' logits) or "none".
+      peer_teacher: "mean" (the paper's), "mutual" (the other peers themselves; nothing is averaged and peer 1 is deployed)
+        or "none".
+      views: "own", one view for each peer, or "shared", one for all.
+      deploy: "peer", mean peer 1, or "ensemble", all mean peers with the ensemble classifier (PCL-E).
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "ensemble", "mean")
+
+    def __init__(self, network, *, split_at=None, peers=3, temperature=3.0, rampup_epochs=None, distill_weight=1.0,
+                 ema_decay=None, ema_every="step", ensemble_teacher="features", peer_teacher="mean", views="own",
+                 deploy="peer", preprocess=None):
+        super().__init__(preprocess)
+        if peers < 2:
+            raise UserError(f"--peers={peers}: pcl needs at least 2 peers, who teach each other")
+        if deploy == "ensemble" and ensemble_teacher == "none":
+            raise UserError("--deploy=ensemble does not go with --ensemble_teacher=none: there is no ensemble to deploy")
+        self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
+        self.ema_decay, self.ema_every = ema_decay, choose("--ema_every", ema_every, ("step", "epoch"))
+        self.ensemble_teacher = choose("--ensemble_teacher", ensemble_teacher, ("features", "logits", "none"))
+        self.peer_teacher = choose("--peer_teacher", peer_teacher, ("mean", "mutual", "none"))
+        self.deploy = choose("--deploy", deploy, ("peer", "ensemble"))
+        self.views = peers if choose("--views", views, ("own", "shared")) == "own" else 1
+
+        trunk, branch = split(network, split_at)
+        ensemble = self.ensemble_teacher
+        self.student = Collaborators(trunk, branch, peers, self.preprocess, ensemble)
+        self.peer_names = peer_names(peers)
+        self.exits = (*self.peer_names, *(["ensemble"] if ensemble != "none" else []))
+        self.deployed_exit = "ensemble" if deploy == "ensemble" else "peer_1"
+        self.mean = None
+        if peer_teacher == "mean":
+            self.mean = Collaborators(clone(trunk), branch, peers, self.preprocess, ensemble)
+            self.shadow = Shadow(self.student, self.mean)
+            self.exits += tuple(f"mean_{name}" for name in self.exits)
+            self.deployed_exit = f"mean_{self.deployed_exit}"
+
+    @property
+    def untrained(self):
+        return [self.mean] if self.mean else []
+
+    def students(self, views, training):
+        return self.student(views, training)
+
+    def teachers(self, views, training):
+        if not self.mean:
+            return {}
+        return {f"mean_{name}": e for name, e in self.mean(views, training).items()}
+
+    def loss_terms(self, labels, student, teacher):
+        T, m = self.temperature, len(self.peer_names)
+        z = [student[name].logits for name in self.peer_names]
+        terms = {"ce": sum(cross_entropy(labels, e.logits) for e in student.values())}
+        if self.ensemble_teacher != "none":
+            z_e = student["ensemble"].logits
+            terms["ensemble"] = self.ramp_up() * sum(distillation(z_e, z_j, T) for z_j in z)
+        if self.peer_teacher != "none":
+            z_t = [teacher[f"mean_{name}"].logits for name in self.peer_names] if self.mean else z
+            terms["mean"] = self.ramp_up() / (m - 1) * sum(
+                distillation(z_t[i], z[j], T) for j in range(m) for i in range(m) if i != j)
+        return terms
+
+    def after_step(self, done):
+        if self.mean:
+            self.shadow.update(self.decay(done))
+
+    def ramp_up(self):
+        """ω at the current step."""
+        rampup_epochs = schedules.PAPER_RAMPUP * self.epochs if self.rampup_epochs is None else self.rampup_epochs
+        return schedules.ramp_up(self.fractional_epoch, rampup_epochs, self.distill_weight)
+
+    def decay(self, done):
+        """φ for the update after `done` steps; between the ends of epochs 1, no update, if epochs are counted."""
+        if self.ema_every == "epoch":
+            largest = 0.999 if self.ema_decay is None else self.ema_decay
+            epoch_ends = done % self.steps_per_epoch == 0
+            return tf.where(epoch_ends, schedules.ema_decay(tf.maximum(done // self.steps_per_epoch, 1), largest), 1.0)
+        largest = schedules.default_ema_decay(self.epochs * self.steps_per_epoch)
+        return schedules.ema_decay(done, largest if self.ema_decay is None else self.ema_decay)
+
+    def schedules(self):
+        values = {"rampup": self.ramp_up()}
+        if self.mean:
+            values["ema_decay"] = self.decay(tf.maximum(self.step, 1))
+        return values
+
+    def deployed(self):
+        source = self.mean or self.student
+        return source.joint() if self.deploy == "ensemble" else source.target()
+
+
+class Collaborators(Peers):
+    """The peers and their ensemble classifier.
+
+    Args:
+      trunk, branch, count, preprocess: as in Peers.
+      ensemble: "features", "logits" or "none", as in PCL.
+    """
+
+    def __init__(self, trunk, branch, count, preprocess, ensemble):
+        super().__init__(trunk, branch, count, preprocess)
+        self.ensemble = ensemble
+        if ensemble == "features":
+            d, classes = branch.output_shape["features"][-1], branch.output_shape["logits"][-1]
+            self.ensemble_classifier = keras.layers.Dense(classes, dtype="float32", name="ensemble_classifier")
+            self.ensemble_classifier.build((None, count * d))
+
+    def call(self, views, training=False):
+        """{exit name: Exit} for views [B, v, H, W, C]."""
+        peers = super().call(views, training)
+        exits = dict(zip(peer_names(len(peers)), peers))
+        if self.ensemble != "none":
+            exits["ensemble"] = Exit(self.joint_logits(peers))
+        return exits
+
+    def joint_logits(self, peers):
+        """z_e [B, C] of a list of Exits."""
+        if self.ensemble == "logits":
+            return tf.add_n([p.logits for p in peers]) / len(peers)
+        return self.ensemble_classifier(tf.concat([p.features for p in peers], axis=-1))
+
+    def joint(self):
+        """All peers with the ensemble classifier (PCL-E): a functional keras.Model from raw images to z_e."""
+        images = keras.Input(self.trunk.input_shape[1:], dtype=tf.uint8, name="images")
+        low = self.trunk(self.preprocess(images))
+        return classifier(images, self.joint_logits([Exit(**branch(low)) for branch in self.branches]))

@@ -1,0 +1,158 @@
+"""All of the command line's settings: one dataclass, from which the absl flags are made.
+
+The only module that reads FLAGS. What is None is left to the method's, network's or data set's own default.
+"""
+import dataclasses
+import re
+import shlex
+import typing
+
+from absl import flags
+
+from tf_pcl.errors import UserError
+
+
+def _flag(default, help_text, kind=None, *, low=None, high=None, above=None, run_only=False):
+    """A setting: `kind` is int, float, bool, str, list (of floats) or a tuple of the allowed words; numbers lie in
+    [low, high] and are > above; a `run_only` one does not change the result and may differ between calls in a workdir."""
+    return dataclasses.field(default=default, metadata=dict(
+        help=help_text, kind=kind or type(default), low=low, high=high, above=above, run_only=run_only))
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Settings of a run, each with its flag's name, unit and default."""
+
+    # What to train.
+    method: str = _flag("pcl", "how to train: a name of tf_pcl.methods.METHODS")
+    network: str = _flag("resnet32", "target network: a name of tf_pcl.networks.NETWORKS, applications.NAME for "
+                         "keras.applications, or module:function of your own")
+    split_at: typing.Optional[str] = _flag(None, "layer after which each peer has its own branch; default: before the "
+                                           "last stage", str)
+    peers: typing.Optional[int] = _flag(None, "number of peers; default 3", int, low=1)
+
+    # Data.
+    dataset: str = _flag("cifar100", "cifar10, cifar100, digits, image_folder, or any image-classification data set of "
+                         "tensorflow-datasets")
+    data_dir: typing.Optional[str] = _flag(None, "folder of the images (image_folder: SPLIT/CLASS/IMAGE) or of "
+                                           "tensorflow-datasets", str, run_only=True)
+    train_examples: typing.Optional[int] = _flag(None, "train on the first so many images of a seeded permutation; "
+                                                 "default: all", int, low=1)
+    image_size: typing.Optional[int] = _flag(None, "pixels: cut images square and resize them to this side; default: as "
+                                             "they are", int, low=4)
+    flip: typing.Optional[bool] = _flag(None, "mirror half of the views; default: unless the data set is of digits or "
+                                        "letters", bool)
+    cutout: int = _flag(0, "pixels: side of a blackened square in each view, even; 0: none", low=0)
+
+    # Recipe.
+    epochs: int = _flag(300, "length of training", low=1)
+    batch_size: int = _flag(128, "images a step, over all replicas together", low=1)
+    learning_rate: float = _flag(0.1, "learning rate at the start", above=0)
+    lr_decay_epochs: typing.Optional[tuple] = _flag(None, "epochs after which the learning rate is divided by 10, comma "
+                                                    "separated; default: 150,225 of 300, scaled to --epochs", list)
+    weight_decay: float = _flag(5e-4, "L2 decay, added to the gradient", low=0)
+    temperature: typing.Optional[float] = _flag(None, "softens teachers' and students' probabilities; default 3", float,
+                                                above=0)
+    rampup_epochs: typing.Optional[float] = _flag(None, "epochs until distillation has its full weight, 0: from the start; "
+                                                  "default: 80 of 300, scaled to --epochs", float, low=0)
+    distill_weight: typing.Optional[float] = _flag(None, "full weight of distillation; default 1", float, low=0)
+    ema_decay: typing.Optional[float] = _flag(None, "largest decay of the mean teacher; default 0.999, by steps at most "
+                                              "what averages over 1 % of training", float, low=0, high=1)
+    ema_every: typing.Optional[str] = _flag(None, "when the mean teacher is updated; default step", ("step", "epoch"))
+    ensemble_teacher: typing.Optional[str] = _flag(None, "pcl: classifier on the peers' features, mean of their logits, "
+                                                   "or none; default features", ("features", "logits", "none"))
+    peer_teacher: typing.Optional[str] = _flag(None, "pcl: peers learn from each other's mean, from each other, or not; "
+                                               "default mean", ("mean", "mutual", "none"))
+    views: typing.Optional[str] = _flag(None, "pcl: each peer has its own view or all share one; default own",
+                                        ("own", "shared"))
+    deploy: typing.Optional[str] = _flag(None, "pcl: export one mean peer, or all with the ensemble classifier (PCL-E); "
+                                         "default peer", ("peer", "ensemble"))
+    seed: int = _flag(0, "of weights, subset, order and augmentation", low=0, high=2**31 - 1)
+
+    # Machine.
+    strategy: str = _flag("auto", "auto: all GPUs of this machine, else the CPU", ("auto", "mirrored", "multi_worker",
+                                                                                   "tpu", "one_device"))
+    precision: str = _flag("float32", "Keras precision policy", ("float32", "mixed_bfloat16", "mixed_float16"))
+    jit_compile: bool = _flag(False, "compile the step with XLA; for one GPU")
+    deterministic: bool = _flag(False, "bit for bit the same result at each run on one device; slower on GPUs")
+
+    # Output.
+    workdir: typing.Optional[str] = _flag(None, "folder of results, logs, checkpoints and the SavedModel; default "
+                                          "runs/DATASET-NETWORK-METHOD-seedSEED", str, run_only=True)
+    checkpoint_every: str = _flag("1epoch", "how often to save: a number of steps (500steps) or epochs (5epochs)",
+                                  run_only=True)
+    resume: str = _flag("auto", "auto: go on from the workdir's checkpoint; never: refuse a workdir that has one",
+                        ("auto", "never"), run_only=True)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check(field, getattr(self, field.name))
+        if self.cutout % 2:
+            raise UserError(f"--cutout={self.cutout}: give an even number of pixels")
+        if (self.rampup_epochs or 0) > self.epochs:
+            raise UserError(f"--rampup_epochs={self.rampup_epochs:g} is more than --epochs={self.epochs}")
+        drops = self.lr_decay_epochs or ()
+        if list(drops) != sorted(set(drops)) or any(not 0 < e < self.epochs for e in drops):
+            raise UserError(f"--lr_decay_epochs={','.join(f'{e:g}' for e in drops)}: give increasing epochs between 0 and "
+                            f"--epochs={self.epochs}")
+        self.checkpoint_steps(1)
+
+    def checkpoint_steps(self, steps_per_epoch):
+        """--checkpoint_every in steps."""
+        m = re.fullmatch(r"(\d+)(?:(steps?)|(epochs?))", self.checkpoint_every)
+        if not m or not int(m.group(1)):
+            raise UserError(f"--checkpoint_every={self.checkpoint_every}: give a number of steps or epochs, such as "
+                            "500steps or 2epochs")
+        return int(m.group(1)) * (steps_per_epoch if m.group(3) else 1)
+
+    def as_flags(self, run_only=True):
+        """{flag name: text} of all that is not None; without the settings that do not change the result if not
+        `run_only`."""
+        return {f.name: _text(getattr(self, f.name)) for f in dataclasses.fields(self)
+                if getattr(self, f.name) is not None and (run_only or not f.metadata["run_only"])}
+
+
+def _text(value):
+    if isinstance(value, tuple):
+        return ",".join(f"{e:g}" for e in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check(field, value):
+    limits = field.metadata
+    if value is None:
+        return
+    if isinstance(limits["kind"], tuple):
+        if value not in limits["kind"]:
+            raise UserError(f"--{field.name}={value} is not known. Allowed: {', '.join(limits['kind'])}.")
+        return
+    low, high, above = limits["low"], limits["high"], limits["above"]
+    fits = (value == value and (low is None or value >= low) and (high is None or value <= high)
+            and (above is None or value > above)) if limits["kind"] in (int, float) else True
+    if not fits:
+        allowed = " and ".join(text for text, limit in ((f"at least {low}", low), (f"at most {high}", high),
+                                                        (f"more than {above}", above)) if limit is not None)
+        raise UserError(f"--{field.name}={value} is out of range: it must be {allowed}")
+
+
+def define_flags():
+    """Defines an absl flag for every setting."""
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, str: flags.DEFINE_string,
+              list: flags.DEFINE_list}
+    for f in dataclasses.fields(Options):
+        kind, text = f.metadata["kind"], f.metadata["help"]
+        if isinstance(kind, tuple):
+            flags.DEFINE_enum(f.name, f.default, kind, text)
+        else:
+            define[kind](f.name, f.default, text)
+
+
+def from_flags():
+    """The Options that the command line asks for; UserError if they are out of range or do not fit together."""
+    values = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)}
+    if values["lr_decay_epochs"] is not None:
+        try:
+            values["lr_decay_epochs"] = tuple(float(e) for e in values["lr_decay_epochs"])
+        except ValueError as e:
+            raise UserError(f"--lr_decay_epochs: {e}; give numbers, such as 150,225") from e
+    return Options(**values)

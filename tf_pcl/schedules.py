@@ -1,0 +1,39 @@
+"""What changes in the course of training: learning rate, ramp-up weight ω, EMA decay φ."""
+import tensorflow as tf
+from tensorflow import keras
+
+# The tables train for 300 epochs; for another number their epochs keep their share of the whole.
+PAPER_RAMPUP = 80 / 300
+PAPER_LR_DECAY = (150 / 300, 225 / 300)
+
+
+def ramp_up(epoch, rampup_epochs, weight=1.0):
+    """ω(e) = λ·exp(−5(1 − e/α)²) for e < α, else λ (Laine and Aila, 2017).
+
+    Args:
+      epoch: e, fractional epochs done so far, a float scalar.
+      rampup_epochs: α ≥ 0; with 0 the weight is λ from the start.
+      weight: λ.
+    Returns:
+      A float32 scalar in [λ·exp(−5), λ].
+    """
+    share = tf.minimum(tf.cast(epoch, tf.float32) / rampup_epochs, 1.0) if rampup_epochs else 1.0
+    return weight * tf.exp(-5.0 * (1.0 - share) ** 2)
+
+
+def ema_decay(update, largest):
+    """φ(g) = min(1 − 1/g, β) for the g-th update, g = 1, 2, …: a plain mean at first, then exponential (PCL, section 3.3)."""
+    return tf.minimum(1.0 - 1.0 / tf.cast(update, tf.float32), largest)
+
+
+def default_ema_decay(total_steps):
+    """β for updates by step: 0.999, capped so that the average spans at most 1 % of training."""
+    return max(0.0, min(0.999, 1.0 - 1.0 / max(1.0, 0.01 * total_steps)))
+
+
+def step_decay(learning_rate, decay_epochs, steps_per_epoch):
+    """The learning rate divided by 10 at the start of each of `decay_epochs` (fractional epochs, increasing)."""
+    # Keras keeps a value up to and including its boundary; a drop after epoch e acts on step e · steps_per_epoch.
+    boundaries = [round(e * steps_per_epoch) - 1 for e in decay_epochs]
+    values = [learning_rate * 0.1**i for i in range(len(boundaries) + 1)]
+    return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)

@@ -1,0 +1,1 @@
+"""A run from settings to SavedModel: strategy, callbacks, checkpoints, export, run."""

@@ -1,0 +1,70 @@
+"""The files of a workdir."""
+import csv
+import json
+import os
+
+from tf_pcl.errors import UserError
+
+
+def write(path, text):
+    """Writes a text file so that a reader sees the old or the new one, never a part."""
+    with open(path + ".part", "w", encoding="utf-8", newline="") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".part", path)
+
+
+def write_json(path, value):
+    """Writes a JSON file with write()."""
+    write(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_rows(path):
+    """Rows of a metrics.csv as dicts of floats, without the empty cells; [] if there is none."""
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8", newline="") as f:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+
+
+def write_rows(path, rows):
+    """Writes metrics.csv from dicts of numbers: a column for every key, in the order of first appearance."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(columns)]
+    lines += [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
+    write(path, "\n".join(lines) + "\n")
+
+
+def check_workdir(workdir, settings, resume):
+    """Looks at a workdir before a run, writing nothing.
+
+    Args:
+      workdir: the folder, which need not be there.
+      settings: {flag: text} of what makes the result.
+      resume: "auto" or "never".
+    Raises:
+      UserError: if it cannot be written, holds a run of other settings, or any run where resume is "never".
+    """
+    there = os.path.abspath(workdir)
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir} cannot be written: {there} is "
+                        f"{'not writable' if os.path.isdir(there) else 'not a folder'}; give another")
+    path = os.path.join(workdir, "flags.txt")
+    if not os.path.exists(path):
+        return
+    if resume == "never":
+        raise UserError(f"--workdir={workdir} holds a run already: give another workdir, or --resume=auto to go on")
+    with open(path, encoding="utf-8") as f:
+        old = dict(line.strip()[2:].split("=", 1) for line in f if line.startswith("--"))
+    differ = [f"--{k}={settings.get(k, '(unset)')} here, {old.get(k, '(unset)')} there"
+              for k in sorted({*settings, *old}) if settings.get(k) != old.get(k) and k not in RUN_ONLY]
+    if differ:
+        raise UserError(f"--workdir={workdir} holds a run with other settings ({'; '.join(differ)}): give another workdir "
+                        "or the same settings")
+
+
+# Written for whoever repeats a run, but free to differ when it goes on.
+RUN_ONLY = ("data_dir", "checkpoint_every", "resume", "workdir")

@@ -1,0 +1,139 @@
+"""One run, from settings to SavedModel."""
+import functools
+import inspect
+import os
+import platform
+import sys
+
+import keras as keras_package
+import numpy as np
+import tensorflow as tf
+
+
+import tf_pcl
+from tf_pcl import data as datasets
+from tf_pcl import networks, optimizer
+from tf_pcl.errors import UserError, choose
+from tf_pcl.methods import METHODS
+from tf_pcl.training import export, files, strategy as strategies
+from tf_pcl.training.callbacks import Record, Save, Stopped
+from tf_pcl.training.checkpoints import Checkpoints
+
+
+def run(options):
+    """Trains as `options` (options.Options) say, or goes on where the workdir stands, and exports the deployed network.
+
+    Raises:
+      UserError: for settings, data or a workdir that cannot be used; nothing is written then.
+      Stopped: when a signal or a bad loss ended the run early.
+    Returns:
+      The contents of results.json.
+    """
+    method = METHODS[choose("--method", options.method, METHODS)]
+    arguments = method_arguments(method, options)
+    networks.find(options.network)
+    workdir = options.workdir or os.path.join("runs", "-".join(
+        [options.dataset, options.network.replace(":", "."), options.method, f"seed{options.seed}"]))
+    files.check_workdir(workdir, options.as_flags(), options.resume)
+    strategies.prepare(options)
+    strategy = strategies.make(options.strategy)
+    strategies.check(strategy, options)
+
+    data = datasets.load(options.dataset, options.data_dir, options.image_size, options.train_examples, options.seed)
+    steps = datasets.steps_per_epoch(data, options.batch_size)
+    total = steps * options.epochs
+    with strategy.scope():
+        network = networks.build(options.network, data.image_shape, len(data.classes))
+        preprocess = None if networks.standardises_itself(network) else networks.standardise(data.mean, data.std)
+        model = method(network, preprocess=preprocess, **arguments)
+        model.compile(
+            optimizer.recipe(options.epochs, steps, options.learning_rate, options.lr_decay_epochs, options.weight_decay),
+            epochs=options.epochs, steps_per_epoch=steps, jit_compile=options.jit_compile)
+        model.optimizer.build(model.trainable_weights)
+    deployed = model.deployed()
+
+    os.makedirs(workdir, exist_ok=True)
+    files.write(os.path.join(workdir, "flags.txt"), "".join(
+        f"--{name}={value}\n" for name, value in options.as_flags().items() if name != "workdir"))
+    checkpoints = Checkpoints(model, os.path.join(workdir, "checkpoints"))
+    start = checkpoints.restore()
+    rows = [row for row in files.read_rows(os.path.join(workdir, "metrics.csv")) if row["step"] <= start]
+    print(f"{options.method} on {options.dataset}: {len(data.train):,} training and {len(data.test):,} test images "
+          f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes; {steps} steps an epoch, "
+          f"{options.epochs} epochs" + (f"; goes on at step {start} of {total}" if start else ""), flush=True)
+
+    batches = functools.partial(datasets.train_batches, data, options.batch_size, options.epochs, views=model.views,
+                                seed=options.seed, flip=options.flip, cutout=options.cutout)
+    record = Record(workdir, rows, options.batch_size,
+                    functools.partial(describe, options=options, model=model, deployed=deployed))
+    if not start:
+        record.show_views(next(iter(batches()))[0])
+    with Save(checkpoints, options.checkpoint_steps(steps), start, total) as save:
+        fit = functools.partial(model.fit, validation_data=datasets.test_batches(data, 4 * options.batch_size),
+                                callbacks=[record, save], verbose=1 if sys.stdout.isatty() else 2)
+        epoch, done = divmod(start, steps)
+        if done:
+            fit(strategies.distribute(strategy, functools.partial(batches, start=start)), initial_epoch=epoch,
+                epochs=epoch + 1, steps_per_epoch=steps - done)
+            epoch += 1
+        if epoch < options.epochs:
+            fit(strategies.distribute(strategy, functools.partial(batches, start=epoch * steps)), initial_epoch=epoch,
+                epochs=options.epochs, steps_per_epoch=steps)
+
+    saved_model = export.export(deployed, data.classes, os.path.join(workdir, "export"))
+    export.check(saved_model, deployed, data.test.first(32))
+    results = describe(rows, options=options, model=model, deployed=deployed)
+    print(report(results))
+    print(f"SavedModel:   {saved_model}\nTensorBoard:  tensorboard --logdir {os.path.join(workdir, 'tensorboard')}\n"
+          f"Results:      {os.path.join(workdir, 'results.json')}")
+    return results
+
+
+def method_arguments(method, options):
+    """The settings that go to the method's class; UserError if one is set that it does not take."""
+    taken = {name: _arguments(cls) for name, cls in METHODS.items()}
+    chosen = _arguments(method)
+    given = {name: value for name in sorted(set().union(*taken.values()))
+             if (value := getattr(options, name)) is not None}
+    for name in given:
+        if name not in chosen:
+            takers = ", ".join(m for m, arguments in taken.items() if name in arguments)
+            raise UserError(f"--{name} does not go with --method={options.method}: it is for {takers}. "
+                            f"{options.method} takes {', '.join('--' + n for n in sorted(chosen)) or 'no such flags'}.")
+    return given
+
+
+def _arguments(method):
+    return set(inspect.signature(method).parameters) - {"network", "preprocess"}
+
+
+def describe(rows, options, model, deployed):
+    """The contents of results.json after the epochs of `rows`."""
+    errors = {name: rows[-1][f"val_error/{name}"] for name in model.exits}
+    speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    count = lambda weights: int(sum(np.prod(w.shape) for w in weights))
+    best = min(row[f"val_error/{model.deployed_exit}"] for row in rows)
+    return {
+        "method": options.method, "dataset": options.dataset, "network": options.network,
+        "peers": sum(name.startswith("peer_") for name in model.exits), "seed": options.seed,
+        "epochs": int(rows[-1]["epoch"]), "steps": int(rows[-1]["step"]),
+        "deployed": model.deployed_exit,
+        "deployed_error": round(errors[model.deployed_exit], 4), "best_deployed_error": round(best, 4),
+        "error": {name: round(error, 4) for name, error in errors.items()},
+        "parameters": {"deployed": count(deployed.trainable_weights), "training": count(model.trainable_weights)},
+        "images_per_second": round(len(speeds) / sum(1 / s for s in speeds), 1) if speeds else None,
+        "wall_seconds": round(rows[-1]["wall_seconds"], 1),
+        "versions": {"tf_pcl": tf_pcl.__version__, "python": platform.python_version(), "tensorflow": tf.__version__,
+                     "keras": keras_package.__version__, "numpy": np.__version__},
+    }
+
+
+def report(results):
+    """A table of the test errors, for people."""
+    width = max(map(len, results["error"]))
+    lines = [f"{'exit':{width}}  test error after {results['epochs']} epochs"]
+    for name, error in results["error"].items():
+        lines.append(f"{name:{width}}  {error:6.2f} %" + ("  (deployed)" if name == results["deployed"] else ""))
+    lines.append(f"{results['parameters']['deployed']:,} parameters are deployed, of {results['parameters']['training']:,} "
+                 f"trained; {results['images_per_second'] or 0:.0f} images/s")
+    return "\n".join(lines)

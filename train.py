@@ -1,0 +1,47 @@
+"""Trains a network with a method of online knowledge distillation: python train.py --method=pcl --dataset=cifar100"""
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# A network of the user's own, --network=module:function, is looked for where the command is given.
+sys.path.append(os.getcwd())
+
+from absl import app, flags
+
+from tf_pcl import options
+from tf_pcl.errors import UserError
+
+
+def _refuse(error):
+    print(f"train.py: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _parse(argv):
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as e:
+        _refuse(e)
+    if len(rest) > 1:
+        _refuse(f"{rest[1]!r} is not a flag: flags begin with --, as in --method=pcl")
+    return rest
+
+
+def main(argv):
+    del argv
+    try:
+        settings = options.from_flags()
+        # TensorFlow takes seconds to import: not before the flags are known to be good, nor for --help.
+        from tf_pcl.training import run
+        run.run(settings)
+    except UserError as e:
+        _refuse(e)
+    except run.Stopped as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    options.define_flags()
+    flags.adopt_module_key_flags(options)
+    app.run(main, flags_parser=_parse)
