@@ -1,8 +1,11 @@
 """Trains a network with a method of online knowledge distillation: python train.py --method=pcl --dataset=cifar100"""
 import os
 import sys
+import traceback
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+# TensorFlow's C++ side is silent: it reports missing GPU libraries as errors on machines without a GPU, and what fails
+# here comes as a Python exception as well.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # A network of the user's own, --network=module:function, is looked for where the command is given.
 sys.path.append(os.getcwd())
 
@@ -37,6 +40,8 @@ def main(argv):
     except UserError as e:
         _refuse(e)
     except run.Stopped as e:
+        if e.__cause__:
+            traceback.print_exception(type(e.__cause__), e.__cause__, e.__cause__.__traceback__)
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(1)
 

@@ -50,13 +50,14 @@ class Files:
     """Image files on disk, read when they are needed.
 
     Args:
-      paths: [N] file names; labels: int [N]; decode: a function bytes -> uint8 [H, W, C].
+      paths: [N] file names; labels: int [N]; decode: a function bytes -> uint8 [H, W, C]; shape: (H, W, C).
     """
 
     random_access = True
 
-    def __init__(self, paths, labels, decode):
-        self.paths, self.labels, self.decode = tf.constant(paths), tf.constant(labels, tf.int32), decode
+    def __init__(self, paths, labels, decode, shape):
+        self.paths, self.labels = tf.constant(paths), tf.constant(labels, tf.int32)
+        self.decode, self.shape = decode, shape
 
     def __len__(self):
         return len(self.labels)
@@ -64,7 +65,7 @@ class Files:
     def fetch(self, index):
         """(images, labels) of the indices int64 [n]."""
         images = tf.map_fn(lambda path: self.decode(tf.io.read_file(path)), tf.gather(self.paths, index),
-                           fn_output_signature=tf.uint8)
+                           fn_output_signature=tf.TensorSpec(self.shape, tf.uint8))
         return images, tf.gather(self.labels, index)
 
     def first(self, count):
@@ -97,8 +98,9 @@ class Stream:
         return self._decoded(self.dataset)
 
     def shuffled(self, seed):
-        """(image, label) through a shuffle buffer; `seed`: int [2]."""
-        return self._decoded(self.dataset.shuffle(BUFFER, seed=tf.cast(seed[0], tf.int64)))
+        """(image, label) through a shuffle buffer; `seed`: integers."""
+        number = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        return self._decoded(self.dataset.shuffle(BUFFER, seed=number))
 
     def first(self, count):
         """The first `count` images, as numpy."""
@@ -154,7 +156,7 @@ def load(name, data_dir=None, image_size=None, train_examples=None, seed=0):
                             "order")
         index = np.random.RandomState(seed).permutation(len(train))[:train_examples]
         train = (Arrays(*(t.numpy() for t in train.fetch(index))) if isinstance(train, Arrays)
-                 else Files(train.paths.numpy()[index], train.labels.numpy()[index], train.decode))
+                 else Files(train.paths.numpy()[index], train.labels.numpy()[index], train.decode, train.shape))
     sample = train.first(len(train) if isinstance(train, Arrays) else 10000)
     # Counting the 256 values is exact and needs no float copy of the images.
     counts = [np.bincount(sample[..., c].ravel(), minlength=256) for c in range(sample.shape[-1])]
@@ -185,20 +187,20 @@ def _image_folder(data_dir, image_size):
     splits = {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
     train, test = _two_splits(splits, f"--data_dir={data_dir}", "SPLIT/CLASS/IMAGE.jpg or .png")
     decode = _decoder(image_size)
-    sources = []
+    sources, shapes = [], set()
     for split in (train, test):
         encoded = builder.as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()})
         try:
-            size = np.prod(decode(next(iter(encoded))["image"]).shape)
-            in_memory = splits[split] * size <= MEMORY_LIMIT
-            columns = _columns(encoded.map(lambda e: (e["image/filename"], e["label"],
+            shape = tuple(decode(next(iter(encoded))["image"]).shape)
+            in_memory = splits[split] * np.prod(shape) <= MEMORY_LIMIT
+            paths, labels, images = _columns(encoded.map(lambda e: (e["image/filename"], e["label"],
                                                       decode(e["image"]) if in_memory else 0),
                                            num_parallel_calls=tf.data.AUTOTUNE))
         except tf.errors.InvalidArgumentError:
             raise _unusable(encoded, decode) from None
-        paths, labels, images = columns
-        sources.append(Arrays(images, labels) if in_memory else Files(paths, labels, decode))
-    if sources[0].first(1).shape != sources[1].first(1).shape:
+        sources.append(Arrays(images, labels) if in_memory else Files(paths, labels, decode, shape))
+        shapes.add(shape)
+    if len(shapes) > 1:
         raise UserError(f"--data_dir={data_dir}: images of {train} and {test} differ in size; give --image_size=PIXELS")
     return builder.info.features["label"].names, *sources, True
 
@@ -258,9 +260,9 @@ def _tfds(name, data_dir, image_size):
     import tensorflow_datasets as tfds
     choose("--dataset", name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)])
     builder = tfds.builder(name, data_dir=data_dir)
-    features = builder.info.features
-    labels = features.get("label") if hasattr(features, "get") else None
-    if not isinstance(features.get("image"), tfds.features.Image) or not isinstance(labels, tfds.features.ClassLabel):
+    features = dict(builder.info.features.items())
+    if not (isinstance(features.get("image"), tfds.features.Image)
+            and isinstance(features.get("label"), tfds.features.ClassLabel)):
         raise UserError(f"--dataset={name} is not for image classification: its features are {', '.join(features)}; "
                         "an image and a label are needed")
     _prepare(builder, tfds)
@@ -279,14 +281,16 @@ def _tfds(name, data_dir, image_size):
         else:
             pairs = dataset.map(lambda e: (decode(e["image"]), e["label"]), num_parallel_calls=tf.data.AUTOTUNE)
             sources.append(Arrays(*_columns(pairs)))
-    return labels.names, *sources, name not in UNMIRRORED
+    return features["label"].names, *sources, name not in UNMIRRORED
 
 
 def _prepare(builder, tfds):
     """Makes sure that the data set is on disk: prepared before, from archives in the manual folder, or downloaded."""
-    # tfds.testing.mock_data replaces as_dataset alone; it needs no files.
-    if builder.is_prepared() if hasattr(builder, "is_prepared") else os.path.isdir(builder.data_path):
+    try:
+        builder.as_dataset(split="train")
         return
+    except AssertionError:
+        pass  # What tensorflow-datasets raises where nothing is prepared.
     manual = os.path.join(builder._data_dir_root, "downloads", "manual")
     urls = getattr(builder, "url_infos", {})
     missing = {url: info.filename for url, info in urls.items()

@@ -4,6 +4,8 @@ A training batch is a pure function of (seed, step): its images are a stateless 
 drawn from stateless random numbers keyed by step and view. So a run goes on at any step without a stored iterator, two
 methods see the same images (and the same first view), and workers need not talk to each other.
 """
+import functools
+
 import tensorflow as tf
 
 from tf_pcl.data import augment
@@ -51,14 +53,14 @@ def train_batches(data, batch_size, epochs, *, views=1, seed=0, start=0, flip=No
 
         batches = tf.data.Dataset.range(start, epochs * steps).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
     else:
+        # Shuffle buffers take seeds that are plain numbers, hence one data set an epoch.
         def epoch_batches(epoch):
-            first = tf.maximum(start - epoch * steps, 0)
-            examples = data.train.shuffled(augment.fold_in(base, 0, epoch))
-            part_of = examples.batch(batch_size, drop_remainder=True).take(steps).enumerate(epoch * steps).skip(first)
-            return part_of.map(lambda step, example: augmented(step, example[0][rows], example[1][rows]),
-                               num_parallel_calls=tf.data.AUTOTUNE)
+            numbered = data.train.shuffled((seed, epoch)).batch(batch_size, drop_remainder=True).take(steps).enumerate(
+                epoch * steps).skip(max(start - epoch * steps, 0))
+            return numbered.map(lambda step, example: augmented(step, example[0][rows], example[1][rows]),
+                                num_parallel_calls=tf.data.AUTOTUNE)
 
-        batches = tf.data.Dataset.range(start // steps, epochs).flat_map(epoch_batches)
+        batches = functools.reduce(tf.data.Dataset.concatenate, map(epoch_batches, range(start // steps, epochs)))
     return batches.prefetch(2)
 
 

@@ -166,7 +166,11 @@ class Peers(keras.Model):
         super().__init__(name=name)
         self.preprocess = preprocess
         self.trunk = trunk
-        self.branches = [clone(branch, salt=j) for j in range(count)]
+        self.branches = []
+        for j in range(count):
+            own = clone(branch, salt=j)
+            # Keras wants different names for models that meet in one, as in an ensemble.
+            self.branches.append(keras.Model(own.input, own.output, name=f"branch_{j + 1}"))
         self.built = True
 
     def call(self, views, training=False):

@@ -117,12 +117,10 @@ def split(network, at=None):
       UserError: if the network cannot be cut there; the text names the layers where it can.
     """
     whole = with_features(network)
-    points = cut_points(whole)
+    # A cut must leave the feature that is classified to the branch.
+    feature = whole.output["features"]
+    points = [name for name in cut_points(whole) if whole.get_layer(name).output is not feature]
     at = at or default_cut(whole)
-    # A cut must leave the classifier's feature to the branch.
-    if "features" in points:
-        points = points[:points.index("features")]
-    points = [name for name in points if name != whole.output_names[-1]]
     if at not in points:
         came = f"--split_at={at}: network {whole.name!r} cannot be cut there" if at else \
             f"network {whole.name!r} has no stages to be cut by: give --split_at"

@@ -5,6 +5,8 @@ import re
 import tensorflow as tf
 from absl import logging
 
+from tf_pcl.errors import UserError
+
 
 class Checkpoints:
     """The last checkpoints of a model, numbered by step.
@@ -28,15 +30,19 @@ class Checkpoints:
 
     def restore(self):
         """Restores the newest checkpoint that can be read, warns of those that cannot, and returns its step; 0 if there
-        is none."""
-        for step in self._steps():
+        is none; UserError if none can be read."""
+        steps = self._steps()
+        for step in steps:
             path = os.path.join(self.folder, f"ckpt-{step}")
             try:
                 self.checkpoint.restore(path).assert_existing_objects_matched()
                 return step
-            except (tf.errors.OpError, ValueError, AssertionError) as e:
+            except Exception as e:  # A damaged file raises whatever its damage leads to: IndexError, DataLossError, …
                 logging.warning("checkpoint %s cannot be read (%s); trying the one before", path,
                                 " ".join(str(e).split())[:160])
+        if steps:
+            raise UserError(f"none of the checkpoints in {self.folder} can be read: give another --workdir, or remove the "
+                            "folder to begin again")
         return 0
 
     def _steps(self):

@@ -2,6 +2,7 @@
 import csv
 import json
 import os
+import tempfile
 
 from tf_pcl.errors import UserError
 
@@ -49,9 +50,10 @@ def check_workdir(workdir, settings, resume):
     there = os.path.abspath(workdir)
     while not os.path.exists(there):
         there = os.path.dirname(there)
-    if not os.path.isdir(there) or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir} cannot be written: {there} is "
-                        f"{'not writable' if os.path.isdir(there) else 'not a folder'}; give another")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as e:
+        raise UserError(f"--workdir={workdir} cannot be written: {there}: {e.strerror}; give another") from e
     path = os.path.join(workdir, "flags.txt")
     if not os.path.exists(path):
         return

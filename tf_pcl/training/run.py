@@ -60,7 +60,8 @@ def run(options):
     rows = [row for row in files.read_rows(os.path.join(workdir, "metrics.csv")) if row["step"] <= start]
     print(f"{options.method} on {options.dataset}: {len(data.train):,} training and {len(data.test):,} test images "
           f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes; {steps} steps an epoch, "
-          f"{options.epochs} epochs" + (f"; goes on at step {start} of {total}" if start else ""), flush=True)
+          f"{options.epochs} epochs; {strategy.num_replicas_in_sync} "
+          f"{'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'} replica, {options.precision}" + (f"; goes on at step {start} of {total}" if start else ""), flush=True)
 
     batches = functools.partial(datasets.train_batches, data, options.batch_size, options.epochs, views=model.views,
                                 seed=options.seed, flip=options.flip, cutout=options.cutout)
@@ -72,13 +73,19 @@ def run(options):
         fit = functools.partial(model.fit, validation_data=datasets.test_batches(data, 4 * options.batch_size),
                                 callbacks=[record, save], verbose=1 if sys.stdout.isatty() else 2)
         epoch, done = divmod(start, steps)
-        if done:
-            fit(strategies.distribute(strategy, functools.partial(batches, start=start)), initial_epoch=epoch,
-                epochs=epoch + 1, steps_per_epoch=steps - done)
-            epoch += 1
-        if epoch < options.epochs:
-            fit(strategies.distribute(strategy, functools.partial(batches, start=epoch * steps)), initial_epoch=epoch,
-                epochs=options.epochs, steps_per_epoch=steps)
+        try:
+            if done:
+                fit(strategies.distribute(strategy, functools.partial(batches, start=start)), initial_epoch=epoch,
+                    epochs=epoch + 1, steps_per_epoch=steps - done)
+                epoch += 1
+            if epoch < options.epochs:
+                fit(strategies.distribute(strategy, functools.partial(batches, start=epoch * steps)), initial_epoch=epoch,
+                    epochs=options.epochs, steps_per_epoch=steps)
+        except (UserError, Stopped):
+            raise
+        except Exception as e:
+            raise Stopped(f"failed at step {save.step} of {total}: {type(e).__name__}; the newest checkpoint in {workdir} is "
+                          f"of step {save.saved}, and the same command goes on from there") from e
 
     saved_model = export.export(deployed, data.classes, os.path.join(workdir, "export"))
     export.check(saved_model, deployed, data.test.first(32))

@@ -1,0 +1,137 @@
+"""What every method must keep, over all registered methods and two tiny networks."""
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow import keras
+
+from conftest import CLASSES, SHAPE, TINY, noise
+from tf_pcl import data, networks
+from tf_pcl.methods import METHODS
+from tf_pcl.training import export, strategy as strategies
+from tf_pcl.training.checkpoints import Checkpoints
+
+EVERY = [(m, n) for m in METHODS for n in TINY]
+
+
+def build(method, network, epochs=4, steps_per_epoch=5, optimizer=None, **kwargs):
+    keras.utils.set_random_seed(0)
+    model = METHODS[method](TINY[network](SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]))
+    model.compile(optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch, **kwargs)
+    return model
+
+
+def batch(model, digits, size=32):
+    return next(iter(data.train_batches(digits, size, 1, views=model.views)))
+
+
+@pytest.mark.parametrize("method, network", EVERY)
+def test_contract(method, network, digits, tmp_path):
+    model = build(method, network, epochs=2, steps_per_epoch=12)
+    views, labels = batch(model, digits)
+
+    # Every trainable weight gets a gradient; the teachers' weights are none of them and get none.
+    teacher = model.teachers(views, True)
+    with tf.GradientTape() as tape:
+        student = model.students(views, True)
+        terms = model.loss_terms(labels, student, teacher)
+        total = tf.add_n(list(terms.values()))
+    frozen = [w for t in model.untrained for w in t.trainable_weights]
+    gradients = tape.gradient(total, model.trainable_weights + frozen)
+    trained, none = gradients[:len(model.trainable_weights)], gradients[len(model.trainable_weights):]
+    for weight, gradient in zip(model.trainable_weights, trained):
+        assert gradient is not None and np.abs(gradient).max() > 0, weight.name
+    assert not {id(w) for w in frozen} & {id(w) for w in model.trainable_weights} and none == [None] * len(frozen)
+    assert set(terms) <= set(model.terms) and set(student) | set(teacher) == set(model.exits)
+    assert model.deployed_exit in model.exits
+
+    # The loss falls under fit, on one batch over and over, and the error of every exit is reported.
+    one = tf.data.Dataset.from_tensors((views, labels)).repeat(24)
+    history = model.fit(one, epochs=2, steps_per_epoch=12, validation_data=data.test_batches(digits, 100), verbose=0).history
+    assert history["loss/ce"][1] < 0.95 * history["loss/ce"][0]
+    assert {f"val_error/{name}" for name in model.exits} <= set(history)
+    assert model.step.numpy() == 24
+
+    # The deployed network: the target network's parameters, the deployed exit's answers.
+    images = digits.test.first(20)
+    deployed = model.deployed()
+    assert sum(np.prod(w.shape) for w in deployed.trainable_weights) == \
+        sum(np.prod(w.shape) for w in TINY[network](SHAPE, CLASSES).trainable_weights)
+    expected = model.all_exits(tf.constant(images))[model.deployed_exit].logits
+    np.testing.assert_allclose(deployed(images), expected, atol=1e-5)
+    np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=1e-5)
+
+    # Its SavedModel answers the same.
+    folder = export.export(deployed, "abcdefghij", str(tmp_path / "export"))
+    answers = tf.saved_model.load(folder).signatures["serving_default"](images=tf.constant(images))
+    np.testing.assert_allclose(answers["logits"], expected, atol=1e-5)
+
+    # A checkpoint brings everything back, and training goes on the same.
+    Checkpoints(model, str(tmp_path / "checkpoints")).save(24)
+    other = build(method, network, epochs=2, steps_per_epoch=12)
+    other.optimizer.build(other.trainable_weights)
+    assert Checkpoints(other, str(tmp_path / "checkpoints")).restore() == 24
+    for m in (model, other):
+        m.fit(one, epochs=1, steps_per_epoch=2, verbose=0)
+    assert len(model.weights) == len(other.weights)
+    for a, b in zip(model.weights, other.weights):
+        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def two_replicas():
+    # One for all tests: a second MirroredStrategy in a process would reuse the first's collective keys.
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_replicas_equal_one(method, digits, two_replicas):
+    def trained(strategy, steps=5):
+        with strategy.scope():
+            model = build(method, "without_norm")
+        batches = lambda shard: data.train_batches(digits, 32, 1, views=model.views, shard=shard)
+        history = model.fit(strategies.distribute(strategy, batches), epochs=1, steps_per_epoch=steps, verbose=0,
+                            validation_data=data.test_batches(digits, 90)).history
+        return [w.numpy() for w in model.weights], history
+
+    weights, history = trained(tf.distribute.get_strategy())
+    mirrored, of_two = trained(two_replicas)
+    assert len(weights) == len(mirrored) > 4
+    for a, b in zip(weights, mirrored):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert set(history) == set(of_two)
+    for name in history:
+        np.testing.assert_allclose(history[name], of_two[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision(method, precision, digits):
+    keras.mixed_precision.set_global_policy(precision)
+    # The CPU computes convolutions in float16 slowly: the smaller network.
+    model = build(method, "resnet8" if precision == "mixed_bfloat16" else "without_norm")
+    assert isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer) == (precision == "mixed_float16")
+    views, labels = batch(model, digits)
+    one = tf.data.Dataset.from_tensors((views, labels)).repeat()
+    losses = model.fit(one, epochs=2, steps_per_epoch=10, verbose=0).history["loss/ce"]
+    assert losses[1] < losses[0]
+    assert all(w.dtype == tf.float32 for w in model.weights if w.dtype.is_floating)
+    assert model.deployed()(digits.test.first(3)).dtype == tf.float32
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_jit_compile(method, digits):
+    losses = []
+    for jit in (False, True):
+        model = build(method, "without_norm", jit_compile=jit)
+        one = tf.data.Dataset.from_tensors(batch(model, digits)).repeat(3)
+        losses.append(model.fit(one, epochs=1, steps_per_epoch=3, verbose=0).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_any_keras_optimizer_and_plain_images(digits):
+    """In a notebook: another optimizer, a data set of (images, labels) of the user's own."""
+    model = build("baseline", "resnet8", optimizer=keras.optimizers.Adam(1e-3))
+    own = tf.data.Dataset.from_tensor_slices((digits.train.images[:64], digits.train.labels[:64])).batch(32)
+    history = model.fit(own, epochs=2, verbose=0).history
+    assert history["loss"][1] < history["loss"][0]
+    assert set(model.evaluate(own, verbose=0, return_dict=True)) == {"error/peer_1"}

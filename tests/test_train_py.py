@@ -1,0 +1,133 @@
+"""train.py as a process: killed, stopped, resumed, refused."""
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+ROOT = pathlib.Path(__file__).parent.parent
+# 22 steps an epoch.
+RUN = ["--method=pcl", "--peers=2", "--dataset=digits", "--network=resnet8", "--batch_size=64", "--epochs=3", "--deterministic",
+       "--checkpoint_every=5steps"]
+
+
+def start(workdir, *flags, **kwargs):
+    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *RUN, f"--workdir={workdir}", *flags], cwd=workdir.parent,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+def finish(workdir, *flags):
+    process = start(workdir, *flags)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for_checkpoint(workdir, step, process):
+    deadline = time.monotonic() + 120
+    while not (workdir / f"checkpoints/ckpt-{step}.index").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+
+
+def final_weights(workdir):
+    reader = tf.train.load_checkpoint(str(workdir / "checkpoints/ckpt-66"))
+    # Wall-clock times are no part of the state; everything that is stored must be the same.
+    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
+            if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE")}
+
+
+def metrics(workdir):
+    with open(workdir / "metrics.csv", newline="") as f:
+        return [{k: v for k, v in row.items() if k not in ("wall_seconds", "images_per_second")} for row in csv.DictReader(f)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    code, out, err = finish(workdir)
+    assert code == 0, err
+    return workdir, out
+
+
+def test_a_run_leaves_what_the_contract_says(undisturbed):
+    workdir, out = undisturbed
+    for path in ("flags.txt", "results.json", "metrics.csv", "checkpoints", "tensorboard/train", "tensorboard/test",
+                 "export/saved_model/1/saved_model.pb", "export/labels.txt"):
+        assert (workdir / path).exists(), path
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["epochs"] == 3 and results["error"]["mean_peer_1"] == results["deployed_error"] < 60
+    assert f"{results['deployed_error']:.2f} %  (deployed)" in out
+    assert len(metrics(workdir)) == 3
+    # The flagfile repeats the run: here, in the same workdir, it finds it finished and trains nothing.
+    before = (workdir / "metrics.csv").read_text()
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), f"--flagfile={workdir}/flags.txt", f"--workdir={workdir}"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (workdir / "metrics.csv").read_text() == before and "Epoch" not in done.stdout and "(deployed)" in done.stdout
+
+
+def test_killed_mid_epoch_and_resumed_is_bit_for_bit_the_same(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    wait_for_checkpoint(workdir, 30, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL and not (workdir / "checkpoints/ckpt-66.index").exists()
+    # The disk lost the end of the newest checkpoint.
+    newest = max(workdir.glob("checkpoints/ckpt-*.index"), key=lambda p: int(p.stem.split("-")[1]))
+    data = newest.with_name(newest.stem + ".data-00000-of-00001")
+    data.write_bytes(data.read_bytes()[:1000])
+    code, out, err = finish(workdir)
+    assert code == 0, err
+    assert "goes on at step" in out and "cannot be read" in err
+    mine, its = final_weights(undisturbed[0]), final_weights(workdir)
+    assert set(mine) == set(its) and len(mine) > 100
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
+    assert metrics(undisturbed[0]) == metrics(workdir)
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, "--checkpoint_every=100epochs")
+    deadline = time.monotonic() + 120
+    while not (workdir / "metrics.csv").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "stopped by SIGTERM at step" in err and "Traceback" not in err
+    assert len(list(workdir.glob("checkpoints/*.index"))) == 1
+    # Other settings do not go on in this workdir.
+    code, _, err = finish(workdir, "--epochs=5")
+    assert code == 2 and "--epochs=5 here, 3 there" in err
+    code, out, err = finish(workdir)
+    assert code == 0 and "goes on at step" in out
+    mine, its = final_weights(undisturbed[0]), final_weights(workdir)
+    for name in mine:
+        np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
+
+
+@pytest.mark.parametrize("flags, text", [
+    (["--methd=pcl"], "methd"), (["--epochs=many"], "epochs"), (["--strategy=both"], "auto"), (["pcl"], "not a flag"),
+    (["--lr_decay_epochs=a,b"], "such as 150,225"), (["--peers=1"], "at least 2")])
+def test_bad_input_is_one_line_and_status_2(flags, text, tmp_path):
+    process = start(tmp_path / "run", *flags)
+    out, err = process.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert process.returncode == 2 and len(lines) == 1 and text in lines[0] and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_names_every_flag_with_its_default():
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
+    for flag in ("--method:", "--ema_every:", "--[no]deterministic:", "--checkpoint_every:"):
+        assert flag in done.stdout, flag

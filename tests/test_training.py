@@ -1,0 +1,201 @@
+"""Checkpoints, records, export, workdirs and refusals, within this process."""
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from absl import logging
+from tensorflow import keras
+
+from conftest import CLASSES, SHAPE, noise, without_norm
+from tf_pcl import networks
+from tf_pcl.errors import UserError
+from tf_pcl.methods import METHODS
+from tf_pcl.options import Options
+from tf_pcl.training import callbacks, export, files, run, strategy
+from tf_pcl.training.checkpoints import Checkpoints
+
+QUICK = dict(dataset="digits", network="resnet8", epochs=2, batch_size=256, train_examples=512)
+
+
+def small_model():
+    model = METHODS["pcl"](without_norm(SHAPE, CLASSES), peers=2)
+    model.compile(epochs=4, steps_per_epoch=3)
+    model.optimizer.build(model.trainable_weights)
+    return model
+
+
+def test_checkpoints_keep_three_and_fall_back_from_a_truncated_one(tmp_path, caplog):
+    model = small_model()
+    checkpoints = Checkpoints(model, str(tmp_path))
+    assert checkpoints.restore() == 0
+    weight = model.trainable_weights[0]
+    for step in range(1, 5):
+        weight.assign(tf.fill(weight.shape, float(step)))
+        checkpoints.save(step)
+    assert sorted(p.stem for p in tmp_path.glob("*.index")) == ["ckpt-2", "ckpt-3", "ckpt-4"]
+    weight.assign(tf.zeros_like(weight))
+    assert Checkpoints(model, str(tmp_path)).restore() == 4 and weight.numpy().max() == 4.0
+
+    newest = tmp_path / "ckpt-4.data-00000-of-00001"
+    newest.write_bytes(newest.read_bytes()[:100])
+    (tmp_path / "checkpoint").unlink()
+    with caplog.at_level("WARNING"):
+        assert Checkpoints(model, str(tmp_path)).restore() == 3
+    assert weight.numpy().max() == 3.0 and "ckpt-4 cannot be read" in caplog.text
+
+    (tmp_path / "ckpt-3.index").write_bytes(b"")
+    assert Checkpoints(model, str(tmp_path)).restore() == 2
+
+
+def test_the_whole_state_is_in_a_checkpoint(tmp_path):
+    model, other = small_model(), small_model()
+    data = tf.constant(noise(8, 2, *SHAPE)), tf.constant(np.arange(8))
+    for _ in range(3):
+        model.train_step(data)
+    Checkpoints(model, str(tmp_path)).save(3)
+    Checkpoints(other, str(tmp_path)).restore()
+    for m in (model, other):
+        for mine, its in zip(model.weights, other.weights):
+            np.testing.assert_array_equal(mine, its)
+        for mine, its in zip(model.optimizer.variables, other.optimizer.variables):
+            np.testing.assert_array_equal(mine, its)
+    assert other.step.numpy() == 3 and other.optimizer.iterations.numpy() == 3
+    # The means of the epoch so far, too.
+    assert {k: float(v.result()) for k, v in model.mean_of.items()} == {k: float(v.result()) for k, v in other.mean_of.items()}
+
+
+def test_a_loss_that_is_no_number_is_not_saved(tmp_path):
+    model = small_model()
+    save = callbacks.Save(Checkpoints(model, str(tmp_path)), 1, 0, 10)
+    save.set_model(model)
+    with pytest.raises(callbacks.Stopped, match="nan at step 1: not saved.*smaller --learning_rate"):
+        save.on_train_batch_end(0, {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_survive_a_round_trip(tmp_path):
+    path = str(tmp_path / "metrics.csv")
+    rows = [{"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 0.25, "val_error/peer_1": 30.5}]
+    assert files.read_rows(path) == []
+    files.write_rows(path, rows)
+    assert files.read_rows(path) == rows
+    assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "1,0.1,"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_saved_model_of_encoded_images_and_hub(channels, tmp_path):
+    import tensorflow_hub as hub
+    model = METHODS["pcl"](networks.resnet8((8, 8, channels), CLASSES), peers=2,
+                           preprocess=networks.standardise([100.0] * channels, [50.0] * channels))
+    deployed = model.deployed()
+    folder = export.export(deployed, [f"class {i}" for i in range(CLASSES)], str(tmp_path / "export"))
+    assert pathlib.Path(folder).relative_to(tmp_path).as_posix() == "export/saved_model/1"
+    assert (tmp_path / "export/labels.txt").read_text().splitlines() == [f"class {i}" for i in range(CLASSES)]
+    images = noise(4, 8, 8, channels)
+    want = deployed(images).numpy()
+    loaded = tf.saved_model.load(folder)
+    got = loaded.signatures["serving_default"](images=tf.constant(images))
+    assert set(got) == {"probabilities", "logits"} and got["logits"].dtype == tf.float32
+    np.testing.assert_allclose(got["logits"], want, atol=1e-5)
+    np.testing.assert_allclose(got["probabilities"], tf.nn.softmax(want), atol=1e-5)
+    encoded = [tf.io.encode_png(image) for image in images]
+    got = loaded.signatures["serve_bytes"](image_bytes=tf.stack(encoded))
+    np.testing.assert_allclose(got["logits"], want, atol=1e-5)
+    large = tf.io.encode_jpeg(noise(20, 31, 3))
+    assert loaded.signatures["serve_bytes"](image_bytes=tf.stack([large, encoded[0]]))["logits"].shape == (2, CLASSES)
+    np.testing.assert_allclose(keras.models.load_model(folder)(images), want, atol=1e-5)
+    layer = hub.KerasLayer(folder, trainable=True)
+    np.testing.assert_allclose(layer(tf.constant(images)), want, atol=1e-5)
+    assert sum(np.prod(w.shape) for w in layer.trainable_weights) == sum(np.prod(w.shape) for w in deployed.trainable_weights)
+
+
+def test_a_saved_model_that_answers_otherwise_is_noticed(tmp_path):
+    model = METHODS["baseline"](networks.resnet8(SHAPE, CLASSES))
+    deployed = model.deployed()
+    folder = export.export(deployed, "abcdefghij", str(tmp_path / "export"))
+    export.check(folder, deployed, noise(4, *SHAPE))
+    deployed.trainable_weights[-1].assign_add(tf.ones(CLASSES))
+    with pytest.raises(RuntimeError, match="answers otherwise"):
+        export.check(folder, deployed, noise(4, *SHAPE))
+
+
+@pytest.mark.parametrize("settings, text", [
+    (dict(method="plc"), "Did you mean pcl"),
+    (dict(network="resnet33"), "Did you mean resnet32"),
+    (dict(dataset="cifr10"), "Did you mean cifar10"),
+    (dict(split_at="stage_7"), "stage_1.*stage_2"),
+    (dict(peers=1), "at least 2 peers"),
+    (dict(method="baseline", peers=3), "--peers does not go with --method=baseline"),
+    (dict(method="baseline", temperature=2.0), "--temperature does not go with"),
+    (dict(batch_size=10_000), "larger than the"),
+    (dict(train_examples=9999), "more than the 1437"),
+    (dict(dataset="image_folder", data_dir="/nowhere"), "is not there"),
+    (dict(strategy="multi_worker"), "TF_CONFIG"),
+    (dict(strategy="mirrored", batch_size=255), "multiple of 2"),
+    (dict(strategy="mirrored", jit_compile=True), "--jit_compile does not go with 2 replicas"),
+])
+def test_what_cannot_be_done_is_refused_before_anything_is_written(settings, text, tmp_path):
+    with pytest.raises(UserError, match=text) as refused:
+        run.run(Options(**{**QUICK, "workdir": str(tmp_path / "run"), **settings}))
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("settings, text", [
+    (dict(epochs=0), "--epochs=0 is out of range: it must be at least 1"),
+    (dict(learning_rate=0.0), "more than 0"), (dict(learning_rate=float("nan")), "out of range"),
+    (dict(ema_decay=1.5), "at least 0 and at most 1"), (dict(precision="float64"), "Allowed: float32"),
+    (dict(lr_decay_epochs=(200, 100)), "increasing"), (dict(lr_decay_epochs=(400,)), "increasing"),
+    (dict(rampup_epochs=301), "more than --epochs"), (dict(cutout=3), "even"), (dict(image_size=-1), "at least 4")])
+def test_values_out_of_range(settings, text):
+    with pytest.raises(UserError, match=text):
+        Options(**settings)
+
+
+def test_workdirs(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="Not a directory"):
+        files.check_workdir(str(tmp_path / "file" / "run"), {}, "auto")
+    with pytest.raises(UserError, match="cannot be written"):
+        files.check_workdir("/proc/run", {}, "auto")
+    settings = Options(**QUICK).as_flags()
+    files.check_workdir(str(tmp_path / "new"), settings, "auto")
+    (tmp_path / "flags.txt").write_text("".join(f"--{k}={v}\n" for k, v in settings.items()))
+    files.check_workdir(str(tmp_path), settings, "auto")
+    files.check_workdir(str(tmp_path), {**settings, "checkpoint_every": "7steps", "data_dir": "/moved"}, "auto")
+    with pytest.raises(UserError, match=r"--epochs=3 here, 2 there; --peers=4 here, \(unset\) there"):
+        files.check_workdir(str(tmp_path), {**settings, "epochs": "3", "peers": "4"}, "auto")
+    with pytest.raises(UserError, match="holds a run already"):
+        files.check_workdir(str(tmp_path), settings, "never")
+
+
+def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys):
+    results = run.run(Options(**{**QUICK, "strategy": "mirrored", "network": "resnet8", "workdir": str(tmp_path / "run")}))
+    assert results == json.loads((tmp_path / "run/results.json").read_text())
+    assert set(results) == {"method", "dataset", "network", "peers", "seed", "epochs", "steps", "deployed", "deployed_error",
+                            "best_deployed_error", "error", "parameters", "images_per_second", "wall_seconds", "versions"}
+    assert results["deployed"] == "mean_peer_1" and results["steps"] == 4 and results["peers"] == 3
+    assert results["parameters"]["deployed"] == sum(
+        int(np.prod(w.shape)) for w in networks.resnet8(SHAPE, CLASSES).trainable_weights)
+    tags = {split: events(tmp_path / "run/tensorboard" / split) for split in ("train", "test")}
+    assert {"loss", "loss/ce", "loss/ensemble", "loss/mean", "rampup", "ema_decay", "learning_rate", "images_per_second",
+            "error/peer_1", "diversity", "views"} <= set(tags["train"])
+    assert {f"error/{name}" for name in results["error"]} | {"diversity"} == set(tags["test"])
+    assert [step for step, _ in tags["test"]["error/ensemble"]] == [2, 4]
+    assert tags["test"]["error/mean_peer_1"][-1][1] == pytest.approx(results["deployed_error"], abs=1e-3)
+    out = capsys.readouterr().out
+    assert "mean_ensemble" in out and "export/saved_model/1" in out and "tensorboard --logdir" in out
+
+
+def events(folder):
+    """{tag: [(step, value)]} of a folder's TensorBoard files."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                tensor = tf.make_ndarray(value.tensor)
+                found.setdefault(value.tag, []).append((event.step, float(tensor) if tensor.ndim == 0 else None))
+    return found
