@@ -9,10 +9,15 @@ import numpy as np
 from tensorflow import keras
 
 from tf_pcl.errors import UserError, choose
-from tf_pcl.networks.resnet import resnet, resnet8, resnet14, resnet20, resnet32
+from tf_pcl.networks.densenet import densenet40_12
+from tf_pcl.networks.resnet import resnet, resnet8, resnet14, resnet18, resnet20, resnet32, resnet50, resnet110, wrn20_8
+from tf_pcl.networks.resnext import resnext29_2x64d
 from tf_pcl.networks.split import clone, cut_points, split, with_features
+from tf_pcl.networks.vgg import vgg16
 
-NETWORKS = {f.__name__: f for f in (resnet8, resnet14, resnet20, resnet32)}
+NETWORKS = {f.__name__: f for f in (
+    resnet8, resnet14, resnet20, resnet32, resnet110, wrn20_8, resnext29_2x64d, vgg16, densenet40_12,  # small images
+    resnet18, resnet50)}  # large ones
 
 
 def find(name):

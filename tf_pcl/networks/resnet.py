@@ -1,48 +1,32 @@
-"""CIFAR ResNets (He et al., 2016, section 4.2)."""
+"""ResNets (He et al., 2016): for CIFAR (section 4.2), for ImageNet (section 3.3, table 1), and wide.
+
+Every function takes input_shape, (H, W, channels) of standardised images, and num_classes, C, and returns a functional
+keras.Model from images [B, H, W, channels] to logits float32 [B, C]. The sizes in the docstrings are for images of the size
+that the network is meant for; any other goes too. Where a block changes the shape, its shortcut is a 1×1 convolution with
+BatchNorm (option B), also in the CIFAR ResNets, whose paper pads with zeros (option A). He initialisation; every BatchNorm's
+scale starts at 1.
+"""
 from tensorflow import keras
 from tensorflow.keras import layers
 
-
-def conv(x, filters, size, strides=1):
-    """Convolution without bias, He initialisation, same padding."""
-    return layers.Conv2D(filters, size, strides, padding="same", use_bias=False, kernel_initializer="he_normal")(x)
+from tf_pcl.networks.blocks import basic_block, bottleneck, classifier, conv_norm_relu, stages
 
 
-def norm(x):
-    """BatchNorm as the papers have it: statistics' momentum 0.9, epsilon 1e-5."""
-    return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
-
-
-def classifier(x, num_classes):
-    """Global average pooling (`features`) and a float32 fully connected layer (`logits`)."""
-    x = layers.GlobalAveragePooling2D(name="features")(x)
-    return layers.Dense(num_classes, dtype="float32", name="logits")(x)
-
-
-def _basic_block(x, filters, strides, name=None):
-    y = layers.ReLU()(norm(conv(x, filters, 3, strides)))
-    y = norm(conv(y, filters, 3))
-    if strides != 1 or x.shape[-1] != filters:
-        x = norm(conv(x, filters, 1, strides))
-    return layers.ReLU(name=name)(layers.Add()([x, y]))
-
-
-def resnet(blocks, input_shape, num_classes, name=None):
-    """A CIFAR ResNet of basic blocks, widths 16-32-64, 1×1 convolution shortcuts where the shape changes.
+def resnet(blocks, input_shape, num_classes, name=None, *, block=basic_block, widths=(16,), stem=16):
+    """A CIFAR ResNet: a 3×3 convolution, then stages of residual blocks at full, half, quarter … size.
 
     Args:
-      blocks: number of blocks in each of the three stages, whose outputs are the layers stage_1, stage_2, stage_3.
+      blocks: number of blocks in each stage; the stages' outputs are the layers stage_1, stage_2, …
       input_shape: (H, W, channels) of standardised images.
       num_classes: C.
+      name: of the model.
+      block, widths: the kind of block and its channels in the first stage, as in blocks.stages.
+      stem: channels of the first convolution.
     Returns:
       A functional keras.Model from images [B, H, W, channels] to logits float32 [B, C].
     """
     images = keras.Input(input_shape, name="images")
-    x = layers.ReLU()(norm(conv(images, 16, 3)))
-    for stage, count in enumerate(blocks):
-        for i in range(count):
-            strides = 2 if stage and i == 0 else 1
-            x = _basic_block(x, 16 * 2**stage, strides, f"stage_{stage + 1}" if i == count - 1 else None)
+    x = stages(conv_norm_relu(images, stem, 3), blocks, block, widths)
     return keras.Model(images, classifier(x, num_classes), name=name)
 
 
@@ -64,3 +48,36 @@ def resnet20(input_shape, num_classes):
 def resnet32(input_shape, num_classes):
     """Blocks [5, 5, 5]: the tables' ResNet-32, 472,756 parameters with 100 classes."""
     return resnet([5] * 3, input_shape, num_classes, "resnet32")
+
+
+def resnet110(input_shape, num_classes):
+    """Bottleneck blocks [12, 12, 12], widths 16-32-64, outputs four times as wide: the tables' ResNet-110, 1,170,868
+    parameters with 100 classes (the paper's own, of basic blocks, has 1.7 million)."""
+    return resnet([12] * 3, input_shape, num_classes, "resnet110", block=bottleneck, widths=(16, 64))
+
+
+def wrn20_8(input_shape, num_classes):
+    """Bottleneck blocks [2, 2, 2], outputs 64-128-256, the 3×3 convolutions eight times as wide as a ResNet's, 128-256-512:
+    the tables' WRN-20-8, 6,871,220 parameters with 100 classes.
+
+    It widens as torchvision's wide ResNets do (Zagoruyko and Komodakis, 2016, widen basic blocks that begin with BatchNorm).
+    """
+    return resnet([2] * 3, input_shape, num_classes, "wrn20_8", block=bottleneck, widths=(128, 64))
+
+
+def _imagenet(blocks, input_shape, num_classes, name, block, widths):
+    images = keras.Input(input_shape, name="images")
+    x = layers.MaxPooling2D(3, 2, padding="same")(conv_norm_relu(images, 64, 7, 2))
+    return keras.Model(images, classifier(stages(x, blocks, block, widths), num_classes), name=name)
+
+
+def resnet18(input_shape, num_classes):
+    """Basic blocks [2, 2, 2, 2] after a 7×7 convolution and a max pooling of stride 2: 11,689,512 parameters with 1000
+    classes. For images of 224, whose last stage is 7×7, and of 64, 2×2."""
+    return _imagenet([2, 2, 2, 2], input_shape, num_classes, "resnet18", basic_block, (64,))
+
+
+def resnet50(input_shape, num_classes):
+    """Bottleneck blocks [3, 4, 6, 3] after the stem of resnet18, the stride in the 3×3 convolutions (the paper's are in the
+    1×1): 25,557,032 parameters with 1000 classes. For images of 224 and of 64."""
+    return _imagenet([3, 4, 6, 3], input_shape, num_classes, "resnet50", bottleneck, (64, 256))

@@ -1,0 +1,34 @@
+"""DenseNet (Huang et al., 2017)."""
+from tensorflow import keras
+from tensorflow.keras import layers
+
+from tf_pcl.networks.blocks import classifier, conv, norm, norm_relu_conv
+
+
+def densenet40_12(input_shape, num_classes):
+    """DenseNet-BC of depth 40 and growth rate k = 12 (section 3), 188,092 parameters with 100 classes.
+
+    A 3×3 convolution of 2k channels; three dense blocks of 6 layers, each a 1×1 convolution to 4k and a 3×3 to k channels,
+    which are added to the layer's input as further channels; between blocks a transition, a 1×1 convolution to half the
+    channels and a 2×2 average pooling. BatchNorm and ReLU stand in front of every convolution but the first. stage_1 and
+    stage_2 are the transitions' outputs, stage_3 is that of the last block after BatchNorm and ReLU. He initialisation; no
+    dropout, which the paper has only for training without augmentation.
+
+    Args:
+      input_shape: (H, W, channels) of standardised images.
+      num_classes: C.
+    Returns:
+      A functional keras.Model from images [B, H, W, channels] to logits float32 [B, C].
+    """
+    growth = 12
+    images = keras.Input(input_shape, name="images")
+    x = conv(images, 2 * growth, 3)
+    for stage in (1, 2, 3):
+        for _ in range(6):
+            new = norm_relu_conv(norm_relu_conv(x, 4 * growth, 1), growth, 3)
+            x = layers.Concatenate()([x, new])
+        if stage < 3:
+            x = norm_relu_conv(x, x.shape[-1] // 2, 1)
+            x = layers.AveragePooling2D(padding="same", name=f"stage_{stage}")(x)
+    x = layers.ReLU(name="stage_3")(norm(x))
+    return keras.Model(images, classifier(x, num_classes), name="densenet40_12")
