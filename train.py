@@ -9,7 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # A network of the user's own, --network=module:function, is looked for where the command is given.
 sys.path.append(os.getcwd())
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from tf_pcl import options
 from tf_pcl.errors import UserError
@@ -32,6 +32,8 @@ def _parse(argv):
 
 def main(argv):
     del argv
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     try:
         settings = options.from_flags()
         # TensorFlow takes seconds to import: not before the flags are known to be good, nor for --help.

@@ -128,6 +128,19 @@ def test_jit_compile(method, digits):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_networks_own_regularizers_count(method, digits):
+    images = keras.Input(SHAPE)
+    x = keras.layers.Conv2D(4, 3, name="stage_1", kernel_regularizer=keras.regularizers.L2(0.5))(images)
+    x = keras.layers.Conv2D(4, 3, name="stage_2", kernel_regularizer=keras.regularizers.L2(0.5))(x)
+    network = keras.Model(images, keras.layers.Dense(CLASSES)(keras.layers.GlobalAveragePooling2D()(x)))
+    model = METHODS[method](network)
+    model.compile(epochs=1, steps_per_epoch=1)
+    trained = [w for w in model.trainable_weights if len(w.shape) == 4]
+    want = sum(0.5 * np.sum(np.square(w.numpy())) for w in trained)
+    assert model.train_step(batch(model, digits))["loss/regularization"].numpy() == pytest.approx(want, rel=1e-4)
+
+
 def test_any_keras_optimizer_and_plain_images(digits):
     """In a notebook: another optimizer, a data set of (images, labels) of the user's own."""
     model = build("baseline", "resnet8", optimizer=keras.optimizers.Adam(1e-3))

@@ -190,6 +190,19 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys):
     assert "mean_ensemble" in out and "export/saved_model/1" in out and "tensorboard --logdir" in out
 
 
+def test_going_on_between_epochs_starts_the_epoch_s_means_afresh(tmp_path):
+    settings = Options(**{**QUICK, "method": "baseline", "workdir": str(tmp_path)})
+    run.run(settings)
+    whole = files.read_rows(str(tmp_path / "metrics.csv"))
+    for path in tmp_path.glob("checkpoints/ckpt-4.*"):
+        path.unlink()
+    run.run(settings)
+    again = files.read_rows(str(tmp_path / "metrics.csv"))
+    assert [row["epoch"] for row in again] == [1, 2] and again[0] == whole[0]
+    for name in ("loss", "error/peer_1", "val_error/peer_1"):
+        assert again[1][name] == pytest.approx(whole[1][name], rel=1e-3), name
+
+
 def events(folder):
     """{tag: [(step, value)]} of a folder's TensorBoard files."""
     found = {}

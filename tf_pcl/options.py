@@ -135,24 +135,24 @@ def _check(field, value):
         raise UserError(f"--{field.name}={value} is out of range: it must be {allowed}")
 
 
-def define_flags():
-    """Defines an absl flag for every setting."""
+def define_flags(values=flags.FLAGS):
+    """Defines an absl flag for every setting, in the given absl FlagValues."""
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_boolean, str: flags.DEFINE_string,
               list: flags.DEFINE_list}
     for f in dataclasses.fields(Options):
         kind, text = f.metadata["kind"], f.metadata["help"]
         if isinstance(kind, tuple):
-            flags.DEFINE_enum(f.name, f.default, kind, text)
+            flags.DEFINE_enum(f.name, f.default, kind, text, flag_values=values)
         else:
-            define[kind](f.name, f.default, text)
+            define[kind](f.name, f.default, text, flag_values=values)
 
 
-def from_flags():
-    """The Options that the command line asks for; UserError if they are out of range or do not fit together."""
-    values = {f.name: flags.FLAGS[f.name].value for f in dataclasses.fields(Options)}
-    if values["lr_decay_epochs"] is not None:
+def from_flags(values=flags.FLAGS):
+    """The Options that parsed absl FlagValues ask for; UserError if they are out of range or do not fit together."""
+    given = {f.name: values[f.name].value for f in dataclasses.fields(Options)}
+    if given["lr_decay_epochs"] is not None:
         try:
-            values["lr_decay_epochs"] = tuple(float(e) for e in values["lr_decay_epochs"])
+            given["lr_decay_epochs"] = tuple(float(e) for e in given["lr_decay_epochs"])
         except ValueError as e:
             raise UserError(f"--lr_decay_epochs: {e}; give numbers, such as 150,225") from e
-    return Options(**values)
+    return Options(**given)

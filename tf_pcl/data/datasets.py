@@ -11,6 +11,7 @@ ways, by its size:
 """
 import dataclasses
 import os
+import re
 import threading
 import urllib.error
 import urllib.parse
@@ -258,7 +259,8 @@ def _resize(images, size):
 def _tfds(name, data_dir, image_size):
     """An image-classification data set of tensorflow-datasets."""
     import tensorflow_datasets as tfds
-    choose("--dataset", name, [*DATASETS, *tfds.list_builders(with_community_datasets=False)])
+    base = re.split("[/:]", name)[0]  # cifar10, of cifar10:3.0.2; emnist, of emnist/letters
+    choose("--dataset", base, [*DATASETS, *tfds.list_builders(with_community_datasets=False)])
     builder = tfds.builder(name, data_dir=data_dir)
     features = dict(builder.info.features.items())
     if not (isinstance(features.get("image"), tfds.features.Image)
@@ -281,7 +283,7 @@ def _tfds(name, data_dir, image_size):
         else:
             pairs = dataset.map(lambda e: (decode(e["image"]), e["label"]), num_parallel_calls=tf.data.AUTOTUNE)
             sources.append(Arrays(*_columns(pairs)))
-    return features["label"].names, *sources, name not in UNMIRRORED
+    return features["label"].names, *sources, base not in UNMIRRORED
 
 
 def _prepare(builder, tfds):

@@ -88,7 +88,7 @@ class Distiller(keras.Model):
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         super().compile(optimizer=optimizer or optimizers.recipe(epochs, steps_per_epoch), **kwargs)
         self.mean_of = {name: keras.metrics.Mean(name) for name in (
-            "loss", *(f"loss/{t}" for t in self.terms), "diversity", *(f"error/{e}" for e in self.exits))}
+            "loss", *(f"loss/{t}" for t in self.terms), "loss/regularization", "diversity", *(f"error/{e}" for e in self.exits))}
 
     @property
     def metrics(self):
@@ -126,7 +126,7 @@ class Distiller(keras.Model):
         teacher = self.teachers(views, True)
         with tf.GradientTape() as tape:
             student = self.students(views, True)
-            terms = self.loss_terms(labels, student, teacher)
+            terms = {**self.loss_terms(labels, student, teacher), **self._regularization()}
             total = tf.add_n(list(terms.values()))
             scaled = total / self.distribute_strategy.num_replicas_in_sync
         self.optimizer.minimize(scaled, self.trainable_weights, tape=tape)
@@ -137,6 +137,11 @@ class Distiller(keras.Model):
     def test_step(self, data):
         images, labels = data
         return self._report({}, labels, self.all_exits(images))
+
+    def _regularization(self):
+        """The penalties of layers with a regularizer of their own (keras kernel_regularizer), teachers left out."""
+        penalties = [loss for layer in self.layers if not any(layer is t for t in self.untrained) for loss in layer.losses]
+        return {"regularization": tf.add_n(penalties)} if penalties else {}
 
     def _report(self, losses, labels, exits):
         """Updates the metrics and returns the mean of each that was updated."""

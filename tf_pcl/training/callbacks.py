@@ -104,8 +104,7 @@ class Save(keras.callbacks.Callback):
     def __init__(self, checkpoints, every, step, total):
         super().__init__()
         self.checkpoints, self.every, self.step, self.total = checkpoints, every, step, total
-        self.resumed, self.signal = bool(step), None
-        self.saved = step
+        self.signal, self.saved = None, step
 
     def __enter__(self):
         self.handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
@@ -120,10 +119,9 @@ class Save(keras.callbacks.Callback):
         signal.signal(number, signal.SIG_DFL)
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self.resumed:
-            # fit has just reset the metrics; the part of the epoch that was done counts in them.
+        if self.step % self.model.steps_per_epoch:
+            # The run goes on within an epoch, whose first part counts in the metrics; fit has just reset them.
             self.checkpoints.restore()
-            self.resumed = False
 
     def on_train_batch_end(self, batch, logs=None):
         self.step += 1

@@ -34,6 +34,9 @@ def run(options):
     networks.find(options.network)
     workdir = options.workdir or os.path.join("runs", "-".join(
         [options.dataset, options.network.replace(":", "."), options.method, f"seed{options.seed}"]))
+    if options.strategy == "multi_worker" and strategies.worker():
+        # All workers must save, since statistics are gathered from all; what counts is what the first wrote.
+        workdir = os.path.join(workdir, f"worker-{strategies.worker()}")
     files.check_workdir(workdir, options.as_flags(), options.resume)
     strategies.prepare(options)
     strategy = strategies.make(options.strategy)
@@ -59,9 +62,9 @@ def run(options):
     start = checkpoints.restore()
     rows = [row for row in files.read_rows(os.path.join(workdir, "metrics.csv")) if row["step"] <= start]
     print(f"{options.method} on {options.dataset}: {len(data.train):,} training and {len(data.test):,} test images "
-          f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes; {steps} steps an epoch, "
-          f"{options.epochs} epochs; {strategy.num_replicas_in_sync} "
-          f"{'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'} replica, {options.precision}" + (f"; goes on at step {start} of {total}" if start else ""), flush=True)
+          f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes\n{options.epochs} epochs of {steps} steps on "
+          f"{strategy.num_replicas_in_sync} {'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'}, "
+          f"{options.precision}" + (f"; goes on at step {start} of {total}" if start else ""), flush=True)
 
     batches = functools.partial(datasets.train_batches, data, options.batch_size, options.epochs, views=model.views,
                                 seed=options.seed, flip=options.flip, cutout=options.cutout)

@@ -33,6 +33,11 @@ def make(name):
     return tf.distribute.get_strategy()
 
 
+def worker():
+    """The index of this process among several workers (TF_CONFIG), 0 for the first and for a process alone."""
+    return json.loads(os.environ.get("TF_CONFIG") or "{}").get("task", {}).get("index", 0)
+
+
 def check(strategy, options):
     """UserError where the settings do not fit the number of replicas."""
     replicas = strategy.num_replicas_in_sync

@@ -1,0 +1,90 @@
+"""What the README and the flag files promise."""
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+from absl import flags
+
+from tf_pcl import networks, options
+from tf_pcl.methods import METHODS
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(heading, language=None):
+    """The fenced blocks under a heading."""
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", README, re.M | re.S).group(1)
+    return [text for name, text in re.findall(r"^```(\w*)\n(.*?)^```", section, re.M | re.S) if language in (None, name)]
+
+
+def parse(arguments):
+    values = flags.FlagValues()
+    options.define_flags(values)
+    assert values(["train.py", *arguments]) == ["train.py"]
+    return options.from_flags(values)
+
+
+def commands():
+    return [line.split("train.py", 1)[1].split() for text in re.findall(r"^```\w*\n(.*?)^```", README, re.M | re.S)
+            for line in text.replace("\\\n", " ").splitlines() if re.match(r"(sh in_venv.sh )?python train.py ", line)]
+
+
+def test_two_commands_set_everything_up():
+    for heading, text in (("Train", "python train.py"), ("Test", "python -m pytest")):
+        found = blocks(heading)
+        assert len(found) == 1 and len(found[0].splitlines()) == 1 and text in found[0]
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = (ROOT / ".ci/run").read_text().replace('eval "$command"', "")
+    done = subprocess.run(["bash", "-c", command, str(ROOT / ".ci/run")], capture_output=True, text=True)
+    assert done.stdout.strip() == "+ " + blocks("Test")[0].strip()
+
+
+def test_every_command_of_the_readme_parses():
+    found = commands()
+    assert len(found) > 5
+    for arguments in found:
+        method = parse([a for a in arguments if not a.startswith("--flagfile")]).method
+        assert method in METHODS
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "flags").iterdir()), ids=lambda p: p.name)
+def test_flag_files_parse_and_build(path):
+    from tf_pcl.training import run
+    head = path.read_text(encoding="utf-8").splitlines()[:4]
+    for line, word in zip(head, ("table", f"python train.py --flagfile=flags/{path.name}", "Expected error", "Cost")):
+        assert line.startswith("# ") and word in line
+    settings = parse([f"--flagfile={path}"])
+    method = METHODS[settings.method]
+    model = method(networks.build(settings.network, (32, 32, 3), int(settings.dataset[len("cifar"):])),
+                   **run.method_arguments(method, settings))
+    assert model.deployed().output_shape[1] in (10, 100)
+    method_of, network, data_set = path.stem.split("-")
+    assert (method_of, network, data_set) == (settings.method, settings.network, settings.dataset)
+
+
+def test_the_python_of_the_readme_runs():
+    source = "\n".join(blocks("In a notebook", "python"))
+    assert "epochs = 20" in source
+    exec(compile(source.replace("epochs = 20", "epochs = 2"), "README.md", "exec"), {})
+
+
+def test_python_of_other_versions_is_refused_in_one_line(tmp_path):
+    """in_venv.sh where the only Python is one that TensorFlow 2.15 does not run on."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("sh", "cat", "cksum", "dirname", "grep"):
+        (tools / name).symlink_to(shutil.which(name))
+    fake = tools / "python3"
+    fake.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.13.0 && exit 0\nexit 1\n')
+    fake.chmod(0o755)
+    for name in ("in_venv.sh", "setup.cfg", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    done = subprocess.run(["sh", "in_venv.sh", "python", "train.py"], cwd=tmp_path, capture_output=True, text=True,
+                          env={"PATH": str(tools), "HOME": str(tmp_path)})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "3.9, 3.10 and 3.11" in done.stderr and "3.13.0" in done.stderr and not (tmp_path / ".venv").exists()
