@@ -148,6 +148,14 @@ def test_folders_that_cannot_be_used(make_folder, splits, text):
         data.load("image_folder", make_folder(splits))
 
 
+def test_an_image_that_is_no_longer_there_is_named(make_folder):
+    folder = make_folder({"train": ONE, "test": ONE})
+    os.remove(f"{folder}/test/b/0.png")
+    os.symlink("/nowhere.png", f"{folder}/test/b/0.png")
+    with pytest.raises(UserError, match="test/b/0.png"):
+        data.load("image_folder", folder)
+
+
 def test_names_of_data_sets():
     for arguments, text in ((("cifar11",), "Did you mean cifar1"), (("image_folder",), "needs --data_dir"),
                             (("digits", "/"), "does not go with"), (("cifar10", "/nowhere"), "is not there"),

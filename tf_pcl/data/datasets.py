@@ -184,7 +184,10 @@ def _image_folder(data_dir, image_size):
     if not data_dir:
         raise UserError("--dataset=image_folder needs --data_dir, a folder of SPLIT/CLASS/IMAGE.jpg or .png")
     import tensorflow_datasets as tfds
-    builder = tfds.ImageFolder(data_dir)
+    try:
+        builder = tfds.ImageFolder(data_dir)
+    except (OSError, tf.errors.OpError) as e:
+        raise UserError(f"--data_dir={data_dir} cannot be read: {' '.join(str(e).split())}") from e
     splits = {split: info.num_examples for split, info in builder.info.splits.items() if info.num_examples}
     train, test = _two_splits(splits, f"--data_dir={data_dir}", "SPLIT/CLASS/IMAGE.jpg or .png")
     decode = _decoder(image_size)
@@ -197,8 +200,8 @@ def _image_folder(data_dir, image_size):
             paths, labels, images = _columns(encoded.map(lambda e: (e["image/filename"], e["label"],
                                                       decode(e["image"]) if in_memory else 0),
                                            num_parallel_calls=tf.data.AUTOTUNE))
-        except tf.errors.InvalidArgumentError:
-            raise _unusable(encoded, decode) from None
+        except tf.errors.OpError as e:
+            raise _unusable(encoded, decode) or e
         sources.append(Arrays(images, labels) if in_memory else Files(paths, labels, decode, shape))
         shapes.add(shape)
     if len(shapes) > 1:
@@ -213,17 +216,20 @@ def _columns(dataset):
 
 def _unusable(encoded, decode):
     """The UserError that names the first image of a folder that cannot be read or is of another size."""
-    first = None
-    for example in encoded:
-        path = example["image/filename"].numpy().decode()
-        try:
+    first = path = None
+    try:
+        for example in encoded:
+            path = example["image/filename"].numpy().decode()
             h, w, _ = decode(example["image"]).shape
-        except tf.errors.InvalidArgumentError:
-            return UserError(f"{path} cannot be read as a JPEG or PNG image: mend it or take it out")
-        first = first or (path, h, w)
-        if (h, w) != first[1:]:
-            return UserError(f"images differ in size: {first[0]} is {first[2]}×{first[1]}, {path} is {w}×{h} "
-                             "(width × height). Give --image_size=PIXELS to bring them to one size.")
+            first = first or (path, h, w)
+            if (h, w) != first[1:]:
+                return UserError(f"images differ in size: {first[0]} is {first[2]}×{first[1]}, {path} is {w}×{h} "
+                                 "(width × height). Give --image_size=PIXELS to bring them to one size.")
+    except tf.errors.InvalidArgumentError:
+        return UserError(f"{path} cannot be read as a JPEG or PNG image: mend it or take it out")
+    except tf.errors.OpError as e:
+        return UserError(f"an image cannot be read: {' '.join(e.message.split())[:200]}")
+    return None
 
 
 def _two_splits(splits, where, layout):
