@@ -215,9 +215,9 @@ class Peers(keras.Model):
         low = low * len(self.branches) if len(low) == 1 else low
         return {name: Exit(**branch(x, training=training)) for name, branch, x in zip(self.names, self.branches, low)}
 
-    def target(self, name):
-        """The peer of a name to deploy: trunk and its branch."""
-        return from_raw_images(self.preprocess, self.trunk, self.branches[self.names.index(name)])
+    def target(self, j=0):
+        """The peer names[j] to deploy: trunk and its branch."""
+        return from_raw_images(self.preprocess, self.trunk, self.branches[j])
 
 
 def from_raw_images(preprocess, *models):
