@@ -125,7 +125,7 @@ class PCL(Distiller):
 
     def deployed(self):
         source = self.mean or self.student
-        return source.joint() if self.deploy == "ensemble" else source.target("peer_1")
+        return source.joint() if self.deploy == "ensemble" else source.target()
 
 
 class Collaborators(Peers):
