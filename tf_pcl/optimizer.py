@@ -17,13 +17,19 @@ class SGD(keras.optimizers.Optimizer):
       learning_rate: a float or a keras LearningRateSchedule of the step.
       momentum: μ in [0, 1).
       nesterov: whether the step looks ahead along the velocity.
-      coupled_decay: wd ≥ 0, L2 weight decay of every trainable weight, BatchNorm and biases too.
+      coupled_decay: wd ≥ 0, L2 weight decay of every trainable weight, BatchNorm and biases too, but for those that
+        set_decay gives their own.
     """
 
     def __init__(self, learning_rate=0.1, momentum=0.9, nesterov=True, coupled_decay=5e-4, name="SGD", **kwargs):
         super().__init__(name=name, **kwargs)
         self._learning_rate = self._build_learning_rate(learning_rate)
         self.momentum, self.nesterov, self.coupled_decay = momentum, nesterov, coupled_decay
+        self.own_decay = {}
+
+    def set_decay(self, weights, coupled_decay):
+        """Gives these variables a coupled weight decay of their own, before the first step."""
+        self.own_decay.update({self._var_key(w): coupled_decay for w in weights})
 
     def build(self, var_list):
         super().build(var_list)
@@ -33,8 +39,9 @@ class SGD(keras.optimizers.Optimizer):
 
     def update_step(self, gradient, variable):
         lr = tf.cast(self.learning_rate, variable.dtype)
-        velocity = self.velocities[self._index_dict[self._var_key(variable)]]
-        d = tf.convert_to_tensor(gradient) + self.coupled_decay * variable
+        key = self._var_key(variable)
+        velocity = self.velocities[self._index_dict[key]]
+        d = tf.convert_to_tensor(gradient) + self.own_decay.get(key, self.coupled_decay) * variable
         velocity.assign(self.momentum * velocity + d)
         variable.assign_sub(lr * (d + self.momentum * velocity if self.nesterov else velocity))
 

@@ -29,7 +29,7 @@ class Options:
                          "keras.applications, or module:function of your own")
     split_at: typing.Optional[str] = _flag(None, "layer after which each peer has its own branch; default: before the "
                                            "last stage", str)
-    peers: typing.Optional[int] = _flag(None, "number of peers; default 3", int, low=1)
+    peers: typing.Optional[int] = _flag(None, "number of peers, okddip's leader not counted; default 3", int, low=1)
 
     # Data.
     dataset: str = _flag("cifar100", "cifar10, cifar100, digits, image_folder, or any image-classification data set of "
@@ -51,11 +51,15 @@ class Options:
     lr_decay_epochs: typing.Optional[tuple] = _flag(None, "epochs after which the learning rate is divided by 10, comma "
                                                     "separated; default: 150,225 of 300, scaled to --epochs", list)
     weight_decay: float = _flag(5e-4, "L2 decay, added to the gradient", low=0)
-    temperature: typing.Optional[float] = _flag(None, "softens teachers' and students' probabilities; default 3", float,
-                                                above=0)
+    temperature: typing.Optional[float] = _flag(None, "softens teachers' and students' probabilities; default 3, for cl "
+                                                "2, for dml 1", float, above=0)
     rampup_epochs: typing.Optional[float] = _flag(None, "epochs until distillation has its full weight, 0: from the start; "
                                                   "default: 80 of 300, scaled to --epochs", float, low=0)
     distill_weight: typing.Optional[float] = _flag(None, "full weight of distillation; default 1", float, low=0)
+    distill_share: typing.Optional[float] = _flag(None, "byot, cl: share of distillation in a student's loss, the rest is "
+                                                  "cross-entropy; default 0.3 for byot, 0.5 for cl", float, low=0, high=1)
+    hint_weight: typing.Optional[float] = _flag(None, "byot: weight of the squared distance between features; default "
+                                                "0.03", float, low=0)
     ema_decay: typing.Optional[float] = _flag(None, "largest decay of the mean teacher; default 0.999, by steps at most "
                                               "what averages over 1 % of training", float, low=0, high=1)
     ema_every: typing.Optional[str] = _flag(None, "when the mean teacher is updated; default step", ("step", "epoch"))

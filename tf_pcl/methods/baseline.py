@@ -1,9 +1,6 @@
 """The target network trained alone, with cross-entropy: what every method is compared with."""
-import tensorflow as tf
-from tensorflow import keras
-
 from tf_pcl.losses import cross_entropy
-from tf_pcl.methods.distiller import Distiller, Exit, classifier
+from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images
 from tf_pcl.networks import with_features
 
 
@@ -30,5 +27,4 @@ class Baseline(Distiller):
         return {"ce": cross_entropy(labels, student["peer_1"].logits)}
 
     def deployed(self):
-        images = keras.Input(self.network.input_shape[1:], dtype=tf.uint8, name="images")
-        return classifier(images, self.network(self.preprocess(images))["logits"])
+        return from_raw_images(self.preprocess, self.network)

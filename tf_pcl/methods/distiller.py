@@ -6,14 +6,18 @@ import tensorflow as tf
 from tensorflow import keras
 
 from tf_pcl import optimizer as optimizers
+from tf_pcl import schedules
+from tf_pcl.errors import UserError
 from tf_pcl.networks import clone
 
 
 class Exit(typing.NamedTuple):
-    """One prediction of a model: logits [B, C] and, where the exit has one, the feature [B, d] that they classify."""
+    """One prediction of a model: logits float32 [B, C] and, where the exit has them, the feature [B, d] that they classify
+    and the feature map [B, H, W, c] before it."""
 
     logits: tf.Tensor
     features: typing.Optional[tf.Tensor] = None
+    feature_map: typing.Optional[tf.Tensor] = None
 
 
 class Distiller(keras.Model):
@@ -31,10 +35,12 @@ class Distiller(keras.Model):
       terms: names of the loss terms.
       exits: names of all predictions, trained ones first; `error/NAME` is the error in percent.
       deployed_exit: the name of the prediction that `deployed()` gives.
+      rampup_epochs, distill_weight: α and λ of the ramp-up weight ω; λ is None in a method without ω.
       step: int64, training steps done.
     """
 
     views = 1
+    rampup_epochs = distill_weight = None
 
     def __init__(self, preprocess=None, name=None):
         super().__init__(name=name)
@@ -48,6 +54,11 @@ class Distiller(keras.Model):
     @property
     def untrained(self):
         """Models that the method holds and never trains by gradient."""
+        return []
+
+    @property
+    def own_decay(self):
+        """[(weights, weight decay)] of the weights that do not take the recipe's."""
         return []
 
     def students(self, views, training):
@@ -67,7 +78,7 @@ class Distiller(keras.Model):
 
     def schedules(self):
         """{name: scalar} of the method's schedules at the current step, for reports."""
-        return {}
+        return {} if self.distill_weight is None else {"rampup": self.ramp_up()}
 
     def deployed(self):
         """The network to deploy: a functional keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
@@ -82,11 +93,16 @@ class Distiller(keras.Model):
         """Keras's compile, with the length of training, which schedules scale with.
 
         Args:
-          optimizer: a keras optimizer; by default the tables' SGD (optimizer.recipe).
+          optimizer: a keras optimizer; by default the tables' SGD (optimizer.recipe). One of another class decays all
+            weights alike.
           epochs, steps_per_epoch: as will be given to fit.
         """
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
-        super().compile(optimizer=optimizer or optimizers.recipe(epochs, steps_per_epoch), **kwargs)
+        optimizer = optimizer or optimizers.recipe(epochs, steps_per_epoch)
+        if isinstance(optimizer, optimizers.SGD):
+            for weights, decay in self.own_decay:
+                optimizer.set_decay(weights, decay)
+        super().compile(optimizer=optimizer, **kwargs)
         self.mean_of = {name: keras.metrics.Mean(name) for name in (
             "loss", *(f"loss/{t}" for t in self.terms), "loss/regularization", "diversity", *(f"error/{e}" for e in self.exits))}
 
@@ -118,6 +134,11 @@ class Distiller(keras.Model):
     def fractional_epoch(self):
         """Epochs done, float32: step / steps per epoch."""
         return tf.cast(self.step, tf.float32) / self.steps_per_epoch
+
+    def ramp_up(self):
+        """ω at the current step; α, unless given, is 80 of 300 epochs, scaled to the run."""
+        rampup_epochs = schedules.PAPER_RAMPUP * self.epochs if self.rampup_epochs is None else self.rampup_epochs
+        return schedules.ramp_up(self.fractional_epoch, rampup_epochs, self.distill_weight)
 
     def train_step(self, data):
         views, labels = data
@@ -159,38 +180,54 @@ class Distiller(keras.Model):
 
 
 class Peers(keras.Model):
-    """m peers on a shared trunk; all of the weights that a method trains.
+    """Peers on a shared trunk.
 
     Args:
       trunk, branch: as networks.split gives them.
-      count: m ≥ 1; every peer gets a freshly initialised copy of the branch.
+      names: the peers' exits; each gets a freshly initialised copy of the branch.
       preprocess: a layer in front of the trunk.
     """
 
-    def __init__(self, trunk, branch, count, preprocess, name="peers"):
+    def __init__(self, trunk, branch, names, preprocess, name="peers"):
         super().__init__(name=name)
         self.preprocess = preprocess
         self.trunk = trunk
+        self.names = tuple(names)
         self.branches = []
-        for j in range(count):
+        for j in range(len(names)):
             own = clone(branch, salt=j)
             # Keras wants different names for models that meet in one, as in an ensemble.
             self.branches.append(keras.Model(own.input, own.output, name=f"branch_{j + 1}"))
         self.built = True
 
     def call(self, views, training=False):
-        """A list of the peers' Exits for views [B, v, H, W, C]: peer j takes view j, or all take the one (v = 1)."""
-        count = views.shape[1]
+        """{name: Exit} of the peers for views [B, v, H, W, C]."""
+        return self.high(self.low(views, training), training)
+
+    def low(self, views, training=False):
+        """The trunk's output [B, …] for each of the v views, a list."""
         # The views go through the trunk as one batch of v·B images, which share its BatchNorm statistics.
         images = tf.reshape(tf.transpose(views, [1, 0, 2, 3, 4]), [-1, *views.shape[2:]])
-        low = tf.split(self.trunk(self.preprocess(images), training=training), count)
-        low = low * len(self.branches) if count == 1 else low
-        return [Exit(**branch(x, training=training)) for branch, x in zip(self.branches, low)]
+        return tf.split(self.trunk(self.preprocess(images), training=training), views.shape[1])
+
+    def high(self, low, training=False):
+        """{name: Exit} of the branches: peer j takes low[j], or all take the one."""
+        low = low * len(self.branches) if len(low) == 1 else low
+        return {name: Exit(**branch(x, training=training)) for name, branch, x in zip(self.names, self.branches, low)}
 
     def target(self, j=0):
-        """Peer j as a functional keras.Model from raw images uint8 to logits float32: trunk and one branch."""
-        images = keras.Input(self.trunk.input_shape[1:], dtype=tf.uint8, name="images")
-        return classifier(images, self.branches[j](self.trunk(self.preprocess(images)))["logits"])
+        """The peer names[j] to deploy: trunk and its branch."""
+        return from_raw_images(self.preprocess, self.trunk, self.branches[j])
+
+
+def from_raw_images(preprocess, *models):
+    """A functional keras.Model from raw images uint8 [B, H, W, C], through `preprocess` and `models`, the last of which
+    gives {"logits": …}, to logits float32 [B, C]."""
+    images = keras.Input(models[0].input_shape[1:], dtype=tf.uint8, name="images")
+    x = preprocess(images)
+    for model in models:
+        x = model(x)
+    return classifier(images, x["logits"])
 
 
 def classifier(images, logits):
@@ -199,5 +236,7 @@ def classifier(images, logits):
 
 
 def peer_names(count):
-    """["peer_1", …]."""
+    """["peer_1", …]; UserError for fewer than 2."""
+    if count < 2:
+        raise UserError(f"--peers={count}: this method needs at least 2 peers, who teach each other")
     return [f"peer_{j + 1}" for j in range(count)]

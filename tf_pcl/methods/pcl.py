@@ -57,8 +57,7 @@ class PCL(Distiller):
                  ema_decay=None, ema_every="step", ensemble_teacher="features", peer_teacher="mean", views="own",
                  deploy="peer", preprocess=None):
         super().__init__(preprocess)
-        if peers < 2:
-            raise UserError(f"--peers={peers}: pcl needs at least 2 peers, who teach each other")
+        self.peer_names = peer_names(peers)
         if deploy == "ensemble" and ensemble_teacher == "none":
             raise UserError("--deploy=ensemble does not go with --ensemble_teacher=none: there is no ensemble to deploy")
         self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
@@ -70,13 +69,12 @@ class PCL(Distiller):
 
         trunk, branch = split(network, split_at)
         ensemble = self.ensemble_teacher
-        self.student = Collaborators(trunk, branch, peers, self.preprocess, ensemble)
-        self.peer_names = peer_names(peers)
+        self.student = Collaborators(trunk, branch, self.peer_names, self.preprocess, ensemble)
         self.exits = (*self.peer_names, *(["ensemble"] if ensemble != "none" else []))
         self.deployed_exit = "ensemble" if deploy == "ensemble" else "peer_1"
         self.mean = None
         if peer_teacher == "mean":
-            self.mean = Collaborators(clone(trunk), branch, peers, self.preprocess, ensemble)
+            self.mean = Collaborators(clone(trunk), branch, self.peer_names, self.preprocess, ensemble)
             self.shadow = Shadow(self.student, self.mean)
             self.exits += tuple(f"mean_{name}" for name in self.exits)
             self.deployed_exit = f"mean_{self.deployed_exit}"
@@ -110,11 +108,6 @@ class PCL(Distiller):
         if self.mean:
             self.shadow.update(self.decay(done))
 
-    def ramp_up(self):
-        """ω at the current step."""
-        rampup_epochs = schedules.PAPER_RAMPUP * self.epochs if self.rampup_epochs is None else self.rampup_epochs
-        return schedules.ramp_up(self.fractional_epoch, rampup_epochs, self.distill_weight)
-
     def decay(self, done):
         """φ for the update after `done` steps; between the ends of epochs 1, no update, if epochs are counted."""
         if self.ema_every == "epoch":
@@ -125,7 +118,7 @@ class PCL(Distiller):
         return schedules.ema_decay(done, largest if self.ema_decay is None else self.ema_decay)
 
     def schedules(self):
-        values = {"rampup": self.ramp_up()}
+        values = super().schedules()
         if self.mean:
             values["ema_decay"] = self.decay(tf.maximum(self.step, 1))
         return values
@@ -139,24 +132,23 @@ class Collaborators(Peers):
     """The peers and their ensemble classifier.
 
     Args:
-      trunk, branch, count, preprocess: as in Peers.
+      trunk, branch, names, preprocess: as in Peers.
       ensemble: "features", "logits" or "none", as in PCL.
     """
 
-    def __init__(self, trunk, branch, count, preprocess, ensemble):
-        super().__init__(trunk, branch, count, preprocess)
+    def __init__(self, trunk, branch, names, preprocess, ensemble):
+        super().__init__(trunk, branch, names, preprocess)
         self.ensemble = ensemble
         if ensemble == "features":
             d, classes = branch.output_shape["features"][-1], branch.output_shape["logits"][-1]
             self.ensemble_classifier = keras.layers.Dense(classes, dtype="float32", name="ensemble_classifier")
-            self.ensemble_classifier.build((None, count * d))
+            self.ensemble_classifier.build((None, len(names) * d))
 
     def call(self, views, training=False):
         """{exit name: Exit} for views [B, v, H, W, C]."""
-        peers = super().call(views, training)
-        exits = dict(zip(peer_names(len(peers)), peers))
+        exits = super().call(views, training)
         if self.ensemble != "none":
-            exits["ensemble"] = Exit(self.joint_logits(peers))
+            exits["ensemble"] = Exit(self.joint_logits(list(exits.values())))
         return exits
 
     def joint_logits(self, peers):

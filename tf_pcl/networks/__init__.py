@@ -12,7 +12,7 @@ from tf_pcl.errors import UserError, choose
 from tf_pcl.networks.densenet import densenet40_12
 from tf_pcl.networks.resnet import resnet, resnet8, resnet14, resnet18, resnet20, resnet32, resnet50, resnet110, wrn20_8
 from tf_pcl.networks.resnext import resnext29_2x64d
-from tf_pcl.networks.split import clone, cut_points, split, with_features
+from tf_pcl.networks.split import clone, cut_points, split, stage_names, with_features
 from tf_pcl.networks.vgg import vgg16
 
 NETWORKS = {f.__name__: f for f in (

@@ -1,6 +1,7 @@
 """Cuts any functional Keras model into a trunk that peers share and a branch that each has for itself."""
 import re
 
+import tensorflow as tf
 from tensorflow import keras
 from tensorflow.keras import layers
 
@@ -30,13 +31,15 @@ def clone(model, salt=0, linear=None):
 
 
 def with_features(network):
-    """Copies a classifier and gives the copy a second output, the feature that its last layer classifies.
+    """Copies a classifier and gives the copy more outputs: what stands before the logits.
 
     Args:
       network: a functional (or Sequential) keras.Model from images to logits or to probabilities; a softmax at the end is
         taken off.
     Returns:
-      A keras.Model with the network's weights, not shared with it, and outputs {"features": [B, d], "logits": [B, C]}.
+      A keras.Model with the network's weights, not shared with it, and outputs {"features": [B, d], "logits": float32
+      [B, C]}: the feature is what the last layer classifies. A network that pools or flattens a feature map [B, H, W, c] to
+      a vector has it as a third output, "feature_map".
     Raises:
       UserError: if the network does not end in a fully connected classifier.
     """
@@ -61,7 +64,18 @@ def with_features(network):
     if last.activation is not keras.activations.linear:
         raise UserError(f"network {network.name!r} applies {last.activation.__name__} to its last layer {last.name!r}: "
                         "it must give logits, or probabilities through a softmax")
-    return keras.Model(copied.input, {"features": last.input, "logits": last.output}, name=network.name)
+    outputs = {"features": last.input, "logits": last.output}
+    if last.output.dtype != tf.float32:
+        outputs["logits"] = layers.Activation("linear", dtype="float32", name="float32_logits")(last.output)
+    pooled = [la.input for la in copied.layers if _rank(la, "input") == 4 and _rank(la, "output") == 2]
+    if pooled:
+        outputs["feature_map"] = pooled[-1]
+    return keras.Model(copied.input, outputs, name=network.name)
+
+
+def _rank(layer, side):
+    """The rank of a layer's one "input" or "output" tensor; None if it has several."""
+    return getattr(getattr(getattr(layer, side, None), "shape", None), "rank", None)
 
 
 def _softmax(layer):
@@ -98,10 +112,16 @@ def cut_points(network):
     return names
 
 
+def stage_names(network):
+    """Names of the layers that give the network's stages, stage_1 … stage_S; empty if it has none."""
+    found = [re.fullmatch(r"stage_(\d+)", layer.name) for layer in network.layers]
+    return [f"stage_{number}" for number in sorted(int(m.group(1)) for m in found if m)]
+
+
 def default_cut(network):
-    """The layer after which the last stage begins: stage_(S−1) of a network with layers stage_1 … stage_S."""
-    stages = sorted(int(m.group(1)) for m in (re.fullmatch(r"stage_(\d+)", la.name) for la in network.layers) if m)
-    return f"stage_{stages[-2]}" if len(stages) > 1 else None
+    """The layer after which the last stage begins: stage_(S−1)."""
+    stages = stage_names(network)
+    return stages[-2] if len(stages) > 1 else None
 
 
 def split(network, at=None):
@@ -111,19 +131,22 @@ def split(network, at=None):
       network: a functional keras.Model from images to logits or probabilities.
       at: the name of the trunk's last layer; by default that before the last stage of a network with named stages.
     Returns:
-      trunk: keras.Model from images to the output of `at`; branch: keras.Model from there to {"features": [B, d],
-      "logits": [B, C]}. Together they have exactly the network's weights, copied.
+      trunk: keras.Model from images to the output of `at`; branch: keras.Model from there to the outputs of
+      with_features, "feature_map" only if the branch makes it. Together they have exactly the network's weights, copied.
     Raises:
       UserError: if the network cannot be cut there; the text names the layers where it can.
     """
     whole = with_features(network)
+    # Keras lists the layers of a dictionary's outputs by sorted key.
+    makers = dict(zip(sorted(whole.output), whole.output_names))
+    order = [layer.name for layer in whole.layers]
     # A cut must leave the feature that is classified to the branch.
-    feature = whole.output["features"]
-    points = [name for name in cut_points(whole) if whole.get_layer(name).output is not feature]
+    points = [name for name in cut_points(whole) if order.index(name) < order.index(makers["features"])]
     at = at or default_cut(whole)
     if at not in points:
         came = f"--split_at={at}: network {whole.name!r} cannot be cut there" if at else \
             f"network {whole.name!r} has no stages to be cut by: give --split_at"
         raise UserError(f"{came}. Layers where a cut is possible: {', '.join(points) or 'none'}.")
     cut = whole.get_layer(at).output
-    return keras.Model(whole.input, cut, name="trunk"), keras.Model(cut, whole.output, name="branch")
+    made = {key: tensor for key, tensor in whole.output.items() if order.index(makers[key]) > order.index(at)}
+    return keras.Model(whole.input, cut, name="trunk"), keras.Model(cut, made, name="branch")

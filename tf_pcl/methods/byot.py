@@ -1,0 +1,92 @@
+"""Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self Distillation (Zhang, Song, Gao,
+Chen, Bao and Ma, ICCV 2019).
+
+One network of S stages teaches its own shallow parts: after each stage but the last stands a classifier, an exit, of a
+bottleneck, which makes of the stage's feature map a feature F_i as long as the last one, and a fully connected layer. With
+F_last ∈ R^d and z_last the feature and the logits of the whole network, z_i the logits of exit i and
+p^T(z) = softmax(z / T), the loss is (section 3.2)
+
+    L = Σ_{i<S} (1−α) CE(y, z_i) + CE(y, z_last)                 `ce`
+        + α Σ_{i<S} T² KL(p^T(z_last) ‖ p^T(z_i))                `deepest`, α included
+        + λ Σ_{i<S} ‖F_i − F_last‖²                              `hint`, λ included
+
+α = 0.3, λ = 0.03. No gradient flows into z_last or F_last as a teacher. Deployed is the network without its shallow exits.
+
+What the paper leaves open: F is the feature after global pooling; the bottleneck is 1×1 conv to d/4 → for each stage that
+follows, 3×3 conv with stride 2 → 1×1 conv to d → global average pooling, with BN and ReLU after each convolution.
+"""
+import tensorflow as tf
+from tensorflow import keras
+from tensorflow.keras import layers
+
+from tf_pcl.errors import UserError
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images
+from tf_pcl.networks import stage_names, with_features
+from tf_pcl.networks.resnet import conv, norm
+
+
+class BYOT(Distiller):
+    """A network that is the teacher of its own shallow exits.
+
+    Args:
+      network: the target network, a functional keras.Model from images to logits or probabilities with layers stage_1 …
+        stage_S, S ≥ 2, that give feature maps [B, H, W, c].
+      temperature: T > 0.
+      distill_share: α in [0, 1], the share of distillation in a shallow exit's loss.
+      hint_weight: λ ≥ 0.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "deepest", "hint")
+    deployed_exit = "deepest"
+
+    def __init__(self, network, *, temperature=3.0, distill_share=0.3, hint_weight=0.03, preprocess=None):
+        super().__init__(preprocess)
+        self.temperature, self.distill_share, self.hint_weight = temperature, distill_share, hint_weight
+        whole = with_features(network)
+        maps = [whole.get_layer(name).output for name in stage_names(whole)[:-1]]
+        if not maps or any(x.shape.rank != 4 for x in maps):
+            raise UserError(f"network {network.name!r} lacks layers stage_1, stage_2, … that give feature maps: byot puts "
+                            "an exit after each but the last")
+        self.shallow_names = [f"exit_{i + 1}" for i in range(len(maps))]
+        self.exits = (*self.shallow_names, self.deployed_exit)
+        self.network = keras.Model(whole.input, {**whole.output, **dict(zip(self.shallow_names, maps))}, name=whole.name)
+        d, classes = whole.output_shape["features"][-1], whole.output_shape["logits"][-1]
+        self.shallow = [shallow_exit(x.shape[1:], len(maps) - i, d, classes, name)
+                        for i, (x, name) in enumerate(zip(maps, self.shallow_names))]
+
+    def students(self, views, training):
+        outputs = dict(self.network(self.preprocess(views[:, 0]), training=training))
+        exits = {name: Exit(**classify(outputs.pop(name), training=training))
+                 for name, classify in zip(self.shallow_names, self.shallow)}
+        return {**exits, "deepest": Exit(**outputs)}
+
+    def loss_terms(self, labels, student, teacher):
+        alpha, last = self.distill_share, student["deepest"]
+        shallow = [student[name] for name in self.shallow_names]
+        return {
+            "ce": (1 - alpha) * sum(cross_entropy(labels, e.logits) for e in shallow) + cross_entropy(labels, last.logits),
+            "deepest": alpha * sum(distillation(last.logits, e.logits, self.temperature) for e in shallow),
+            "hint": self.hint_weight * sum(squared_distance(e.features, tf.stop_gradient(last.features)) for e in shallow),
+        }
+
+    def deployed(self):
+        return from_raw_images(self.preprocess, self.network)
+
+
+def squared_distance(f, g):
+    """‖f − g‖² of features [B, d], the mean over the batch, a float32 scalar."""
+    difference = tf.cast(f, tf.float32) - tf.cast(g, tf.float32)
+    return tf.reduce_mean(tf.reduce_sum(tf.square(difference), axis=-1))
+
+
+def shallow_exit(map_shape, halvings, width, classes, name):
+    """A keras.Model from a stage's feature map [B, *map_shape] to {"features": [B, width], "logits": float32 [B, classes]},
+    whose bottleneck halves the map's sides `halvings` times."""
+    x = stage = keras.Input(map_shape)
+    for filters, size, strides in [(max(1, width // 4), 1, 1), *[(max(1, width // 4), 3, 2)] * halvings, (width, 1, 1)]:
+        x = layers.ReLU()(norm(conv(x, filters, size, strides)))
+    features = layers.GlobalAveragePooling2D()(x)
+    logits = layers.Dense(classes, dtype="float32")(features)
+    return keras.Model(stage, {"features": features, "logits": logits}, name=name)

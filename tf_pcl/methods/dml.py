@@ -1,0 +1,52 @@
+"""Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018).
+
+m whole networks share nothing and see the same images; each learns from the labels and from what the others say now.
+With z_j the logits of network j and p(z) = softmax(z / T), T = 1, L = Σ_j L_j, where (section 2.3)
+
+    L_j = CE(y, z_j) + 1/(m−1) Σ_{i≠j} T² KL(p(z_i) ‖ p(z_j))        `ce` and `mutual`
+
+No gradient flows into the network that teaches, and there is no ramp-up. Deployed is network 1.
+
+What the paper leaves open or does otherwise: all networks step together, on the logits of one forward pass, where the
+paper lets them take turns; the networks are alike, the given one and freshly initialised copies of it.
+"""
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images, peer_names
+from tf_pcl.networks import clone, with_features
+
+
+class DML(Distiller):
+    """Whole networks that learn from each other.
+
+    Args:
+      network: the target network, a functional keras.Model from images to logits or probabilities.
+      peers: m ≥ 2.
+      temperature: T > 0.
+      preprocess: a layer in front of the networks, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "mutual")
+    deployed_exit = "peer_1"
+
+    def __init__(self, network, *, peers=3, temperature=1.0, preprocess=None):
+        super().__init__(preprocess)
+        self.temperature = temperature
+        self.exits = peer_names(peers)
+        first = with_features(network)
+        self.networks = [first, *(clone(first, salt=j) for j in range(1, peers))]
+
+    def students(self, views, training):
+        images = self.preprocess(views[:, 0])
+        return {name: Exit(**network(images, training=training)) for name, network in zip(self.exits, self.networks)}
+
+    def loss_terms(self, labels, student, teacher):
+        z = [student[name].logits for name in self.exits]
+        m = len(z)
+        return {
+            "ce": sum(cross_entropy(labels, z_j) for z_j in z),
+            "mutual": 1 / (m - 1) * sum(
+                distillation(z[i], z[j], self.temperature) for j in range(m) for i in range(m) if i != j),
+        }
+
+    def deployed(self):
+        return from_raw_images(self.preprocess, self.networks[0])

@@ -1,0 +1,94 @@
+"""Feature Fusion for Online Mutual Knowledge Distillation (Kim, Hyun, Chung and Kwak, ICPR 2020), shared trunk: FFL-S.
+
+m branches share a trunk; a fusion module makes one classifier of their last feature maps M_j. With z_j the logits of
+branch j, p^T(z) = softmax(z / T) and the ramp-up weight ω, the two ensembles and the loss are (section III)
+
+    z_f: concat(M_1, …, M_m) → depthwise 3×3 conv → BN → ReLU → pointwise 1×1 conv to the width of M_j → BN → ReLU
+         → GAP → fully connected
+    z_a = 1/m Σ_j z_j
+    L = Σ_j CE(y, z_j) + CE(y, z_f)                 `ce`
+        + ω T² Σ_j KL(p^T(z_f) ‖ p^T(z_j))          `fused`, ω included
+        + ω T² KL(p^T(z_a) ‖ p^T(z_f))              `average`, ω included
+
+so that branches and fusion module teach each other; no gradient flows into a teacher. The fusion module's weight decay is
+1e-5. Deployed is branch 1; z_f is the exit `ensemble`.
+
+What the paper leaves open: the convolutions have no bias, since BN subtracts the mean.
+"""
+import tensorflow as tf
+from tensorflow import keras
+from tensorflow.keras import layers
+
+from tf_pcl.errors import UserError
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.distiller import Distiller, Exit, Peers, peer_names
+from tf_pcl.networks import split
+from tf_pcl.networks.resnet import conv, norm
+
+
+class FFL(Distiller):
+    """Branches and the fusion of their feature maps that teach each other.
+
+    Args:
+      network: the target network, a functional keras.Model from images to logits or probabilities, with a feature map that
+        is pooled or flattened after `split_at`.
+      split_at: the name of the last layer that the branches share; by default that before the last stage.
+      peers: m ≥ 2 branches.
+      temperature: T > 0.
+      rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
+      distill_weight: λ, the full value of ω.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "fused", "average")
+    deployed_exit = "peer_1"
+
+    def __init__(self, network, *, split_at=None, peers=3, temperature=3.0, rampup_epochs=None, distill_weight=1.0,
+                 preprocess=None):
+        super().__init__(preprocess)
+        self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
+        self.peer_names = peer_names(peers)
+        self.exits = (*self.peer_names, "ensemble")
+        trunk, branch = split(network, split_at)
+        self.peers = Peers(trunk, branch, self.peer_names, self.preprocess)
+        self.fusion = fusion(network, branch, peers)
+
+    @property
+    def own_decay(self):
+        return [(self.fusion.trainable_weights, 1e-5)]
+
+    def students(self, views, training):
+        exits = self.peers(views, training)
+        maps = tf.concat([e.feature_map for e in exits.values()], axis=-1)
+        return {**exits, "ensemble": Exit(self.fusion(maps, training=training))}
+
+    def loss_terms(self, labels, student, teacher):
+        T, w = self.temperature, self.ramp_up()
+        z, z_f = [student[name].logits for name in self.peer_names], student["ensemble"].logits
+        z_a = tf.add_n(z) / len(z)
+        return {
+            "ce": sum(cross_entropy(labels, e.logits) for e in student.values()),
+            "fused": w * sum(distillation(z_f, z_j, T) for z_j in z),
+            "average": w * distillation(z_a, z_f, T),
+        }
+
+    def deployed(self):
+        return self.peers.target()
+
+
+def fusion(network, branch, count):
+    """A keras.Model from the concatenated last feature maps [B, H, W, count · c] of the branches to z_f float32 [B, C].
+
+    Raises:
+      UserError: if the branch makes no feature map.
+    """
+    if "feature_map" not in branch.output_shape:
+        raise UserError(f"network {network.name!r} has no feature map [batch, height, width, channels] between --split_at "
+                        "and its classifier, and ffl fuses those of the branches: cut earlier")
+    *size, width = branch.output_shape["feature_map"][1:]
+    maps = keras.Input([*size, count * width])
+    x = layers.DepthwiseConv2D(3, padding="same", use_bias=False, depthwise_initializer="he_normal")(maps)
+    x = layers.ReLU()(norm(x))
+    x = layers.ReLU()(norm(conv(x, width, 1)))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(maps, layers.Dense(branch.output_shape["logits"][-1], dtype="float32")(x), name="fusion")

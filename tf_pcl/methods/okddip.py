@@ -1,0 +1,74 @@
+"""Online Knowledge Distillation with Diverse Peers (Chen, Mei, Wang, Feng and Chen, AAAI 2020): OKDDip.
+
+m auxiliary peers and a group leader share a trunk. Each peer learns from its own mixture of the peers, so that they stay
+diverse; the leader learns from their mean. With f_i ∈ R^d the feature and z_i the logits of peer i, p^T(z) = softmax(z / T)
+and the ramp-up weight ω, the attention, the targets and the loss are (section 3)
+
+    a_ij = softmax_j((W_q f_i) · (W_k f_j)),  W_q, W_k ∈ R^{d×d/8},   t_i = Σ_j a_ij z_j
+    L = Σ_i CE(y, z_i) + CE(y, z_leader)                  `ce`
+        + ω T² Σ_i KL(p^T(t_i) ‖ p^T(z_i))                `personal`, ω included
+        + ω T² KL(p^T(1/m Σ_i z_i) ‖ p^T(z_leader))       `group`, ω included
+
+W_q and W_k learn from the targets alone, which are therefore not cut from the gradient. Deployed is the leader.
+
+What the paper leaves open: d/8 is rounded down, but not to 0; attention is computed in float32.
+"""
+import tensorflow as tf
+from tensorflow.keras import layers
+
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.distiller import Distiller, Peers, peer_names
+from tf_pcl.networks import split
+
+
+class OKDDip(Distiller):
+    """Peers with targets of their own, and a leader who learns from them all.
+
+    Args:
+      network: the target network, a functional keras.Model from images to logits or probabilities.
+      split_at: the name of the last layer that peers and leader share; by default that before the last stage.
+      peers: m ≥ 2 auxiliary peers; the leader is one branch more.
+      temperature: T > 0.
+      rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
+      distill_weight: λ, the full value of ω.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "personal", "group")
+    deployed_exit = "leader"
+
+    def __init__(self, network, *, split_at=None, peers=3, temperature=3.0, rampup_epochs=None, distill_weight=1.0,
+                 preprocess=None):
+        super().__init__(preprocess)
+        self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
+        self.peer_names = peer_names(peers)
+        self.exits = (*self.peer_names, "leader")
+        trunk, branch = split(network, split_at)
+        self.peers = Peers(trunk, branch, self.exits, self.preprocess)
+        d = branch.output_shape["features"][-1]
+        self.query, self.key = (layers.Dense(max(1, d // 8), use_bias=False, dtype="float32", name=name)
+                                for name in ("query", "key"))
+        for matrix in (self.query, self.key):
+            matrix.build((None, d))
+
+    def students(self, views, training):
+        return self.peers(views, training)
+
+    def attention(self, features):
+        """a_ij float32 [B, m, m], which sum to 1 over j, of features f_i [B, m, d]."""
+        return tf.nn.softmax(tf.matmul(self.query(features), self.key(features), transpose_b=True))
+
+    def loss_terms(self, labels, student, teacher):
+        T, w = self.temperature, self.ramp_up()
+        stacked = lambda what: tf.stack([getattr(student[name], what) for name in self.peer_names], axis=1)
+        z, z_leader = stacked("logits"), student["leader"].logits
+        targets = tf.matmul(self.attention(stacked("features")), z)
+        return {
+            "ce": sum(cross_entropy(labels, e.logits) for e in student.values()),
+            "personal": w * sum(distillation(t_i, z_i, T, cut=False) for t_i, z_i in zip(
+                tf.unstack(targets, axis=1), tf.unstack(z, axis=1))),
+            "group": w * distillation(tf.reduce_mean(z, axis=1), z_leader, T, cut=False),
+        }
+
+    def deployed(self):
+        return self.peers.target(-1)

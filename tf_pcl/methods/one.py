@@ -1,0 +1,83 @@
+"""Knowledge Distillation by On-the-Fly Native Ensemble (Lan, Zhu and Gong, NeurIPS 2018).
+
+m branches share a trunk; a gate weighs their logits z_j into an ensemble that teaches them. With x_l the trunk's output,
+p^T(z) = softmax(z / T) and the ramp-up weight ω, the ensemble and the loss are (section 3)
+
+    g = softmax(ReLU(BN(W · GAP(x_l)))) ∈ R^m,   z_e = Σ_j g_j z_j
+    L = Σ_j CE(y, z_j) + CE(y, z_e)                 `ce`
+        + ω T² Σ_j KL(p^T(z_e) ‖ p^T(z_j))          `ensemble`, ω included
+
+No gradient flows into the ensemble as a teacher, so that the gate learns from CE(y, z_e) alone. Deployed is branch 1.
+
+What the paper leaves open: W has no bias, since BN subtracts the mean; the gate is computed in float32.
+"""
+import tensorflow as tf
+from tensorflow import keras
+from tensorflow.keras import layers
+
+from tf_pcl.errors import UserError
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.distiller import Distiller, Exit, Peers, peer_names
+from tf_pcl.networks import split
+
+
+class ONE(Distiller):
+    """Branches that learn from their gated ensemble.
+
+    Args:
+      network: the target network, a functional keras.Model from images to logits or probabilities.
+      split_at: the name of the last layer that the branches share, which gives a feature map [B, H, W, c]; by default that
+        before the last stage.
+      peers: m ≥ 2 branches.
+      temperature: T > 0.
+      rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
+      distill_weight: λ, the full value of ω.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "ensemble")
+    deployed_exit = "peer_1"
+
+    def __init__(self, network, *, split_at=None, peers=3, temperature=3.0, rampup_epochs=None, distill_weight=1.0,
+                 preprocess=None):
+        super().__init__(preprocess)
+        self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
+        self.peer_names = peer_names(peers)
+        self.exits = (*self.peer_names, "ensemble")
+        trunk, branch = split(network, split_at)
+        self.peers = Peers(trunk, branch, self.peer_names, self.preprocess)
+        self.gate = gate(trunk, peers)
+
+    def students(self, views, training):
+        low = self.peers.low(views, training)
+        exits = self.peers.high(low, training)
+        g = self.gate(low[0], training=training)
+        z = tf.stack([e.logits for e in exits.values()], axis=1)
+        return {**exits, "ensemble": Exit(tf.reduce_sum(g[:, :, None] * z, axis=1))}
+
+    def loss_terms(self, labels, student, teacher):
+        z_e = student["ensemble"].logits
+        return {
+            "ce": sum(cross_entropy(labels, e.logits) for e in student.values()),
+            "ensemble": self.ramp_up() * sum(
+                distillation(z_e, student[name].logits, self.temperature) for name in self.peer_names),
+        }
+
+    def deployed(self):
+        return self.peers.target()
+
+
+def gate(trunk, count):
+    """A keras.Model from the trunk's feature map [B, H, W, c] to the weights float32 [B, count] of the ensemble.
+
+    Raises:
+      UserError: if the trunk ends in anything else.
+    """
+    if len(trunk.output_shape) != 4:
+        raise UserError(f"the network has {trunk.output_shape} where --split_at cuts it, not a feature map [batch, height, "
+                        "width, channels], which the gate of one pools: cut earlier")
+    return keras.Sequential([
+        keras.Input(trunk.output_shape[1:]), layers.GlobalAveragePooling2D(dtype="float32"),
+        layers.Dense(count, use_bias=False, dtype="float32"),
+        layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype="float32"),
+        layers.ReLU(dtype="float32"), layers.Softmax(dtype="float32")], name="gate")
