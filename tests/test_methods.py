@@ -1,4 +1,6 @@
 """What every method must keep, over all registered methods and two tiny networks."""
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -84,7 +86,11 @@ def two_replicas():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_two_replicas_equal_one(method, digits, two_replicas):
+def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
+    # The BatchNorm of a method's own modules must see both replicas' images here, as the one replica does.
+    monkeypatch.setattr(keras.layers, "BatchNormalization",
+                        functools.partial(keras.layers.BatchNormalization, synchronized=True))
+
     def trained(strategy, steps=5):
         with strategy.scope():
             model = build(method, "without_norm")

@@ -12,8 +12,9 @@ p^T(z) = softmax(z / T), the loss is (section 3.2)
 
 α = 0.3, λ = 0.03. No gradient flows into z_last or F_last as a teacher. Deployed is the network without its shallow exits.
 
-What the paper leaves open: F is the feature after global pooling; the bottleneck is 1×1 conv to d/4 → for each stage that
-follows, 3×3 conv with stride 2 → 1×1 conv to d → global average pooling, with BN and ReLU after each convolution.
+What the paper leaves open: F is the vector that a fully connected layer classifies, after pooling; the bottleneck is 1×1
+conv to d/4 → for each stage that follows, 3×3 conv with stride 2 → 1×1 conv to d → global average pooling, with BN and ReLU
+after each convolution.
 """
 import tensorflow as tf
 from tensorflow import keras
@@ -23,7 +24,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images
 from tf_pcl.networks import stage_names, with_features
-from tf_pcl.networks.resnet import conv, norm
+from tf_pcl.networks.blocks import conv_norm_relu
 
 
 class BYOT(Distiller):
@@ -86,7 +87,7 @@ def shallow_exit(map_shape, halvings, width, classes, name):
     whose bottleneck halves the map's sides `halvings` times."""
     x = stage = keras.Input(map_shape)
     for filters, size, strides in [(max(1, width // 4), 1, 1), *[(max(1, width // 4), 3, 2)] * halvings, (width, 1, 1)]:
-        x = layers.ReLU()(norm(conv(x, filters, size, strides)))
+        x = conv_norm_relu(x, filters, size, strides)
     features = layers.GlobalAveragePooling2D()(x)
     logits = layers.Dense(classes, dtype="float32")(features)
     return keras.Model(stage, {"features": features, "logits": logits}, name=name)

@@ -23,7 +23,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit, Peers, peer_names
 from tf_pcl.networks import split
-from tf_pcl.networks.resnet import conv, norm
+from tf_pcl.networks.blocks import conv_norm_relu, norm
 
 
 class FFL(Distiller):
@@ -88,7 +88,6 @@ def fusion(network, branch, count):
     *size, width = branch.output_shape["feature_map"][1:]
     maps = keras.Input([*size, count * width])
     x = layers.DepthwiseConv2D(3, padding="same", use_bias=False, depthwise_initializer="he_normal")(maps)
-    x = layers.ReLU()(norm(x))
-    x = layers.ReLU()(norm(conv(x, width, 1)))
+    x = conv_norm_relu(layers.ReLU()(norm(x)), width, 1)
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(maps, layers.Dense(branch.output_shape["logits"][-1], dtype="float32")(x), name="fusion")

@@ -9,7 +9,7 @@ p^T(z) = softmax(z / T) and the ramp-up weight ω, the ensemble and the loss are
 
 No gradient flows into the ensemble as a teacher, so that the gate learns from CE(y, z_e) alone. Deployed is branch 1.
 
-What the paper leaves open: W has no bias, since BN subtracts the mean; the gate is computed in float32.
+What the paper leaves open: W has no bias, since BN subtracts the mean.
 """
 import tensorflow as tf
 from tensorflow import keras
@@ -19,6 +19,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit, Peers, peer_names
 from tf_pcl.networks import split
+from tf_pcl.networks.blocks import norm
 
 
 class ONE(Distiller):
@@ -76,8 +77,6 @@ def gate(trunk, count):
     if len(trunk.output_shape) != 4:
         raise UserError(f"the network has {trunk.output_shape} where --split_at cuts it, not a feature map [batch, height, "
                         "width, channels], which the gate of one pools: cut earlier")
-    return keras.Sequential([
-        keras.Input(trunk.output_shape[1:]), layers.GlobalAveragePooling2D(dtype="float32"),
-        layers.Dense(count, use_bias=False, dtype="float32"),
-        layers.BatchNormalization(momentum=0.9, epsilon=1e-5, dtype="float32"),
-        layers.ReLU(dtype="float32"), layers.Softmax(dtype="float32")], name="gate")
+    low = keras.Input(trunk.output_shape[1:])
+    x = layers.Dense(count, use_bias=False)(layers.GlobalAveragePooling2D()(low))
+    return keras.Model(low, layers.Softmax(dtype="float32")(layers.ReLU()(norm(x))), name="gate")

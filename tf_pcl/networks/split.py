@@ -103,8 +103,7 @@ def cut_points(network):
     for name, config in configs.items():
         visit(config["inbound_nodes"], name)
     names, open_until = [], 0
-    for layer, following in zip(network.layers, network.layers[1:]):
-        i = order[layer.name]
+    for i, layer in enumerate(network.layers[:-1]):
         # No tensor made before this layer is used after it, and it made one tensor.
         if open_until <= i and not isinstance(layer, layers.InputLayer) and len(configs[layer.name]["inbound_nodes"]) == 1:
             names.append(layer.name)
