@@ -121,7 +121,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     (["--lr_decay_epochs=a,b"], "such as 150,225"), (["--peers=1"], "at least 2")])
 def test_bad_input_is_one_line_and_status_2(flags, text, tmp_path):
     process = start(tmp_path / "run", *flags)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     lines = [line for line in err.splitlines() if line.startswith("train.py: ")]
     assert process.returncode == 2 and len(lines) == 1 and text in lines[0] and "Traceback" not in err
     assert not list(tmp_path.iterdir())
