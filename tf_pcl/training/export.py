@@ -7,6 +7,7 @@ import tempfile
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tf_pcl.training import files
 
@@ -62,8 +63,13 @@ def export(model, classes, folder):
     files.write(os.path.join(folder, "labels.txt"), "".join(f"{name}\n" for name in classes))
     final = os.path.join(folder, "saved_model", "1")
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        model.save(os.path.join(made, "1"), save_format="tf", include_optimizer=False,
-                   signatures={"serving_default": serve, "serve_bytes": serve_bytes})
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)  # Keras warns that an inference model was never compiled.
+        try:
+            model.save(os.path.join(made, "1"), save_format="tf", include_optimizer=False,
+                       signatures={"serving_default": serve, "serve_bytes": serve_bytes})
+        finally:
+            logging.set_verbosity(verbosity)
         shutil.rmtree(final, ignore_errors=True)
         os.replace(os.path.join(made, "1"), final)
     return final
