@@ -143,7 +143,8 @@ def split(network, at=None):
     points = [name for name in cut_points(whole) if order.index(name) < order.index(makers["features"])]
     at = at or default_cut(whole)
     if at not in points:
-        came = f"--split_at={at}: network {whole.name!r} cannot be cut there" if at else \
+        reason = "cannot be cut there" if at in order else "has no such layer"
+        came = f"--split_at={at}: network {whole.name!r} {reason}" if at else \
             f"network {whole.name!r} has no stages to be cut by: give --split_at"
         raise UserError(f"{came}. Layers where a cut is possible: {', '.join(points) or 'none'}.")
     cut = whole.get_layer(at).output

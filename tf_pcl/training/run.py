@@ -90,6 +90,7 @@ def run(options):
             raise Stopped(f"failed at step {save.step} of {total}: {type(e).__name__}; the newest checkpoint in {workdir} is "
                           f"of step {save.saved}, and the same command goes on from there") from e
 
+    print("Saving the deployed network, and checking it in a fresh process …", flush=True)
     saved_model = export.export(deployed, data.classes, os.path.join(workdir, "export"))
     export.check(saved_model, deployed, data.test.first(32))
     results = describe(rows, options=options, model=model, deployed=deployed)
@@ -145,5 +146,5 @@ def report(results):
     for name, error in results["error"].items():
         lines.append(f"{name:{width}}  {error:6.2f} %" + ("  (deployed)" if name == results["deployed"] else ""))
     lines.append(f"{results['parameters']['deployed']:,} parameters are deployed, of {results['parameters']['training']:,} "
-                 f"trained; {results['images_per_second'] or 0:.0f} images/s")
+                 f"trained; {results['images_per_second'] or 0:.0f} training images/s, without the first step")
     return "\n".join(lines)

@@ -16,9 +16,10 @@ def make(name):
     Raises:
       UserError: if this machine has no such thing.
     """
-    gpus = tf.config.list_logical_devices("GPU")
+    # Physical ones: to list logical devices starts TensorFlow's runtime, before which several workers must be connected.
+    gpus = tf.config.list_physical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
-        return tf.distribute.MirroredStrategy([d.name for d in gpus or tf.config.list_logical_devices("CPU")])
+        return tf.distribute.MirroredStrategy([d.name for d in tf.config.list_logical_devices("GPU" if gpus else "CPU")])
     if name == "multi_worker":
         if not json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):
             raise UserError("--strategy=multi_worker needs the environment variable TF_CONFIG with the cluster and this "
