@@ -44,6 +44,12 @@ def digits():
     return data.load("digits")
 
 
+@pytest.fixture(scope="session")
+def two_replicas():
+    """One strategy for all tests: a second MirroredStrategy in a process would reuse the first's collective keys."""
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
 @pytest.fixture
 def make_folder(tmp_path):
     """make_folder({split: {class: [array or bytes]}}) writes an image folder, PNG for arrays, and returns its path."""

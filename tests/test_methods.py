@@ -79,12 +79,6 @@ def test_contract(method, network, digits, tmp_path):
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def two_replicas():
-    # One for all tests: a second MirroredStrategy in a process would reuse the first's collective keys.
-    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
     # The BatchNorm of a method's own modules must see both replicas' images here, as the one replica does.

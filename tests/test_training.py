@@ -172,7 +172,8 @@ def test_workdirs(tmp_path):
         files.check_workdir(str(tmp_path), settings, "never")
 
 
-def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys):
+def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replicas, monkeypatch):
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: two_replicas)
     results = run.run(Options(**{**QUICK, "strategy": "mirrored", "network": "resnet8", "workdir": str(tmp_path / "run")}))
     assert results == json.loads((tmp_path / "run/results.json").read_text())
     assert set(results) == {"method", "dataset", "network", "peers", "seed", "epochs", "steps", "deployed", "deployed_error",

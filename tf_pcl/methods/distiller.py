@@ -104,7 +104,7 @@ class Distiller(keras.Model):
                 optimizer.set_decay(weights, decay)
         super().compile(optimizer=optimizer, **kwargs)
         self.mean_of = {name: keras.metrics.Mean(name) for name in (
-            "loss", *(f"loss/{t}" for t in self.terms), "loss/regularization", "diversity", *(f"error/{e}" for e in self.exits))}
+            "loss", *(f"loss/{t}" for t in (*self.terms, "regularization")), "diversity", *(f"error/{e}" for e in self.exits))}
 
     @property
     def metrics(self):
