@@ -4,7 +4,6 @@ The only module that reads FLAGS. What is None is left to the method's, network'
 """
 import dataclasses
 import re
-import shlex
 import typing
 
 from absl import flags

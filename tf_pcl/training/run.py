@@ -9,7 +9,6 @@ import keras as keras_package
 import numpy as np
 import tensorflow as tf
 
-
 import tf_pcl
 from tf_pcl import data as datasets
 from tf_pcl import networks, optimizer
