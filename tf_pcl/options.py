@@ -85,6 +85,7 @@ class Options:
                                           "runs/DATASET-NETWORK-METHOD-seedSEED", str, run_only=True)
     checkpoint_every: str = _flag("1epoch", "how often to save: a number of steps (500steps) or epochs (5epochs)",
                                   run_only=True)
+    test_every: int = _flag(1, "epochs between tests; the last epoch is always tested", low=1)
     resume: str = _flag("auto", "auto: go on from the workdir's checkpoint; never: refuse a workdir that has one",
                         ("auto", "never"), run_only=True)
 

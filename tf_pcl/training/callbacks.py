@@ -15,7 +15,7 @@ class Stopped(Exception):
 
 
 class Record(keras.callbacks.Callback):
-    """Writes metrics.csv, results.json and TensorBoard's logs after every epoch.
+    """Writes metrics.csv and TensorBoard's logs after every epoch, results.json after every epoch that was tested.
 
     Args:
       workdir: the run's folder.
@@ -63,7 +63,8 @@ class Record(keras.callbacks.Callback):
                **{name: float(value) for name, value in logs.items()}}
         self.rows.append(row)
         files.write_rows(os.path.join(self.workdir, "metrics.csv"), self.rows)
-        files.write_json(os.path.join(self.workdir, "results.json"), self.describe(self.rows))
+        if any(name.startswith("val_") for name in row):
+            files.write_json(os.path.join(self.workdir, "results.json"), self.describe(self.rows))
         for name, value in row.items():
             if name not in ("epoch", "step"):
                 test = name.startswith("val_")

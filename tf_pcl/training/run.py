@@ -73,6 +73,7 @@ def run(options):
         record.show_views(next(iter(batches()))[0])
     with Save(checkpoints, options.checkpoint_steps(steps), start, total) as save:
         fit = functools.partial(model.fit, validation_data=datasets.test_batches(data, 4 * options.batch_size),
+                                validation_freq=[*range(options.test_every, options.epochs, options.test_every), options.epochs],
                                 callbacks=[record, save], verbose=1 if sys.stdout.isatty() else 2)
         epoch, done = divmod(start, steps)
         try:
@@ -118,11 +119,11 @@ def _arguments(method):
 
 
 def describe(rows, options, model, deployed):
-    """The contents of results.json after the epochs of `rows`."""
+    """The contents of results.json after the epochs of `rows`, the last of which was tested."""
     errors = {name: rows[-1][f"val_error/{name}"] for name in model.exits}
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     count = lambda weights: int(sum(np.prod(w.shape) for w in weights))
-    best = min(row[f"val_error/{model.deployed_exit}"] for row in rows)
+    best = min(row[key] for row in rows if (key := f"val_error/{model.deployed_exit}") in row)
     return {
         "method": options.method, "dataset": options.dataset, "network": options.network,
         "peers": sum(name.startswith("peer_") for name in model.exits), "seed": options.seed,
