@@ -26,6 +26,20 @@ def without_norm(input_shape, num_classes):
     return keras.Model(images, keras.layers.Dense(num_classes, activation="softmax", dtype="float32")(x), name="without_norm")
 
 
+def other(input_shape, num_classes):
+    """A network with one stage."""
+    images = keras.Input(input_shape)
+    x = keras.layers.Conv2D(4, 3, strides=2, activation="relu", name="stage_1")(images)
+    return keras.Model(images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x)))
+
+
+def rescaled(input_shape, num_classes):
+    """A network that takes raw images."""
+    images = keras.Input(input_shape)
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(images))
+    return keras.Model(images, keras.layers.Dense(num_classes)(x))
+
+
 TINY = {"without_norm": without_norm, "resnet8": networks.resnet8}
 
 

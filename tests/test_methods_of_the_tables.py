@@ -324,9 +324,10 @@ def test_logits_in_low_precision_are_compared_in_float32(method):
 
 def test_dml_networks_begin_apart_and_share_nothing():
     model = build("dml", seeded, peers=3)
-    first = [network.get_weights()[0] for network in model.networks]
+    networks_of = list(model.networks.values())
+    first = [network.get_weights()[0] for network in networks_of]
     assert np.abs(first[0] - first[1]).max() > 0.01 < np.abs(first[1] - first[2]).max()
-    assert len({id(w) for network in model.networks for w in network.weights}) == 3 * len(model.networks[0].weights)
+    assert len({id(w) for network in networks_of for w in network.weights}) == 3 * len(networks_of[0].weights)
 
 
 @pytest.mark.parametrize("method", SINGLE_STAGE)

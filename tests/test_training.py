@@ -158,18 +158,19 @@ def test_values_out_of_range(settings, text):
 def test_workdirs(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="Not a directory"):
-        files.check_workdir(str(tmp_path / "file" / "run"), {}, "auto")
+        files.check_workdir(str(tmp_path / "file" / "run"), {}, set(), "auto")
     with pytest.raises(UserError, match="cannot be written"):
-        files.check_workdir("/proc/run", {}, "auto")
-    settings = Options(**QUICK).as_flags()
-    files.check_workdir(str(tmp_path / "new"), settings, "auto")
+        files.check_workdir("/proc/run", {}, set(), "auto")
+    options = Options(**QUICK)
+    settings, free = options.as_flags(), options.run_only()
+    files.check_workdir(str(tmp_path / "new"), settings, free, "auto")
     (tmp_path / "flags.txt").write_text("".join(f"--{k}={v}\n" for k, v in settings.items()))
-    files.check_workdir(str(tmp_path), settings, "auto")
-    files.check_workdir(str(tmp_path), {**settings, "checkpoint_every": "7steps", "data_dir": "/moved"}, "auto")
+    files.check_workdir(str(tmp_path), settings, free, "auto")
+    files.check_workdir(str(tmp_path), {**settings, "checkpoint_every": "7steps", "data_dir": "/moved"}, free, "auto")
     with pytest.raises(UserError, match=r"--epochs=3 here, 2 there; --peers=4 here, \(unset\) there"):
-        files.check_workdir(str(tmp_path), {**settings, "epochs": "3", "peers": "4"}, "auto")
+        files.check_workdir(str(tmp_path), {**settings, "epochs": "3", "peers": "4"}, free, "auto")
     with pytest.raises(UserError, match="holds a run already"):
-        files.check_workdir(str(tmp_path), settings, "never")
+        files.check_workdir(str(tmp_path), settings, free, "never")
 
 
 def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replicas, monkeypatch):

@@ -25,10 +25,17 @@ class Options:
     # What to train.
     method: str = _flag("pcl", "how to train: a name of tf_pcl.methods.METHODS")
     network: str = _flag("resnet32", "target network: a name of tf_pcl.networks.NETWORKS, applications.NAME for "
-                         "keras.applications, or module:function of your own")
+                         "keras.applications, or module:function of your own; for dml and ctsl_mkt also several, comma "
+                         "separated, the target first")
     split_at: typing.Optional[str] = _flag(None, "layer after which each peer has its own branch; default: before the "
                                            "last stage", str)
-    peers: typing.Optional[int] = _flag(None, "number of peers, okddip's leader not counted; default 3", int, low=1)
+    peers: typing.Optional[int] = _flag(None, "number of peers, okddip's leader not counted; default 3, for ctsl_mkt 2",
+                                        int, low=1)
+    teacher: typing.Optional[str] = _flag(None, "kd: workdir or SavedModel of a network trained before; default: train "
+                                          "--teacher_network first", str)
+    teacher_network: typing.Optional[str] = _flag(None, "kd: network of the teacher; default resnet110", str)
+    generations: typing.Optional[int] = _flag(None, "ban: number of networks trained one after another, generation 0 "
+                                              "counted; default 3", int, low=1)
 
     # Data.
     dataset: str = _flag("cifar100", "cifar10, cifar100, digits, image_folder, or any image-classification data set of "
@@ -51,7 +58,7 @@ class Options:
                                                     "separated; default: 150,225 of 300, scaled to --epochs", list)
     weight_decay: float = _flag(5e-4, "L2 decay, added to the gradient", low=0)
     temperature: typing.Optional[float] = _flag(None, "softens teachers' and students' probabilities; default 3, for cl "
-                                                "2, for dml 1", float, above=0)
+                                                "2, for dml and ban 1, for ctsl_mkt 4", float, above=0)
     rampup_epochs: typing.Optional[float] = _flag(None, "epochs until distillation has its full weight, 0: from the start; "
                                                   "default: 80 of 300, scaled to --epochs", float, low=0)
     distill_weight: typing.Optional[float] = _flag(None, "full weight of distillation; default 1", float, low=0)
@@ -59,6 +66,13 @@ class Options:
                                                   "cross-entropy; default 0.3 for byot, 0.5 for cl", float, low=0, high=1)
     hint_weight: typing.Optional[float] = _flag(None, "byot: weight of the squared distance between features; default "
                                                 "0.03", float, low=0)
+    ce_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight α of cross-entropy; default 1", float, low=0)
+    collaboration_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight β of what comes from the other peers; "
+                                                         "default 1", float, low=0)
+    self_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight γ of self-distillation; default 1", float, low=0)
+    angle_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight β_1 of the angles, times β; default 2", float, low=0)
+    mutual_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight β_2 of the other peers' logits, times β; default 1",
+                                                  float, low=0)
     ema_decay: typing.Optional[float] = _flag(None, "largest decay of the mean teacher; default 0.999, by steps at most "
                                               "what averages over 1 % of training", float, low=0, high=1)
     ema_every: typing.Optional[str] = _flag(None, "when the mean teacher is updated; default step", ("step", "epoch"))
@@ -110,11 +124,13 @@ class Options:
                             "500steps or 2epochs")
         return int(m.group(1)) * (steps_per_epoch if m.group(3) else 1)
 
-    def as_flags(self, run_only=True):
-        """{flag name: text} of all that is not None; without the settings that do not change the result if not
-        `run_only`."""
-        return {f.name: _text(getattr(self, f.name)) for f in dataclasses.fields(self)
-                if getattr(self, f.name) is not None and (run_only or not f.metadata["run_only"])}
+    def as_flags(self):
+        """{flag name: text} of all that is not None."""
+        return {f.name: _text(getattr(self, f.name)) for f in dataclasses.fields(self) if getattr(self, f.name) is not None}
+
+    def run_only(self):
+        """Names of the settings that do not change the result."""
+        return {f.name for f in dataclasses.fields(self) if f.metadata["run_only"]}
 
 
 def _text(value):

@@ -8,7 +8,7 @@ from tensorflow import keras
 from tf_pcl import optimizer as optimizers
 from tf_pcl import schedules
 from tf_pcl.errors import UserError
-from tf_pcl.networks import clone
+from tf_pcl.networks import clone, with_features
 
 
 class Exit(typing.NamedTuple):
@@ -18,6 +18,19 @@ class Exit(typing.NamedTuple):
     logits: tf.Tensor
     features: typing.Optional[tf.Tensor] = None
     feature_map: typing.Optional[tf.Tensor] = None
+
+
+class Stage(typing.NamedTuple):
+    """One training of several.
+
+    name: a word, "" where there is one stage.
+    network: what is trained, as Distiller.stages gets it.
+    build: a function from the list of the stages' trained Distillers before to the one that this stage trains.
+    """
+
+    name: str
+    network: typing.Any
+    build: typing.Callable
 
 
 class Distiller(keras.Model):
@@ -50,6 +63,18 @@ class Distiller(keras.Model):
                                 aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
 
     # What a method defines.
+
+    @classmethod
+    def stages(cls, make, network, **arguments):
+        """[Stage] in which the method is trained, one after another; the last one's network is deployed.
+
+        Args:
+          make: a function (class, network, **arguments) -> Distiller of that class.
+          network: the target network in whatever form `make` takes; a list for several.
+          arguments: keyword arguments of the constructor, without those that come from the stages before. A method with
+            arguments that concern its stages alone names them here.
+        """
+        return [Stage("", network, lambda trained: make(cls, network, **arguments))]
 
     @property
     def untrained(self):
@@ -233,6 +258,24 @@ def from_raw_images(preprocess, *models):
 def classifier(images, logits):
     """keras.Model from `images` to float32 `logits`, under that output name."""
     return keras.Model(images, keras.layers.Activation("linear", dtype="float32", name="logits")(logits))
+
+
+def whole_networks(network, peers=None):
+    """{peer's name: network} of peers that share nothing.
+
+    Args:
+      network: a functional keras.Model from images to logits or probabilities, of which all but the first peer are freshly
+        initialised copies; or a list of different ones.
+      peers: m ≥ 2; by default 3, or as many as the list has.
+    Returns:
+      Networks as networks.with_features gives them.
+    """
+    if not isinstance(network, (list, tuple)):
+        first, names = with_features(network), peer_names(3 if peers is None else peers)
+        return dict(zip(names, [first, *(clone(first, salt=j) for j in range(1, len(names)))]))
+    if peers not in (None, len(network)):
+        raise UserError(f"--peers={peers} does not go with {len(network)} networks: leave it out")
+    return dict(zip(peer_names(len(network)), map(with_features, network)))
 
 
 def peer_names(count):

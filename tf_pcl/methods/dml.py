@@ -8,19 +8,19 @@ With z_j the logits of network j and p(z) = softmax(z / T), T = 1, L = Σ_j L_j,
 No gradient flows into the network that teaches, and there is no ramp-up. Deployed is network 1.
 
 What the paper leaves open or does otherwise: all networks step together, on the logits of one forward pass, where the
-paper lets them take turns; the networks are alike, the given one and freshly initialised copies of it.
+paper lets them take turns.
 """
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images, peer_names
-from tf_pcl.networks import clone, with_features
+from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images, whole_networks
 
 
 class DML(Distiller):
     """Whole networks that learn from each other.
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities.
-      peers: m ≥ 2.
+      network: the target network, a functional keras.Model from images to logits or probabilities, of which all peers are
+        copies; or a list of m different ones, the target first.
+      peers: m ≥ 2; by default 3, or as many as the list has.
       temperature: T > 0.
       preprocess: a layer in front of the networks, such as networks.standardise(mean, std), or None.
     """
@@ -28,16 +28,15 @@ class DML(Distiller):
     terms = ("ce", "mutual")
     deployed_exit = "peer_1"
 
-    def __init__(self, network, *, peers=3, temperature=1.0, preprocess=None):
+    def __init__(self, network, *, peers=None, temperature=1.0, preprocess=None):
         super().__init__(preprocess)
         self.temperature = temperature
-        self.exits = peer_names(peers)
-        first = with_features(network)
-        self.networks = [first, *(clone(first, salt=j) for j in range(1, peers))]
+        self.networks = whole_networks(network, peers)
+        self.exits = list(self.networks)
 
     def students(self, views, training):
         images = self.preprocess(views[:, 0])
-        return {name: Exit(**network(images, training=training)) for name, network in zip(self.exits, self.networks)}
+        return {name: Exit(**network(images, training=training)) for name, network in self.networks.items()}
 
     def loss_terms(self, labels, student, teacher):
         z = [student[name].logits for name in self.exits]
@@ -49,4 +48,4 @@ class DML(Distiller):
         }
 
     def deployed(self):
-        return from_raw_images(self.preprocess, self.networks[0])
+        return from_raw_images(self.preprocess, self.networks["peer_1"])

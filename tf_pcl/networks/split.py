@@ -34,8 +34,8 @@ def with_features(network):
     """Copies a classifier and gives the copy more outputs: what stands before the logits.
 
     Args:
-      network: a functional (or Sequential) keras.Model from images to logits or to probabilities; a softmax at the end is
-        taken off.
+      network: a functional (or Sequential) keras.Model from images to logits or to probabilities, a softmax at the end is
+        taken off; or a model that this function gave.
     Returns:
       A keras.Model with the network's weights, not shared with it, and outputs {"features": [B, d], "logits": float32
       [B, C]}: the feature is what the last layer classifies. A network that pools or flattens a feature map [B, H, W, c] to
@@ -43,6 +43,12 @@ def with_features(network):
     Raises:
       UserError: if the network does not end in a fully connected classifier.
     """
+    if isinstance(network, (list, tuple)):
+        raise UserError(f"{len(network)} networks were given: this method takes one")
+    if isinstance(network, keras.Model) and isinstance(getattr(network, "output", None), dict) and "logits" in network.output:
+        copied = clone(network)
+        copied.set_weights(network.get_weights())
+        return copied
     if isinstance(network, keras.Sequential) and network.built:
         network = keras.Model(network.inputs, network.outputs, name=network.name)
     if not isinstance(network, keras.Model) or not network.outputs:

@@ -22,12 +22,13 @@ class Record(keras.callbacks.Callback):
       rows: what metrics.csv holds of the epochs before.
       batch_size: images a step.
       describe: a function rows -> contents of results.json.
+      seconds: wall-clock time spent before the first epoch, on earlier stages.
     """
 
-    def __init__(self, workdir, rows, batch_size, describe):
+    def __init__(self, workdir, rows, batch_size, describe, seconds=0.0):
         super().__init__()
         self.workdir, self.rows, self.batch_size, self.describe = workdir, rows, batch_size, describe
-        self.before = rows[-1]["wall_seconds"] if rows else 0.0
+        self.before = rows[-1]["wall_seconds"] if rows else seconds
         self.began = time.perf_counter()
         self.traced = False
         self.writers = {}
@@ -100,10 +101,12 @@ class Save(keras.callbacks.Callback):
       every: steps between checkpoints; the end of the run is always saved.
       step: where the run begins.
       total: the run's last step.
+      title: which stage of the run this is, for people.
     """
 
-    def __init__(self, checkpoints, every, step, total):
+    def __init__(self, checkpoints, every, step, total, title=""):
         super().__init__()
+        self.of = f"{total} ({title})" if title else str(total)
         self.checkpoints, self.every, self.step, self.total = checkpoints, every, step, total
         self.signal, self.saved = None, step
 
@@ -141,5 +144,5 @@ class Save(keras.callbacks.Callback):
             path = self.checkpoints.save(self.step)
             self.saved = self.step
             if self.signal and self.step < self.total:
-                raise Stopped(f"stopped by {self.signal} at step {self.step} of {self.total}; saved {path}. The same "
+                raise Stopped(f"stopped by {self.signal} at step {self.step} of {self.of}; saved {path}. The same "
                               "command goes on from there.")

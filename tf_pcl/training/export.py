@@ -8,7 +8,9 @@ import tempfile
 import numpy as np
 import tensorflow as tf
 from absl import logging
+from tensorflow import keras
 
+from tf_pcl.errors import UserError
 from tf_pcl.training import files
 
 # Loads a SavedModel where tf_pcl cannot be imported and writes what its two signatures say.
@@ -73,6 +75,37 @@ def export(model, classes, folder):
         shutil.rmtree(final, ignore_errors=True)
         os.replace(os.path.join(made, "1"), final)
     return final
+
+
+def load(path, classes):
+    """The network that a run deployed.
+
+    Args:
+      path: the run's workdir, its export folder or the SavedModel itself.
+      classes: names of the classes that it must tell apart, in order.
+    Returns:
+      A keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
+    Raises:
+      UserError: if there is none, or labels.txt says that it was trained on other classes.
+    """
+    below = ("", "1", "saved_model/1", "export/saved_model/1")
+    folder = next((f for f in (os.path.join(path, b) for b in below) if os.path.exists(os.path.join(f, "saved_model.pb"))), None)
+    if folder is None:
+        raise UserError(f"{path} holds no SavedModel: give the workdir of a run that has ended, or its export/saved_model/1")
+    try:
+        model = keras.models.load_model(folder, compile=False)
+        model.input_shape, model.output_shape
+    except (OSError, ValueError, AttributeError, tf.errors.OpError) as e:
+        raise UserError(f"{folder} cannot be loaded as a Keras model ({' '.join(str(e).split())[:200]}): give the export of a "
+                        "run of this program") from e
+    labels = os.path.join(folder, "..", "..", "labels.txt")
+    if os.path.exists(labels):
+        with open(labels, encoding="utf-8") as f:
+            known = f.read().splitlines()
+        if known != list(classes):
+            raise UserError(f"{path} tells {len(known)} classes apart ({', '.join(known[:3])} …), the data set has "
+                            f"{len(classes)} ({', '.join(classes[:3])} …): give one that was trained on the same classes")
+    return model
 
 
 def check(folder, model, images):

@@ -37,12 +37,13 @@ def write_rows(path, rows):
     write(path, "\n".join(lines) + "\n")
 
 
-def check_workdir(workdir, settings, resume):
+def check_workdir(workdir, settings, free, resume):
     """Looks at a workdir before a run, writing nothing.
 
     Args:
       workdir: the folder, which need not be there.
-      settings: {flag: text} of what makes the result.
+      settings: {flag: text}.
+      free: flags that may differ when a run goes on.
       resume: "auto" or "never".
     Raises:
       UserError: if it cannot be written, holds a run of other settings, or any run where resume is "never".
@@ -62,11 +63,7 @@ def check_workdir(workdir, settings, resume):
     with open(path, encoding="utf-8") as f:
         old = dict(line.strip()[2:].split("=", 1) for line in f if line.startswith("--"))
     differ = [f"--{k}={settings.get(k, '(unset)')} here, {old.get(k, '(unset)')} there"
-              for k in sorted({*settings, *old}) if settings.get(k) != old.get(k) and k not in RUN_ONLY]
+              for k in sorted({*settings, *old}) if settings.get(k) != old.get(k) and k not in free]
     if differ:
         raise UserError(f"--workdir={workdir} holds a run with other settings ({'; '.join(differ)}): give another workdir "
                         "or the same settings")
-
-
-# Written for whoever repeats a run, but free to differ when it goes on.
-RUN_ONLY = ("data_dir", "checkpoint_every", "resume", "workdir")

@@ -1,4 +1,5 @@
 """One run, from settings to SavedModel."""
+import dataclasses
 import functools
 import inspect
 import os
@@ -8,6 +9,7 @@ import sys
 import keras as keras_package
 import numpy as np
 import tensorflow as tf
+from tensorflow import keras
 
 import tf_pcl
 from tf_pcl import data as datasets
@@ -22,6 +24,9 @@ from tf_pcl.training.checkpoints import Checkpoints
 def run(options):
     """Trains as `options` (options.Options) say, or goes on where the workdir stands, and exports the deployed network.
 
+    The stages of a method are trained one after another: the last in the workdir itself, each of those before in a folder
+    N-NAME of it.
+
     Raises:
       UserError: for settings, data or a workdir that cannot be used; nothing is written then.
       Stopped: when a signal or a bad loss ended the run early.
@@ -30,48 +35,106 @@ def run(options):
     """
     method = METHODS[choose("--method", options.method, METHODS)]
     arguments = method_arguments(method, options)
-    networks.find(options.network)
-    workdir = options.workdir or os.path.join("runs", "-".join(
-        [options.dataset, options.network.replace(":", "."), options.method, f"seed{options.seed}"]))
+    names = options.network.split(",")
+    for name in [*names, *filter(None, [options.teacher_network])]:
+        networks.find(name)
+    workdir = options.workdir or os.path.join("runs", "-".join([
+        options.dataset, options.network.replace(":", ".").replace(",", "+"), options.method, f"seed{options.seed}"]))
     if options.strategy == "multi_worker" and strategies.worker():
         # All workers must save, since statistics are gathered from all; what counts is what the first wrote.
         workdir = os.path.join(workdir, f"worker-{strategies.worker()}")
-    files.check_workdir(workdir, options.as_flags(), options.resume)
+    files.check_workdir(workdir, options.as_flags(), options.run_only(), options.resume)
     strategies.prepare(options)
     strategy = strategies.make(options.strategy)
     strategies.check(strategy, options)
 
     data = datasets.load(options.dataset, options.data_dir, options.image_size, options.train_examples, options.seed)
     steps = datasets.steps_per_epoch(data, options.batch_size)
-    total = steps * options.epochs
-    with strategy.scope():
-        network = networks.build(options.network, data.image_shape, len(data.classes))
-        preprocess = None if networks.standardises_itself(network) else networks.standardise(data.mean, data.std)
-        model = method(network, preprocess=preprocess, **arguments)
-        model.compile(
-            optimizer.recipe(options.epochs, steps, options.learning_rate, options.lr_decay_epochs, options.weight_decay),
-            epochs=options.epochs, steps_per_epoch=steps, jit_compile=options.jit_compile)
-        model.optimizer.build(model.trainable_weights)
-    deployed = model.deployed()
+    if options.teacher:
+        with strategy.scope():
+            arguments["teacher"] = export.load(options.teacher, data.classes)
+    stages = method.stages(functools.partial(_around, data), names if len(names) > 1 else names[0], **arguments)
 
+    def built(i, trained):
+        """The model of stage i, compiled."""
+        # The last stage begins with the weights that a method of one stage has.
+        last = i == len(stages) - 1
+        keras.utils.set_random_seed(options.seed if last else int(np.random.SeedSequence([options.seed, i]).generate_state(1)[0]))
+        with strategy.scope():
+            model = stages[i].build(trained)
+            model.compile(
+                optimizer.recipe(options.epochs, steps, options.learning_rate, options.lr_decay_epochs, options.weight_decay),
+                epochs=options.epochs, steps_per_epoch=steps, jit_compile=options.jit_compile)
+            model.optimizer.build(model.trainable_weights)
+        model.deployed()
+        return model
+
+    # All stages once, so that what cannot be built is known before anything is written.
+    models = []
+    for i in range(len(stages)):
+        models.append(built(i, models))
     os.makedirs(workdir, exist_ok=True)
     files.write(os.path.join(workdir, "flags.txt"), "".join(
         f"--{name}={value}\n" for name, value in options.as_flags().items() if name != "workdir"))
-    checkpoints = Checkpoints(model, os.path.join(workdir, "checkpoints"))
-    start = checkpoints.restore()
-    rows = [row for row in files.read_rows(os.path.join(workdir, "metrics.csv")) if row["step"] <= start]
     print(f"{options.method} on {options.dataset}: {len(data.train):,} training and {len(data.test):,} test images "
           f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes\n{options.epochs} epochs of {steps} steps on "
           f"{strategy.num_replicas_in_sync} {'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'}, "
-          f"{options.precision}" + (f"; goes on at step {start} of {total}" if start else ""), flush=True)
+          f"{options.precision}", flush=True)
+    before = [os.path.join(workdir, f"{i + 1}-{stage.name}") for i, stage in enumerate(stages[:-1])]
+    models, results = models[:1], {"wall_seconds": 0.0}
+    for i, folder in enumerate([*before, workdir]):
+        if i:
+            models.append(built(i, models))
+        title = f"stage {i + 1} of {len(stages)}, {stages[i].name}" if before else ""
+        describe = functools.partial(_describe, options=options, stage=stages[i], model=models[i])
+        results = _train(models[i], data, strategy, options, folder, title, describe, results["wall_seconds"])
+        deployed = models[i].deployed()
+        saved_model = export.export(deployed, data.classes, os.path.join(folder, "export"))
+    print("Checking the SavedModel in a fresh process …", flush=True)
+    export.check(saved_model, deployed, data.test.first(32))
+    print(report(results))
+    print(f"SavedModel:   {saved_model}\nTensorBoard:  tensorboard --logdir {workdir}\n"
+          f"Results:      {os.path.join(workdir, 'results.json')}")
+    return results
 
+
+def _around(data, cls, network, **arguments):
+    """A `cls` around one network or a list, each a name or a keras.Model, for the images of `data`."""
+    several = network if isinstance(network, (list, tuple)) else [network]
+    several = [networks.build(one, data.image_shape, len(data.classes)) if isinstance(one, str) else one for one in several]
+    raw = {networks.standardises_itself(one) for one in several}
+    if len(raw) > 1:
+        raise UserError("of the networks, some scale raw images themselves and some do not: they cannot see the same images")
+    preprocess = None if raw.pop() else networks.standardise(data.mean, data.std)
+    return cls(several if isinstance(network, (list, tuple)) else several[0], preprocess=preprocess, **arguments)
+
+
+def _train(model, data, strategy, options, folder, title, describe, seconds):
+    """Trains a stage, or goes on where its folder stands.
+
+    Args:
+      model: the compiled Distiller.
+      folder: of its checkpoints, metrics, results and logs.
+      title: what it is, for people; "" if there is one stage.
+      describe: a function rows -> contents of results.json.
+      seconds: what the stages before took.
+    Returns:
+      The contents of results.json.
+    """
+    steps, total = model.steps_per_epoch, model.steps_per_epoch * options.epochs
+    os.makedirs(folder, exist_ok=True)
+    checkpoints = Checkpoints(model, os.path.join(folder, "checkpoints"))
+    start = checkpoints.restore()
+    rows = [row for row in files.read_rows(os.path.join(folder, "metrics.csv")) if row["step"] <= start]
+    lines = [title, f"goes on at step {start} of {total}" if start else ""]
+    if any(lines):
+        print(": ".join(filter(None, lines)), flush=True)
     batches = functools.partial(datasets.train_batches, data, options.batch_size, options.epochs, views=model.views,
                                 seed=options.seed, flip=options.flip, cutout=options.cutout)
-    record = Record(workdir, rows, options.batch_size,
-                    functools.partial(describe, options=options, model=model, deployed=deployed))
+    record = Record(folder, rows, options.batch_size, describe, seconds)
     if not start:
         record.show_views(next(iter(batches()))[0])
-    with Save(checkpoints, options.checkpoint_steps(steps), start, total) as save:
+    with Save(checkpoints, options.checkpoint_steps(steps), start, total, title) as save:
         fit = functools.partial(model.fit, validation_data=datasets.test_batches(data, 4 * options.batch_size),
                                 validation_freq=[*range(options.test_every, options.epochs, options.test_every), options.epochs],
                                 callbacks=[record, save], verbose=1 if sys.stdout.isatty() else 2)
@@ -87,23 +150,16 @@ def run(options):
         except (UserError, Stopped):
             raise
         except Exception as e:
-            raise Stopped(f"failed at step {save.step} of {total}: {type(e).__name__}; the newest checkpoint in {workdir} is "
+            raise Stopped(f"failed at step {save.step} of {save.of}: {type(e).__name__}; the newest checkpoint in {folder} is "
                           f"of step {save.saved}, and the same command goes on from there") from e
-
-    print("Saving the deployed network, and checking it in a fresh process …", flush=True)
-    saved_model = export.export(deployed, data.classes, os.path.join(workdir, "export"))
-    export.check(saved_model, deployed, data.test.first(32))
-    results = describe(rows, options=options, model=model, deployed=deployed)
-    print(report(results))
-    print(f"SavedModel:   {saved_model}\nTensorBoard:  tensorboard --logdir {os.path.join(workdir, 'tensorboard')}\n"
-          f"Results:      {os.path.join(workdir, 'results.json')}")
-    return results
+    return describe(rows)
 
 
 def method_arguments(method, options):
     """The settings that go to the method's class; UserError if one is set that it does not take."""
-    taken = {name: _arguments(cls) for name, cls in METHODS.items()}
-    chosen = _arguments(method)
+    settings = {field.name for field in dataclasses.fields(options)} - {"network"}
+    taken = {name: settings & _parameters(cls) for name, cls in METHODS.items()}
+    chosen = settings & _parameters(method)
     given = {name: value for name in sorted(set().union(*taken.values()))
              if (value := getattr(options, name)) is not None}
     for name in given:
@@ -114,24 +170,26 @@ def method_arguments(method, options):
     return given
 
 
-def _arguments(method):
-    return set(inspect.signature(method).parameters) - {"network", "preprocess"}
+def _parameters(method):
+    """Names of what a method's constructor and stages take."""
+    return {*inspect.signature(method).parameters, *inspect.signature(method.stages).parameters}
 
 
-def describe(rows, options, model, deployed):
+def _describe(rows, options, stage, model):
     """The contents of results.json after the epochs of `rows`, the last of which was tested."""
     errors = {name: rows[-1][f"val_error/{name}"] for name in model.exits}
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     count = lambda weights: int(sum(np.prod(w.shape) for w in weights))
     best = min(row[key] for row in rows if (key := f"val_error/{model.deployed_exit}") in row)
     return {
-        "method": options.method, "dataset": options.dataset, "network": options.network,
+        "method": options.method, **({"stage": stage.name} if stage.name else {}), "dataset": options.dataset,
+        "network": ",".join(stage.network) if isinstance(stage.network, list) else stage.network,
         "peers": sum(name.startswith("peer_") for name in model.exits), "seed": options.seed,
         "epochs": int(rows[-1]["epoch"]), "steps": int(rows[-1]["step"]),
         "deployed": model.deployed_exit,
         "deployed_error": round(errors[model.deployed_exit], 4), "best_deployed_error": round(best, 4),
         "error": {name: round(error, 4) for name, error in errors.items()},
-        "parameters": {"deployed": count(deployed.trainable_weights), "training": count(model.trainable_weights)},
+        "parameters": {"deployed": count(model.deployed().trainable_weights), "training": count(model.trainable_weights)},
         "images_per_second": round(len(speeds) / sum(1 / s for s in speeds), 1) if speeds else None,
         "wall_seconds": round(rows[-1]["wall_seconds"], 1),
         "versions": {"tf_pcl": tf_pcl.__version__, "python": platform.python_version(), "tensorflow": tf.__version__,

@@ -1,0 +1,76 @@
+"""Born-Again Neural Networks (Furlanello, Lipton, Tschannen, Itti and Anandkumar, ICML 2018).
+
+A network is trained with cross-entropy; then, again and again, the same network from a fresh start, which learns from the
+labels and from the generation before. With z_k the logits of generation k and p(z) = softmax(z / T), T = 1 (section 3)
+
+    L_0 = CE(y, z_0),    L_k = CE(y, z_k) + T² KL(p(z_{k−1}) ‖ p(z_k))        `ce` and `parent`
+
+The generations before are frozen. Deployed is the last one; the ensemble of all, the mean of their probabilities, is
+reported beside it (section 3.2).
+
+What the paper leaves open: the parent sees the child's view, in inference mode.
+"""
+import tensorflow as tf
+
+from tf_pcl.errors import UserError
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.distiller import Distiller, Exit, Stage, from_raw_images
+from tf_pcl.networks import with_features
+
+
+class BAN(Distiller):
+    """One generation of a network, which learns from the one before.
+
+    Args:
+      network: the target network, a functional keras.Model from images to logits or probabilities.
+      ancestors: the trained generations before, the oldest first: keras.Models from raw images uint8 [B, H, W, C] to logits
+        [B, C], such as deployed() gives. None in generation 0.
+      temperature: T > 0.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "parent")
+
+    def __init__(self, network, *, ancestors=(), temperature=1.0, preprocess=None):
+        super().__init__(preprocess)
+        self.temperature = temperature
+        self.network = with_features(network)
+        self.ancestors = list(ancestors)
+        *self.ancestor_names, self.deployed_exit = [f"generation_{k}" for k in range(len(ancestors) + 1)]
+        self.exits = (self.deployed_exit, *self.ancestor_names, *(["ensemble"] if ancestors else []))
+
+    @classmethod
+    def stages(cls, make, network, generations=3, **arguments):
+        """A stage for each of the `generations` ≥ 2, generation 0 among them."""
+        if generations < 2:
+            raise UserError(f"--generations={generations}: there must be at least 2, the first of which is not taught")
+        return [Stage(f"generation_{k}", network, lambda trained: make(
+            cls, network, ancestors=[one.deployed() for one in trained], **arguments)) for k in range(generations)]
+
+    @property
+    def untrained(self):
+        return self.ancestors
+
+    def students(self, views, training):
+        return {self.deployed_exit: Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
+
+    def teachers(self, views, training):
+        asked = list(zip(self.ancestor_names, self.ancestors))
+        # Only the parent teaches; the others are there for the ensemble.
+        return {name: Exit(ancestor(views[:, 0], training=False)) for name, ancestor in (asked[-1:] if training else asked)}
+
+    def all_exits(self, images):
+        exits = super().all_exits(images)
+        if self.ancestors:
+            exits["ensemble"] = Exit(tf.math.log(tf.add_n([tf.nn.softmax(e.logits) for e in exits.values()]) / len(exits)))
+        return exits
+
+    def loss_terms(self, labels, student, teacher):
+        z = student[self.deployed_exit].logits
+        terms = {"ce": cross_entropy(labels, z)}
+        if teacher:
+            terms["parent"] = distillation(teacher[self.ancestor_names[-1]].logits, z, self.temperature)
+        return terms
+
+    def deployed(self):
+        return from_raw_images(self.preprocess, self.network)

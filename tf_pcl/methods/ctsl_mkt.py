@@ -1,0 +1,105 @@
+"""Collaborative Teacher-Student Learning via Multiple Knowledge Transfer (Sun, Gou, Yu, Du and Tao, 2021).
+
+Whole networks are first trained alone, and a frozen copy of each is kept; then they go on together, and each learns from
+its own copy (self-distillation), from what the others say and from how the others relate the images of a batch to each
+other (relational knowledge, Park et al., CVPR 2019). With f_k ∈ R^d the feature and z_k the logits of network k, z̄_k those
+of its frozen copy, p^t(z) = softmax(z / t), k' any other network, L = Σ_k L_k, where
+
+    L_k  = α CE(y, z_k) + β [L_RD + β_2 KL(p^1(z_k') ‖ p^1(z_k))] + γ L_SD    `ce`, and β β_2 included, `mutual`
+    L_SD = t² KL(p^t(z̄_k) ‖ p^t(z_k))                                         `self`, γ included
+    L_RD = L_DD + β_1 L_AD                                                    `distance` and `angle`, β and β_1 included
+    L_DD = Σ_{u,v} Huber(‖f_k(u) − f_k(v)‖ / μ_k, ‖f_k'(u) − f_k'(v)‖ / μ_k')
+    L_AD = Σ_{u,v,w} Huber(cos∠_k(u, v, w), cos∠_k'(u, v, w))
+
+over the images u, v, w of the batch, Σ as a mean, with δ = 1 in Huber's loss, μ_k the mean of network k's distances that are
+not zero, and ∠(u, v, w) the angle at v. α = β = γ = β_2 = 1, β_1 = 2, t = 4. No gradient flows into z_k', f_k' or z̄_k.
+Deployed is network 1.
+
+What the paper leaves open: the values of the weights and of t; with more than two networks, the mean over all k' ≠ k; the
+frozen copies see the same view, in inference mode; each stage is trained by the whole recipe.
+"""
+import tensorflow as tf
+from tensorflow import keras
+
+from tf_pcl.errors import UserError
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.baseline import Baseline
+from tf_pcl.methods.distiller import Distiller, Exit, Stage, from_raw_images, whole_networks
+from tf_pcl.relations import angles, distances
+
+
+class CTSLMKT(Distiller):
+    """Networks, trained alone before, that transfer three kinds of knowledge to each other.
+
+    Args:
+      network: a list of m ≥ 2 trained networks, alike or different, the target first: functional keras.Models from images to
+        logits or probabilities.
+      temperature: t > 0.
+      ce_weight, collaboration_weight, self_weight: α, β and γ.
+      angle_weight, mutual_weight: β_1 and β_2.
+      preprocess: a layer in front of the networks, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "mutual", "self", "distance", "angle")
+    deployed_exit = "peer_1"
+
+    def __init__(self, network, *, temperature=4.0, ce_weight=1.0, collaboration_weight=1.0, self_weight=1.0,
+                 angle_weight=2.0, mutual_weight=1.0, preprocess=None):
+        super().__init__(preprocess)
+        self.temperature = temperature
+        self.alpha, self.beta, self.gamma = ce_weight, collaboration_weight, self_weight
+        self.beta_1, self.beta_2 = angle_weight, mutual_weight
+        self.networks, self.alone = whole_networks(network), whole_networks(network)
+        self.exits = (*self.networks, *(f"alone_{name}" for name in self.alone))
+
+    @classmethod
+    def stages(cls, make, network, peers=None, **arguments):
+        """The training of each network alone, and that of all together; `peers` is 2 unless given."""
+        several = network if isinstance(network, (list, tuple)) else [network] * (2 if peers is None else peers)
+        if peers not in (None, len(several)):
+            raise UserError(f"--peers={peers} does not go with {len(several)} networks: leave it out")
+        alone = [Stage(f"peer_{k + 1}", one, lambda trained, one=one: make(Baseline, one)) for k, one in enumerate(several)]
+        return [*alone, Stage("together", network, lambda trained: make(
+            cls, [peer.network for peer in trained[:len(several)]], **arguments))]
+
+    @property
+    def untrained(self):
+        return list(self.alone.values())
+
+    def students(self, views, training):
+        images = self.preprocess(views[:, 0])
+        return {name: Exit(**network(images, training=training)) for name, network in self.networks.items()}
+
+    def teachers(self, views, training):
+        images = self.preprocess(views[:, 0])
+        return {f"alone_{name}": Exit(**network(images, training=False)) for name, network in self.alone.items()}
+
+    def loss_terms(self, labels, student, teacher):
+        z = [student[name].logits for name in self.networks]
+        z_alone = [teacher[f"alone_{name}"].logits for name in self.networks]
+        features = [of_all_replicas(student[name].features) for name in self.networks]
+        d, a = [distances(f) for f in features], [angles(f) for f in features]
+        m = len(z)
+        others = [(k, j) for k in range(m) for j in range(m) if j != k]
+        from_others = lambda loss, x: sum(loss(tf.stop_gradient(x[j]), x[k]) for k, j in others) / (m - 1)
+        return {
+            "ce": self.alpha * sum(cross_entropy(labels, z_k) for z_k in z),
+            "mutual": self.beta * self.beta_2 * from_others(distillation, z),
+            "self": self.gamma * sum(distillation(zz_k, z_k, self.temperature) for zz_k, z_k in zip(z_alone, z)),
+            "distance": self.beta * from_others(huber, d),
+            "angle": self.beta * self.beta_1 * from_others(huber, a),
+        }
+
+    def deployed(self):
+        return from_raw_images(self.preprocess, self.networks["peer_1"])
+
+
+def huber(target, x):
+    """Huber's loss, δ = 1, of tensors of one shape: a float32 scalar, the mean over all their elements."""
+    return tf.reduce_mean(keras.losses.huber(target, x))
+
+
+def of_all_replicas(features):
+    """The features [B, d] of the global batch from those of a replica, so that all its images are related to each other."""
+    context = tf.distribute.get_replica_context()
+    return context.all_gather(features, axis=0) if context.num_replicas_in_sync > 1 else features

@@ -1,0 +1,71 @@
+"""Distilling the Knowledge in a Neural Network (Hinton, Vinyals and Dean, 2015): two-stage distillation.
+
+A teacher is trained first, with cross-entropy alone; then the student learns from the labels and from the frozen teacher.
+With z the student's and z_teacher the teacher's logits, p^T(z) = softmax(z / T), the student's loss is (section 2)
+
+    L = CE(y, z) + T² KL(p^T(z_teacher) ‖ p^T(z))        `ce` and `teacher`
+
+Deployed is the student.
+
+What the paper leaves open: the teacher sees the student's view, in inference mode; T = 3.
+"""
+from tf_pcl.errors import UserError
+from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.methods.baseline import Baseline
+from tf_pcl.methods.distiller import Distiller, Exit, Stage, from_raw_images
+from tf_pcl.networks import with_features
+
+
+class KD(Distiller):
+    """A student that learns from a teacher trained before.
+
+    Args:
+      network: the student, a functional keras.Model from images to logits or probabilities.
+      teacher: a trained keras.Model from raw images uint8 [B, H, W, C] to logits [B, C], such as deployed() gives.
+      temperature: T > 0.
+      preprocess: a layer in front of the student, such as networks.standardise(mean, std), or None.
+    """
+
+    terms = ("ce", "teacher")
+    exits = ("student", "teacher")
+    deployed_exit = "student"
+
+    def __init__(self, network, *, teacher, temperature=3.0, preprocess=None):
+        super().__init__(preprocess)
+        self.temperature = temperature
+        self.network = with_features(network)
+        self.teacher = teacher
+        ends = [(model.input_shape[1:], classes) for model, classes in (
+            (teacher, teacher.output_shape[-1]), (self.network, self.network.output_shape["logits"][-1]))]
+        if ends[0] != ends[1]:
+            (taught, of), (given, asked) = ends
+            raise UserError(f"--teacher gives {of} classes for images {taught}, where {asked} classes for images {given} are "
+                            "asked: take a teacher that was trained on this data set at this size")
+
+    @classmethod
+    def stages(cls, make, network, teacher=None, teacher_network=None, **arguments):
+        """The training of a teacher, resnet110 unless given, and the student's; the student's alone if there is a teacher."""
+        if teacher and teacher_network:
+            raise UserError("--teacher_network does not go with --teacher, which brings its own network: give one of them")
+        if teacher:
+            return [Stage("student", network, lambda trained: make(cls, network, teacher=teacher, **arguments))]
+        teacher_network = teacher_network or "resnet110"
+        return [Stage("teacher", teacher_network, lambda trained: make(Baseline, teacher_network)),
+                Stage("student", network, lambda trained: make(cls, network, teacher=trained[0].deployed(), **arguments))]
+
+    @property
+    def untrained(self):
+        return [self.teacher]
+
+    def students(self, views, training):
+        return {"student": Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
+
+    def teachers(self, views, training):
+        return {"teacher": Exit(self.teacher(views[:, 0], training=False))}
+
+    def loss_terms(self, labels, student, teacher):
+        z = student["student"].logits
+        return {"ce": cross_entropy(labels, z), "teacher": distillation(teacher["teacher"].logits, z, self.temperature)}
+
+    def deployed(self):
+        return from_raw_images(self.preprocess, self.network)
