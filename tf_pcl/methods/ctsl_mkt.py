@@ -18,8 +18,9 @@ Deployed is network 1.
 What the paper leaves open: the values of the weights and of t; with more than two networks, the mean over all k' ≠ k; the
 frozen copies see the same view, in inference mode; each stage is trained by the whole recipe.
 """
+import itertools
+
 import tensorflow as tf
-from tensorflow import keras
 
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
@@ -80,23 +81,28 @@ class CTSLMKT(Distiller):
         features = [of_all_replicas(student[name].features) for name in self.networks]
         d, a = [distances(f) for f in features], [angles(f) for f in features]
         m = len(z)
-        others = [(k, j) for k in range(m) for j in range(m) if j != k]
-        from_others = lambda loss, x: sum(loss(tf.stop_gradient(x[j]), x[k]) for k, j in others) / (m - 1)
         return {
             "ce": self.alpha * sum(cross_entropy(labels, z_k) for z_k in z),
-            "mutual": self.beta * self.beta_2 * from_others(distillation, z),
+            "mutual": self.beta * self.beta_2 / (m - 1) * sum(
+                distillation(z[j], z[k]) for k in range(m) for j in range(m) if j != k),
             "self": self.gamma * sum(distillation(zz_k, z_k, self.temperature) for zz_k, z_k in zip(z_alone, z)),
-            "distance": self.beta * from_others(huber, d),
-            "angle": self.beta * self.beta_1 * from_others(huber, a),
+            "distance": self.beta / (m - 1) * sum(itertools.starmap(mutual_huber, itertools.combinations(d, 2))),
+            "angle": self.beta * self.beta_1 / (m - 1) * sum(itertools.starmap(mutual_huber, itertools.combinations(a, 2))),
         }
 
     def deployed(self):
         return from_raw_images(self.preprocess, self.networks["peer_1"])
 
 
-def huber(target, x):
-    """Huber's loss, δ = 1, of tensors of one shape: a float32 scalar, the mean over all their elements."""
-    return tf.reduce_mean(keras.losses.huber(target, x))
+def mutual_huber(x, y):
+    """Huber(x, y) with y as the constant target plus Huber(y, x) with x as such, δ = 1: a float32 scalar, a mean over the
+    elements of two tensors of one shape."""
+    # With r = x − y and q, the derivative, r cut to ±1, Huber's loss is q (r − q/2). Its two directions have one value, and
+    # the gradient of one without constants is that of the two with constants together.
+    r = x - y
+    q = tf.stop_gradient(tf.clip_by_value(r, -1.0, 1.0))
+    loss = tf.reduce_mean(q * (r - q / 2))
+    return loss + tf.stop_gradient(loss)
 
 
 def of_all_replicas(features):
