@@ -14,17 +14,17 @@ import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 22 steps an epoch.
-RUN = ["--method=pcl", "--peers=2", "--dataset=digits", "--network=resnet8", "--batch_size=64", "--epochs=3", "--deterministic",
-       "--checkpoint_every=5steps"]
+RUN = ["--dataset=digits", "--network=resnet8", "--batch_size=64", "--epochs=3", "--deterministic", "--checkpoint_every=5steps"]
+PCL = ["--method=pcl", "--peers=2"]
 
 
-def start(workdir, *flags, **kwargs):
-    return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *RUN, f"--workdir={workdir}", *flags], cwd=workdir.parent,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+def start(workdir, *flags, method=PCL):
+    command = [sys.executable, str(ROOT / "train.py"), *RUN, *method, f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, cwd=workdir.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def finish(workdir, *flags):
-    process = start(workdir, *flags)
+def finish(workdir, *flags, **kwargs):
+    process = start(workdir, *flags, **kwargs)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
@@ -36,8 +36,8 @@ def wait_for_checkpoint(workdir, step, process):
         time.sleep(0.01)
 
 
-def final_weights(workdir):
-    reader = tf.train.load_checkpoint(str(workdir / "checkpoints/ckpt-66"))
+def final_weights(workdir, step=66):
+    reader = tf.train.load_checkpoint(str(workdir / f"checkpoints/ckpt-{step}"))
     # Wall-clock times are no part of the state; everything that is stored must be the same.
     return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
             if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE")}
@@ -92,6 +92,27 @@ def test_killed_mid_epoch_and_resumed_is_bit_for_bit_the_same(undisturbed, tmp_p
     for name in mine:
         np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
     assert metrics(undisturbed[0]) == metrics(workdir)
+
+
+def test_killed_in_a_later_stage_and_resumed_is_bit_for_bit_the_same(tmp_path):
+    ban = ["--method=ban", "--generations=2", "--epochs=1"]
+    for name in ("whole", "killed"):
+        workdir = tmp_path / name
+        if name == "killed":
+            process = start(workdir, method=ban)
+            wait_for_checkpoint(workdir, 10, process)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert (workdir / "1-generation_0/checkpoints/ckpt-22.index").exists()
+        code, out, err = finish(workdir, method=ban)
+        assert code == 0, err
+    assert "stage 2 of 2, generation_1: goes on at step" in out
+    for folder in ("1-generation_0", "."):
+        mine, its = (final_weights(tmp_path / name / folder, 22) for name in ("whole", "killed"))
+        assert set(mine) == set(its) and len(mine) > 50
+        for name in mine:
+            np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
+        assert metrics(tmp_path / "whole" / folder) == metrics(tmp_path / "killed" / folder)
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):

@@ -53,7 +53,7 @@ def run(options):
     if options.teacher:
         with strategy.scope():
             arguments["teacher"] = export.load(options.teacher, data.classes)
-    stages = method.stages(functools.partial(_around, data), names if len(names) > 1 else names[0], **arguments)
+    stages = method.stages(functools.partial(around, data), names if len(names) > 1 else names[0], **arguments)
 
     def built(i, trained):
         """The model of stage i, compiled."""
@@ -98,7 +98,7 @@ def run(options):
     return results
 
 
-def _around(data, cls, network, **arguments):
+def around(data, cls, network, **arguments):
     """A `cls` around one network or a list, each a name or a keras.Model, for the images of `data`."""
     several = network if isinstance(network, (list, tuple)) else [network]
     several = [networks.build(one, data.image_shape, len(data.classes)) if isinstance(one, str) else one for one in several]
