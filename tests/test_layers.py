@@ -6,7 +6,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "tf_pcl"
 # A module imports only from layers before its own; modules of one layer stand side by side.
 LAYERS = [
     {"errors"},
-    {"losses", "schedules", "ema", "optimizer", "data", "networks"},
+    {"losses", "relations", "schedules", "ema", "optimizer", "data", "networks"},
     {"methods"},
     {"training"},
     {"options"},

@@ -1,14 +1,20 @@
 """What the README and the flag files promise."""
+import dataclasses
+import functools
 import pathlib
 import re
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from absl import flags
+from tensorflow import keras
 
-from tf_pcl import networks, options
+from conftest import noise, with_labels
+from tf_pcl import options
 from tf_pcl.methods import METHODS
+from tf_pcl.training import run
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,23 +60,42 @@ def test_every_command_of_the_readme_parses():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "flags").iterdir()), ids=lambda p: p.name)
 def test_flag_files_parse_and_build(path):
-    from tf_pcl.training import run
     head = path.read_text(encoding="utf-8").splitlines()[:4]
     for line, word in zip(head, ("table", f"python train.py --flagfile=flags/{path.name}", "Expected error", "Cost")):
         assert line.startswith("# ") and word in line
     settings = parse([f"--flagfile={path}"])
-    method = METHODS[settings.method]
-    model = method(networks.build(settings.network, (32, 32, 3), int(settings.dataset[len("cifar"):])),
-                   **run.method_arguments(method, settings))
-    assert model.deployed().output_shape[1] in (10, 100)
+    method, classes = METHODS[settings.method], int(settings.dataset[len("cifar"):])
+    images = with_labels(noise(4, 32, 32, 3), np.arange(4))
+    images = dataclasses.replace(images, classes=tuple(map(str, range(classes))))
+    models = []
+    for stage in method.stages(functools.partial(run.around, images), settings.network, **run.method_arguments(method, settings)):
+        models.append(stage.build(models))
+    assert models[-1].deployed().output_shape == (None, classes)
+    keras.backend.clear_session()
     method_of, network, data_set = path.stem.split("-")
     assert (method_of, network, data_set) == (settings.method, settings.network, settings.dataset)
+
+
+def test_every_method_has_the_recipe_of_two_networks():
+    names = {path.stem for path in (ROOT / "flags").iterdir()}
+    assert {f"{method}-{network}-cifar100" for method in METHODS for network in ("resnet32", "vgg16")} < names
 
 
 def test_the_python_of_the_readme_runs():
     source = "\n".join(blocks("In a notebook", "python"))
     assert "epochs = 20" in source
     exec(compile(source.replace("epochs = 20", "epochs = 2"), "README.md", "exec"), {})
+
+
+def test_the_method_of_the_readme_is_one(tmp_path, monkeypatch):
+    source, = blocks("How it is made", "python")
+    assert len(source.splitlines()) <= 30
+    made = {}
+    exec(compile(source, "README.md", "exec"), made)
+    monkeypatch.setitem(METHODS, "mean_logits", made["MeanLogits"])
+    results = run.run(parse(["--method=mean_logits", "--dataset=digits", "--network=resnet8", "--batch_size=64", "--epochs=3",
+                             "--peers=2", f"--workdir={tmp_path / 'run'}"]))
+    assert set(results["error"]) == {"peer_1", "peer_2"} and results["deployed_error"] < 30
 
 
 def test_python_of_other_versions_is_refused_in_one_line(tmp_path):
