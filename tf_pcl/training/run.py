@@ -184,7 +184,7 @@ def _describe(rows, options, stage, model):
     return {
         "method": options.method, **({"stage": stage.name} if stage.name else {}), "dataset": options.dataset,
         "network": ",".join(stage.network) if isinstance(stage.network, list) else stage.network,
-        "peers": sum(name.startswith("peer_") for name in model.exits), "seed": options.seed,
+        "peers": max(1, sum(name.startswith("peer_") for name in model.exits)), "seed": options.seed,
         "epochs": int(rows[-1]["epoch"]), "steps": int(rows[-1]["step"]),
         "deployed": model.deployed_exit,
         "deployed_error": round(errors[model.deployed_exit], 4), "best_deployed_error": round(best, 4),
