@@ -41,7 +41,8 @@ def run(options):
     strategy = strategies.make(options.strategy)
     strategies.check(strategy, options)
 
-    data = datasets.load(options.dataset, options.data_dir, options.image_size, options.train_examples, options.seed)
+    data = datasets.load(options.dataset, options.data_dir, options.image_size, options.train_examples, options.seed,
+                         options.on_bad_image)
     steps = datasets.steps_per_epoch(data, options.batch_size)
     total = steps * options.epochs
     with strategy.scope():
@@ -66,7 +67,8 @@ def run(options):
           f"{options.precision}" + (f"; goes on at step {start} of {total}" if start else ""), flush=True)
 
     batches = functools.partial(datasets.train_batches, data, options.batch_size, options.epochs, views=model.views,
-                                seed=options.seed, flip=options.flip, cutout=options.cutout)
+                                seed=options.seed, flip=options.flip, augment=options.augment,
+                                color_jitter=options.color_jitter, cutout=options.cutout)
     record = Record(workdir, rows, options.batch_size,
                     functools.partial(describe, options=options, model=model, deployed=deployed))
     if not start:
