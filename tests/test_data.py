@@ -1,4 +1,7 @@
+import base64
 import os
+import shutil
+import struct
 import time
 
 import numpy as np
@@ -7,7 +10,7 @@ import tensorflow as tf
 
 from conftest import noise, with_labels
 from tf_pcl import data
-from tf_pcl.data import augment, datasets
+from tf_pcl.data import augment, datasets, photos, sources
 from tf_pcl.errors import UserError
 
 
@@ -43,12 +46,24 @@ def test_a_batch_is_a_function_of_seed_and_step():
     assert not np.array_equal(all_of_them[0][0][:, 0], all_of_them[0][0][:, 1])
 
 
-def test_shards_are_parts_of_the_global_batch():
-    d = counted()
-    whole = batches(d, 8, 1, views=2, cutout=4)
-    parts = [batches(d, 8, 1, views=2, cutout=4, shard=(i, 2)) for i in range(2)]
-    joined = [(np.concatenate([a, b]), np.concatenate([x, y])) for (a, x), (b, y) in zip(*parts)]
-    assert same(whole, joined)
+def joined(d, *args, n=2, **kwargs):
+    """The batches of which n workers have a part each."""
+    parts = [batches(d, *args, **kwargs, shard=(i, n)) for i in range(n)]
+    return [tuple(map(np.concatenate, zip(*batch))) for batch in zip(*parts)]
+
+
+@pytest.mark.parametrize("kind", ["crop", "inception"])
+def test_shards_are_parts_of_the_global_batch(kind):
+    settings = dict(views=2, augment=kind, color_jitter=0.4, cutout=4)
+    assert same(batches(counted(), 8, 1, **settings), joined(counted(), 8, 1, **settings))
+
+
+def test_large_images_are_cropped_as_by_inception():
+    for side, kind in ((64, "crop"), (65, "inception")):
+        d = with_labels(noise(4, side, side, 3), np.arange(4))
+        assert same(batches(d, 4, 1), batches(d, 4, 1, augment=kind))
+    with pytest.raises(UserError, match="--augment 'incepton' is not known. Did you mean inception"):
+        data.train_batches(d, 4, 1, augment="incepton")
 
 
 def test_pad_crop_flip_gives_shifted_windows_and_mirrors():
@@ -64,6 +79,70 @@ def test_pad_crop_flip_gives_shifted_windows_and_mirrors():
     assert 16 < mirrored < 48
     unflipped = augment.pad_crop_flip(tf.constant(images), tf.constant([1, 2]), 0, False)
     np.testing.assert_array_equal(unflipped, images)
+
+
+def test_inception_windows_lie_within_the_image_and_have_the_paper_s_areas_and_ratios():
+    for h, w in ((100, 100), (60, 80), (20, 400)):
+        top, left, bottom, right = augment.inception_windows(tf.constant(np.random.RandomState(0).rand(5000, 4), tf.float32),
+                                                             h, w).numpy().astype(float).T
+        assert min(top.min(), left.min()) > -1e-4 and bottom.max() < h + 1e-4 and right.max() < w + 1e-4
+        ratio, area = (right - left) / (bottom - top), (right - left) * (bottom - top) / (h * w)
+        assert 0.7499 < ratio.min() < 0.76 and 1.32 < ratio.max() < 1.3334 and abs(np.log(ratio).mean()) < 0.01
+        if h > 20:
+            assert 0.0799 < area.min() < 0.1 and 0.9 < area.max() <= 1.00001
+            # Where they may lie is uniform.
+            assert abs((top / (h - bottom + top + 1e-6)).mean() - 0.5) < 0.02
+
+
+def test_resized_windows_are_the_image_between_its_pixels():
+    images = noise(3, 9, 9, 3)
+    whole = tf.constant([[0.0, 0, 9, 9]] * 3)
+    mirrored = np.array([False, True, False])
+    got = augment.resized_windows(tf.constant(images), whole, mirrored)
+    np.testing.assert_array_equal(got, [images[0], images[1][:, ::-1], images[2]])
+    # Nine pixels from the centre of the window's first pixel to that of its last, five on: every second is between two.
+    part = augment.resized_windows(tf.constant(images), tf.constant([[2.0, 1, 7, 6]] * 3), mirrored)[0].numpy()
+    np.testing.assert_array_equal(part[::2, ::2], images[0, 2:7, 1:6])
+    between = (images[0, 2:6, 1:6].astype(float) + images[0, 3:7, 1:6]) / 2
+    assert np.abs(part[1::2, ::2] - between).max() <= 0.51
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_windows_at_the_border_have_no_black_edge(mirrored):
+    first = tf.random.stateless_uniform([1000, 2], [1, 2]) * [35, 25]
+    for windows in (tf.concat([first, tf.zeros_like(first) + [70, 50]], 1), tf.concat([0 * first, [70, 50] - first], 1)):
+        white = tf.fill([1000, 70, 50, 1], tf.constant(255, tf.uint8))
+        assert (augment.resized_windows(white, windows, tf.fill([1000], mirrored)).numpy() == 255).all()
+
+
+def test_inception_crop_is_stateless_and_mirrors_half():
+    images = tf.constant(noise(8, 20, 20, 3))
+    first, again, other = (augment.inception_crop(images, tf.constant([1, s]), True).numpy() for s in (2, 2, 3))
+    assert first.dtype == np.uint8 and np.array_equal(first, again) and not np.array_equal(first, other)
+    # A ramp that falls was mirrored.
+    ramp = tf.tile(tf.range(0, 250, 5, dtype=tf.int32)[None, None, :, None], [400, 50, 1, 1])
+    cut = augment.inception_crop(tf.cast(ramp, tf.uint8), tf.constant([1, 2]), True).numpy().astype(int)
+    assert 150 < (cut[:, 0, 0, 0] > cut[:, 0, -1, 0]).sum() < 250
+    assert (np.abs(np.diff(cut[:, 0, :, 0], axis=1)) <= 6).all()
+    unflipped = augment.inception_crop(tf.cast(ramp, tf.uint8), tf.constant([1, 2]), False).numpy().astype(int)
+    assert (np.diff(unflipped[:, 0, :, 0], axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_color_jitter_against_numpy(channels):
+    images = noise(200, 5, 5, channels) // 2 + 60
+    seed = tf.constant([1, 2])
+    np.testing.assert_array_equal(augment.color_jitter(tf.constant(images), seed, 0.0), images)
+    got = augment.color_jitter(tf.constant(images), seed, 0.3).numpy()
+    factors = tf.random.stateless_uniform([200, 3, 1, 1, 1], augment.fold_in(seed, 3), 0.7, 1.3).numpy()
+    b, c, s = factors.transpose(1, 0, 2, 3, 4)
+    grey = lambda x: x @ np.array([[0.2989], [0.587], [0.114]]) if channels == 3 else x
+    bright = images * b
+    mean = grey(bright).mean((1, 2, 3), keepdims=True)
+    contrasted = mean + c * (bright - mean)
+    expected = grey(contrasted) + s * (contrasted - grey(contrasted))
+    assert np.abs(got - np.clip(expected, 0, 255)).max() <= 0.51
+    assert factors.min() < 0.72 and factors.max() > 1.28
 
 
 def test_cutout_blackens_one_square():
@@ -98,7 +177,7 @@ def test_test_batches_are_whole_and_in_order(digits):
     np.testing.assert_array_equal(np.concatenate([x for x, _ in got]), digits.test.images)
 
 
-def test_image_folder_of_grey_and_colour_jpeg_and_png(make_folder):
+def test_image_folder_of_grey_and_colour_jpeg_and_png(make_folder, monkeypatch):
     jpeg = tf.io.encode_jpeg(noise(8, 8, 3, seed=5)).numpy()
     folder = make_folder({"train": {"cat": [noise(8, 8, 3), noise(8, 8, 1)], "dog": [noise(8, 8, 3, seed=2)]},
                           "val": {"cat": [noise(8, 8, 3)], "dog": [jpeg]}})
@@ -109,13 +188,139 @@ def test_image_folder_of_grey_and_colour_jpeg_and_png(make_folder):
     dog = images.numpy()[labels.numpy() == 1][0]
     np.testing.assert_array_equal(dog, noise(8, 8, 3, seed=2))
     # Folders too large for memory are read at random by index, with the same outcome.
-    limit, datasets.MEMORY_LIMIT = datasets.MEMORY_LIMIT, 0
-    try:
-        on_disk = data.load("image_folder", folder)
-    finally:
-        datasets.MEMORY_LIMIT = limit
-    assert isinstance(on_disk.train, datasets.Files) and on_disk.mean == d.mean
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    on_disk = data.load("image_folder", folder)
+    assert isinstance(on_disk.train, sources.Files) and on_disk.mean == d.mean
     assert same(batches(d, 2, 2, views=2), batches(on_disk, 2, 2, views=2))
+
+
+def test_image_folder_has_the_order_of_tensorflow_datasets(make_folder):
+    import tensorflow_datasets as tfds
+    folder = make_folder({s: {c: [noise(4, 4, 3, seed=i) for i in range(12)] for c in ("cat", "cat-2", "B")}
+                          for s in ("train", "val", "extra")})
+    d, builder = data.load("image_folder", folder), tfds.ImageFolder(folder)
+    assert list(d.classes) == builder.info.features["label"].names == ["B", "cat", "cat-2"]
+    for split, ours in (("train", d.train), ("val", d.test)):
+        theirs = [*builder.as_dataset(split=split).as_numpy_iterator()]
+        np.testing.assert_array_equal(ours.images, [e["image"] for e in theirs])
+        np.testing.assert_array_equal(ours.labels, [e["label"] for e in theirs])
+
+
+def with_exif(jpeg, turn, order):
+    """A JPEG with an EXIF orientation among other entries, in byte order `order` (< or >)."""
+    entries = [struct.pack(order + "HHII", 0x0100, 4, 1, 7), struct.pack(order + "HHIHH", 0x0112, 3, 1, turn, 0)]
+    exif = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, 2) + b"".join(entries) + bytes(4)
+    segment = b"Exif\0\0" + exif
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
+
+
+# How an image of each EXIF orientation is turned upright.
+UPRIGHT = {1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: np.rot90(x, 2), 4: lambda x: x[::-1],
+           5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+           8: lambda x: np.rot90(x)}
+
+
+@pytest.mark.parametrize("turn", UPRIGHT)
+def test_exif_orientation(turn):
+    jpeg = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
+    height, width, _ = UPRIGHT[turn](noise(4, 6, 3)).shape
+    for order in "<>":
+        h = photos.header(with_exif(jpeg, turn, order))
+        assert h == (width, height, turn, ("turned upright",) if turn > 1 else ())
+    np.testing.assert_array_equal(photos.upright(tf.constant(noise(4, 6, 3)), tf.constant(turn)),
+                                  UPRIGHT[turn](noise(4, 6, 3)))
+
+
+def test_a_header_behind_a_long_colour_profile(tmp_path):
+    jpeg = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
+    profile = b"\xff\xe2" + struct.pack(">H", 60002) + bytes(60000)
+    (tmp_path / "long.jpg").write_bytes(jpeg[:2] + 3 * profile + b"\xff" + jpeg[2:])
+    assert photos._header_of(tmp_path / "long.jpg") == (6, 4, 1, ())
+
+
+def test_orientation_of_damaged_exif():
+    good = with_exif(tf.io.encode_jpeg(noise(4, 6, 3)).numpy(), 6, "<")[12:]
+    assert photos.orientation(good) == 6
+    assert photos.orientation(good.replace(struct.pack("<H", 6), struct.pack("<H", 9))) == 1
+    assert all(photos.orientation(good[:n]) in (1, 6) for n in range(60)) and photos.orientation(b"") == 1
+
+
+# 8×8, cyan 0, magenta and yellow 255, black 0: red.
+CMYK = base64.b64decode(
+    "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUVFQwPFxgWFBgSFBUU"
+    "/8AAFAgACAAIBEMRAE0RAFkRAEsRAP/EABQAAQAAAAAAAAAAAAAAAAAAAAn/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/9oADgRDAE0AWQBLAAA/AFTFUKoqb"
+    "//Z")
+GIF = base64.b64decode("R0lGODdhAgADAIAAAP8AAAAAACwAAAAAAgADAAACAoRfADs=")
+
+
+def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
+    jpeg = tf.io.encode_jpeg(noise(8, 12, 3), quality=100).numpy()
+    plain = noise(8, 8, 3, seed=3)
+    wide = np.arange(65536, step=1024, dtype=np.uint16).reshape(8, 8, 1)
+    kinds = [plain, noise(8, 8, 1), noise(8, 8, 2), noise(9, 9, 4), tf.io.encode_png(wide).numpy(), CMYK, jpeg,
+             with_exif(jpeg, 6, "<"), with_exif(jpeg, 3, ">"), GIF]
+    folder = make_folder({"train": {"a": kinds, "b": [plain]}, "test": {"a": [plain], "b": [plain]}})
+    for name in ("notes.txt", "more.txt", "old.bmp"):
+        with open(f"{folder}/train/a/{name}", "w") as f:
+            f.write("x")
+    d = data.load("image_folder", folder, image_size=8)
+    assert capsys.readouterr().out.splitlines() == [
+        "Not .jpg or .png, left alone: 2 .txt, 1 .bmp",
+        "train: 11 images of 2×3 to 8×12 pixels; 3 grey; 2 with alpha (dropped); 1 of 16 bits; 1 CMYK; 2 turned upright",
+        "test: 2 images of 8×8 pixels"]
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    on_disk = data.load("image_folder", folder, image_size=8)
+    images, labels = on_disk.train.fetch(tf.range(11))
+    np.testing.assert_array_equal(images, d.train.images)
+    got = dict(zip((os.path.relpath(p.decode(), folder) for p in on_disk.train.paths.numpy()), images.numpy().astype(int)))
+    of = lambda i: got[f"train/a/{i}.png"]
+    np.testing.assert_array_equal(of(0), plain)
+    np.testing.assert_array_equal(of(1), np.repeat(noise(8, 8, 1), 3, 2))
+    np.testing.assert_array_equal(of(2), np.repeat(noise(8, 8, 2)[..., :1], 3, 2))
+    np.testing.assert_array_equal(of(4), np.repeat(wide >> 8, 3, 2))
+    assert np.abs(of(5) - [255, 0, 0]).max() < 3 and np.abs(of(9) - [255, 0, 0]).max() < 3
+    np.testing.assert_allclose(of(7), np.rot90(of(6), -1), atol=1)
+    np.testing.assert_allclose(of(8), np.rot90(of(6), 2), atol=1)
+    assert on_disk.mean == d.mean and same(batches(d, 4, 1), batches(on_disk, 4, 1))
+
+
+def test_portraits_turned_by_exif_are_of_one_size_with_those_that_are_not(make_folder):
+    turned = with_exif(tf.io.encode_jpeg(noise(8, 6, 3)).numpy(), 8, "<")
+    folder = make_folder({s: {"a": [turned], "b": [noise(6, 8, 3)]} for s in ("train", "test")})
+    assert data.load("image_folder", folder).image_shape == (6, 8, 3)
+
+
+@pytest.mark.parametrize("limit", [0, 4 << 30])
+def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, monkeypatch, limit):
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", limit)
+    png, jpeg = tf.io.encode_png(noise(8, 8, 3)).numpy(), tf.io.encode_jpeg(noise(8, 8, 3)).numpy()
+    bad = [b"", b"RIFF....WEBPVP8 ", png[:60], jpeg[:-40], jpeg[:30]]
+    folder = make_folder({"train": {"a": [*bad, png], "b": [png, noise(8, 8, 1)]}, "test": {"a": [jpeg], "b": [png, b"G"]}})
+    with pytest.raises(UserError, match=r"train/a/\d.png, .*train/a/\d.png and 3 more cannot be read .*--on_bad_image=skip"):
+        data.load("image_folder", folder)
+    capsys.readouterr()
+    d = data.load("image_folder", folder, on_bad_image="skip")
+    lines = capsys.readouterr().out.splitlines()
+    assert "train: 3 images of 8×8 pixels; 1 grey; 5 cannot be read" in lines
+    assert "test: 2 images of 8×8 pixels; 1 cannot be read" in lines
+    assert lines[-1].startswith("Left out: ") and lines[-1].endswith(" and 3 more")
+    assert (len(d.train), len(d.test)) == (3, 2) and len(batches(d, 3, 2)) == 2
+    assert sorted(d.train.fetch(tf.range(3))[1].numpy()) == [0, 1, 1]
+
+
+def test_a_class_without_a_readable_image_is_refused(make_folder):
+    for images in ([b"x"], [tf.io.encode_png(noise(8, 8, 3)).numpy()[:60], b"y"]):
+        folder = make_folder({"train": {"a": images, "b": [noise(8, 8, 3)]}, "test": ONE})
+        with pytest.raises(UserError, match="no image of a in train can be read, such as .*train/a/0.png"):
+            data.load("image_folder", folder, on_bad_image="skip")
+        shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no image of a, b in train can be read"):
+        data.load("image_folder", make_folder({"train": {"a": [b""], "b": [b""]}, "test": ONE}), on_bad_image="skip")
+
+
+def test_on_bad_image_goes_with_files_only():
+    with pytest.raises(UserError, match="--on_bad_image=skip does not go with --dataset=digits: it is for image_f"):
+        data.load("digits", on_bad_image="skip")
 
 
 def test_image_size_cuts_the_middle_and_resizes(make_folder):
@@ -172,19 +377,58 @@ def test_tensorflow_datasets_by_name():
         assert not data.load("mnist").flip
 
 
-def test_sets_too_large_for_memory_stream_and_resume(monkeypatch):
+@pytest.fixture
+def imagenet(tmp_path):
+    """A folder with imagenet2012 as tensorflow-datasets prepares it: images of several sizes, test images without labels."""
     import tensorflow_datasets as tfds
-    with tfds.testing.mock_data(num_examples=20):
-        kept = data.load("cifar10")
-    source = tf.data.Dataset.from_tensor_slices({"image": kept.train.images, "label": np.arange(20)})
-    stream = datasets.Stream(source, 20, lambda image: image)
-    d = data.ImageData("big", kept.classes, (32, 32, 3), stream, stream, kept.mean, kept.std)
-    whole = batches(d, 6, 3, views=2, seed=1)
-    assert len(whole) == 9 and same(whole, batches(d, 6, 3, views=2, seed=1))
-    assert same(whole[4:], batches(d, 6, 3, views=2, seed=1, start=4))
+    features = tfds.features.FeaturesDict({
+        "image": tfds.features.Image(encoding_format="jpeg"), "file_name": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(num_classes=1000)})
+    examples = lambda labels: [(i, {"image": noise(20 + i, 30 - i, 3, seed=i), "file_name": str(i), "label": label})
+                               for i, label in enumerate(labels)]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "imagenet2012", "5.1.0", features, data_dir=tmp_path,
+        split_datasets={"train": examples(range(20)), "validation": examples(range(6)), "test": examples([-1] * 6)})
+    return str(tmp_path)
+
+
+def test_imagenet_streams_resumes_and_is_shared_by_workers(imagenet, monkeypatch):
+    kept = data.load("imagenet2012", imagenet, image_size=16)
+    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    d = data.load("imagenet2012", imagenet, image_size=16)
+    assert isinstance(d.train, sources.Stream) and isinstance(kept.train, sources.Arrays) and d.mean == kept.mean
+    assert len(d.train) == 20 and d.classes[0] == "n01440764"
+    # The test images of ImageNet have no labels.
+    for images in (d, kept):
+        assert sorted(np.concatenate([y for _, y in data.test_batches(images, 4)])) == list(range(6))
+    dataset = data.train_batches(d, 6, 3, seed=1)
+    whole, again = ([(v.numpy(), y.numpy()) for v, y in dataset] for _ in range(2))
+    assert len(whole) == 9 and same(whole, again)
+    assert same(whole[4:], batches(d, 6, 3, seed=1, start=4))
+    assert same(whole, joined(d, 6, 3, seed=1)) and same(whole[4:], joined(d, 6, 3, seed=1, start=4, n=3))
+    assert not same(whole, batches(d, 6, 3, seed=2))
     epochs = [np.concatenate([y for _, y in whole[i:i + 3]]) for i in (0, 3)]
     assert len(set(epochs[0])) == 18 and not np.array_equal(*epochs)
-    assert sum(len(y) for _, y in data.test_batches(d, 8)) == 20
+
+
+def test_a_worker_decodes_only_its_part_of_a_stream():
+    decoded = []
+
+    def decode(image):
+        tf.numpy_function(lambda i: decoded.append(int(i)), [image], [])
+        return tf.fill([8, 8, 3], tf.cast(image, tf.uint8))
+
+    records = tf.data.Dataset.from_tensor_slices((np.arange(24), np.arange(24)))
+    stream = sources.Stream(records, 24, decode)
+    d = data.ImageData("big", ("a", "b"), (8, 8, 3), stream, stream, (0.0,) * 3, (1.0,) * 3)
+    seen = np.concatenate([y for _, y in batches(d, 8, 1, start=1, shard=(1, 2))])
+    assert len(seen) == 8 and sorted(decoded) == sorted(seen)
+
+
+def test_sets_fetched_by_hand_say_so(tmp_path):
+    with pytest.raises(UserError, match="has to be fetched by hand. With .*manual as manual_dir: .*ILSVRC2012_img_"):
+        data.load("imagenet2012", str(tmp_path), image_size=32)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_set_without_network_is_refused_soon(tmp_path, monkeypatch):
@@ -199,3 +443,56 @@ def test_an_address_that_does_not_answer_is_given_up():
     # Reserved for documentation: no machine has it.
     assert not datasets._reachable("http://192.0.2.1/archive.tar.gz", seconds=1)
     assert time.monotonic() - began < 5
+
+
+@pytest.fixture
+def tiny_imagenet(tmp_path):
+    """A folder as the archive of Tiny ImageNet unpacks, of three classes; two have the same first word."""
+    root = tmp_path / "tiny-imagenet-200"
+    words = {"n3": "crane", "n1": "goldfish, Carassius auratus", "n2": "crane, machine", "n9": "not used"}
+    (root / "val" / "images").mkdir(parents=True)
+    (root / "wnids.txt").write_text("n3\nn1\nn2\n")
+    (root / "words.txt").write_text("".join(f"{wnid}\t{text}\n" for wnid, text in words.items()))
+    jpeg = lambda shade, channels: tf.io.encode_jpeg(np.full((64, 64, channels), shade, np.uint8)).numpy()
+    for k, wnid in enumerate(("n3", "n1", "n2")):
+        (root / "train" / wnid / "images").mkdir(parents=True)
+        for i in range(3):
+            (root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG").write_bytes(jpeg(50 * k + i, 1 if i == 2 else 3))
+        (root / "val" / "images" / f"val_{k}.JPEG").write_bytes(jpeg(50 * k, 3))
+    (root / "val" / "val_annotations.txt").write_text("".join(
+        f"val_{k}.JPEG\t{wnid}\t0\t32\t44\t62\n" for k, wnid in enumerate(("n3", "n1", "n2"))))
+    return root
+
+
+def test_tiny_imagenet(tiny_imagenet, capsys):
+    for folder in (tiny_imagenet, tiny_imagenet.parent):
+        d = data.load("tiny_imagenet", str(folder))
+        assert d.classes == ("crane (n3)", "goldfish", "crane (n2)")
+        assert d.image_shape == (64, 64, 3) and (len(d.train), len(d.test)) == (9, 3)
+        for part in (d.train, d.test):
+            images, labels = part.images.numpy().astype(int), part.labels.numpy()
+            assert (np.abs(images - 50 * labels[:, None, None, None]) <= 3).all()
+    assert "train: 9 images of 64×64 pixels; 3 grey\n" in capsys.readouterr().out
+    assert data.load("tiny_imagenet", str(tiny_imagenet), image_size=32).image_shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize("missing", ["wnids.txt", "words.txt", "train/n1", "val/val_annotations.txt"])
+def test_what_is_missing_of_tiny_imagenet_is_named(tiny_imagenet, missing):
+    os.rename(tiny_imagenet / missing, tiny_imagenet.parent / "away")
+    with pytest.raises(UserError, match=f"{missing}.*: No such file.*give the folder tiny-imagenet-200 of") as e:
+        data.load("tiny_imagenet", str(tiny_imagenet))
+    assert "\n" not in str(e.value)
+
+
+def test_tiny_imagenet_that_is_damaged(tiny_imagenet):
+    load = lambda: data.load("tiny_imagenet", str(tiny_imagenet))
+    os.remove(tiny_imagenet / "val" / "images" / "val_1.JPEG")
+    with pytest.raises(UserError, match="val_1.JPEG cannot be read"):
+        load()
+    annotations = tiny_imagenet / "val" / "val_annotations.txt"
+    for text, said in (("val_0.JPEG\tn7\n", "does not list 'n7'"), ("val_0.JPEG\n", "fewer than 2"), ("", "0 validation")):
+        annotations.write_text(text)
+        with pytest.raises(UserError, match=said):
+            load()
+    with pytest.raises(UserError, match="needs --data_dir, the folder tiny-imagenet-200 of"):
+        data.load("tiny_imagenet")

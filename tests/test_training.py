@@ -11,6 +11,7 @@ from tensorflow import keras
 
 from conftest import CLASSES, SHAPE, noise, without_norm
 from tf_pcl import networks
+from tf_pcl.data import photos
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
 from tf_pcl.options import Options
@@ -104,8 +105,10 @@ def test_saved_model_of_encoded_images_and_hub(channels, tmp_path):
     encoded = [tf.io.encode_png(image) for image in images]
     got = loaded.signatures["serve_bytes"](image_bytes=tf.stack(encoded))
     np.testing.assert_allclose(got["logits"], want, atol=1e-5)
-    large = tf.io.encode_jpeg(noise(20, 31, 3))
-    assert loaded.signatures["serve_bytes"](image_bytes=tf.stack([large, encoded[0]]))["logits"].shape == (2, CLASSES)
+    # A photo is cut square and resized as in training.
+    large = noise(20, 31, channels)
+    got = loaded.signatures["serve_bytes"](image_bytes=tf.stack([tf.io.encode_png(large), encoded[0]]))["logits"]
+    np.testing.assert_allclose(got, [deployed(photos.resize(large, 8)[None])[0], want[0]], atol=1e-4)
     np.testing.assert_allclose(keras.models.load_model(folder)(images), want, atol=1e-5)
     layer = hub.KerasLayer(folder, trainable=True)
     np.testing.assert_allclose(layer(tf.constant(images)), want, atol=1e-5)

@@ -38,16 +38,23 @@ class Options:
                                               "counted; default 3", int, low=1)
 
     # Data.
-    dataset: str = _flag("cifar100", "cifar10, cifar100, digits, image_folder, or any image-classification data set of "
-                         "tensorflow-datasets")
-    data_dir: typing.Optional[str] = _flag(None, "folder of the images (image_folder: SPLIT/CLASS/IMAGE) or of "
-                                           "tensorflow-datasets", str, run_only=True)
+    dataset: str = _flag("cifar100", "cifar10, cifar100, digits, tiny_imagenet, image_folder, or any image-classification data "
+                         "set of tensorflow-datasets")
+    data_dir: typing.Optional[str] = _flag(None, "folder of the images (image_folder: SPLIT/CLASS/IMAGE; tiny_imagenet: "
+                                           "as unpacked) or of tensorflow-datasets", str, run_only=True)
     train_examples: typing.Optional[int] = _flag(None, "train on the first so many images of a seeded permutation; "
                                                  "default: all", int, low=1)
     image_size: typing.Optional[int] = _flag(None, "pixels: cut images square and resize them to this side; default: as "
                                              "they are", int, low=4)
     flip: typing.Optional[bool] = _flag(None, "mirror half of the views; default: unless the data set is of digits or "
                                         "letters", bool)
+    on_bad_image: str = _flag("fail", "image_folder, tiny_imagenet: refuse files that cannot be read, or leave them out",
+                              ("fail", "skip"))
+    augment: typing.Optional[str] = _flag(None, "crop: zero-pad by an eighth of the side and cut the old size; inception: "
+                                          "cut 8 to 100 % of the area and resize it; default: crop up to 64 pixels a side, "
+                                          "else inception", ("crop", "inception"))
+    color_jitter: float = _flag(0.0, "brightness, contrast and saturation vary by factors of 1 ± this; 0: none", low=0,
+                                high=1)
     cutout: int = _flag(0, "pixels: side of a blackened square in each view, even; 0: none", low=0)
 
     # Recipe.

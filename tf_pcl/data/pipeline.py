@@ -4,15 +4,14 @@ A training batch is a pure function of (seed, step): its images are a stateless 
 drawn from stateless random numbers keyed by step and view. So a run goes on at any step without a stored iterator, two
 methods see the same images (and the same first view), and workers need not talk to each other.
 """
-import functools
-
 import tensorflow as tf
 
-from tf_pcl.data import augment
-from tf_pcl.errors import UserError
+from tf_pcl.data import augment as augmentation
+from tf_pcl.errors import UserError, choose
 
 
-def train_batches(data, batch_size, epochs, *, views=1, seed=0, start=0, flip=None, cutout=0, shard=(0, 1)):
+def train_batches(data, batch_size, epochs, *, views=1, seed=0, start=0, flip=None, augment=None, color_jitter=0,
+                  cutout=0, shard=(0, 1)):
     """Endless-looking but finite training data: `epochs` epochs of shuffled batches of augmented views.
 
     Args:
@@ -23,6 +22,9 @@ def train_batches(data, batch_size, epochs, *, views=1, seed=0, start=0, flip=No
       seed: an integer; the same seed gives the same batches.
       start: the step (batches from the beginning) to begin with.
       flip: whether to mirror; by default what the data set says.
+      augment: "crop" (zero-pad by an eighth of the side and cut the old size) or "inception" (cut 8 to 100 % of the area
+        and resize it); by default crop for sides up to 64 pixels, else inception.
+      color_jitter: strength in [0, 1], by how much brightness, contrast and saturation vary; 0 for not at all.
       cutout: size in pixels (even) of a blackened square; 0 for none.
       shard: (i, n): only the i-th of n equal parts of each batch.
     Returns:
@@ -33,34 +35,36 @@ def train_batches(data, batch_size, epochs, *, views=1, seed=0, start=0, flip=No
     rows = slice(batch_size // parts * part, batch_size // parts * (part + 1))
     base = tf.constant([seed & 0x7FFFFFFF, 0x5EED], tf.int32)
     mirror = data.flip if flip is None else flip
-    padding = max(1, round(min(data.image_shape[:2]) / 8))
+    side = min(data.image_shape[:2])
+    inception = choose("--augment", augment or ("crop" if side <= 64 else "inception"), ("crop", "inception")) == "inception"
 
     def augmented(step, images, labels):
         made = []
         for j in range(views):
-            key = augment.fold_in(base, 1, step, j)
-            view = augment.pad_crop_flip(images, key, padding, mirror, rows, batch_size)
-            made.append(augment.cutout(view, key, cutout, rows, batch_size) if cutout else view)
+            key = augmentation.fold_in(base, 1, step, j)
+            if inception:
+                view = augmentation.inception_crop(images, key, mirror, rows, batch_size)
+            else:
+                view = augmentation.pad_crop_flip(images, key, max(1, round(side / 8)), mirror, rows, batch_size)
+            if color_jitter:
+                view = augmentation.color_jitter(view, key, color_jitter, rows, batch_size)
+            if cutout:
+                view = augmentation.cutout(view, key, cutout, rows, batch_size)
+            made.append(view)
         return tf.ensure_shape(tf.stack(made, 1), [rows.stop - rows.start, views, *data.image_shape]), labels
 
     if data.train.random_access:
         def batch(step):
             epoch, k = step // steps, step % steps
             index = tf.random.experimental.index_shuffle(
-                k * batch_size + tf.range(batch_size, dtype=tf.int64)[rows], augment.fold_in(base, 0, epoch),
+                k * batch_size + tf.range(batch_size, dtype=tf.int64)[rows], augmentation.fold_in(base, 0, epoch),
                 tf.constant(len(data.train) - 1, tf.int64))
             return augmented(step, *data.train.fetch(index))
 
         batches = tf.data.Dataset.range(start, epochs * steps).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
     else:
-        # Shuffle buffers take seeds that are plain numbers, hence one data set an epoch.
-        def epoch_batches(epoch):
-            numbered = data.train.shuffled((seed, epoch)).batch(batch_size, drop_remainder=True).take(steps).enumerate(
-                epoch * steps).skip(max(start - epoch * steps, 0))
-            return numbered.map(lambda step, example: augmented(step, example[0][rows], example[1][rows]),
-                                num_parallel_calls=tf.data.AUTOTUNE)
-
-        batches = functools.reduce(tf.data.Dataset.concatenate, map(epoch_batches, range(start // steps, epochs)))
+        batches = data.train.batches(seed, epochs, batch_size, rows, start).enumerate(start).map(
+            lambda step, example: augmented(step, *example), num_parallel_calls=tf.data.AUTOTUNE)
     return batches.prefetch(2)
 
 

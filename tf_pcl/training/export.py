@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl import logging
 from tensorflow import keras
 
+from tf_pcl.data import photos
 from tf_pcl.errors import UserError
 from tf_pcl.training import files
 
@@ -31,7 +32,8 @@ def export(model, classes, folder):
     """Writes FOLDER/saved_model/1 and FOLDER/labels.txt; what was there is replaced when the new one is whole.
 
     Signatures: `serving_default`, images uint8 [N, H, W, C] -> probabilities and logits, float32 [N, K]; `serve_bytes`,
-    image_bytes string [N], JPEG or PNG of any size -> the same.
+    image_bytes string [N], JPEG or PNG of any size -> the same: of another size than the network's images, the middle square is
+    taken, where those are square, and resized, as in training.
 
     Args:
       model: a functional keras.Model from raw images uint8 to logits float32.
@@ -56,8 +58,12 @@ def export(model, classes, folder):
             image = tf.io.decode_image(encoded, channels=shape[-1], expand_animations=False)
             image.set_shape([None, None, shape[-1]])
             same = tf.reduce_all(tf.shape(image)[:2] == shape[:2])
-            resized = lambda: tf.cast(tf.round(tf.image.resize(image, shape[:2], antialias=True)), tf.uint8)
-            return tf.ensure_shape(tf.cond(same, lambda: image, resized), shape)
+            return tf.ensure_shape(tf.cond(same, lambda: image, lambda: resized(image)), shape)
+
+        def resized(image):
+            if shape[0] == shape[1]:
+                return photos.resize(image, shape[0])
+            return tf.saturate_cast(tf.round(tf.image.resize(image, shape[:2], antialias=True)), tf.uint8)
 
         return answers(tf.map_fn(decode, image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.uint8)))
 

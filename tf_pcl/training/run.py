@@ -48,7 +48,8 @@ def run(options):
     strategy = strategies.make(options.strategy)
     strategies.check(strategy, options)
 
-    data = datasets.load(options.dataset, options.data_dir, options.image_size, options.train_examples, options.seed)
+    data = datasets.load(options.dataset, options.data_dir, options.image_size, options.train_examples, options.seed,
+                         options.on_bad_image)
     steps = datasets.steps_per_epoch(data, options.batch_size)
     if options.teacher:
         with strategy.scope():
@@ -67,6 +68,8 @@ def run(options):
                 epochs=options.epochs, steps_per_epoch=steps, jit_compile=options.jit_compile)
             model.optimizer.build(model.trainable_weights)
         model.deployed()
+        # TensorFlow's seed enters the shuffling of streams, which is to be the same in all stages.
+        tf.random.set_seed(options.seed)
         return model
 
     # All stages once, so that what cannot be built is known before anything is written.
@@ -130,7 +133,8 @@ def _train(model, data, strategy, options, folder, title, describe, seconds):
     if any(lines):
         print(": ".join(filter(None, lines)), flush=True)
     batches = functools.partial(datasets.train_batches, data, options.batch_size, options.epochs, views=model.views,
-                                seed=options.seed, flip=options.flip, cutout=options.cutout)
+                                seed=options.seed, flip=options.flip, augment=options.augment,
+                                color_jitter=options.color_jitter, cutout=options.cutout)
     record = Record(folder, rows, options.batch_size, describe, seconds)
     if not start:
         record.show_views(next(iter(batches()))[0])
