@@ -1,3 +1,4 @@
+import functools
 import re
 
 import numpy as np
@@ -5,9 +6,13 @@ import pytest
 import tensorflow as tf
 from tensorflow import keras
 
-from conftest import noise, without_norm
-from tf_pcl import networks
+from conftest import noise, rescaled, without_norm
+from test_zoo import flop
+from tf_pcl import methods, networks
 from tf_pcl.errors import UserError
+from tf_pcl.networks.split import DEFAULT_TRUNK_SHARE
+from tf_pcl.options import Options
+from tf_pcl.training import export, run
 
 
 def count(model):
@@ -69,18 +74,18 @@ def test_every_cut_point_cuts_and_every_other_layer_is_refused_with_the_points_n
         else:
             with pytest.raises(UserError, match=re.escape("possible: " + ", ".join(points))):
                 networks.split(network, layer.name)
-    with pytest.raises(UserError, match="give --split_at. Layers where a cut is possible: a"):
-        networks.split(network)
 
 
-@pytest.mark.parametrize("name, at", [("MobileNetV2", "block_12_add"), ("EfficientNetB0", "block5c_add"),
-                                      ("ResNet50", "conv4_block6_out"), ("DenseNet121", "pool4_pool")])
-def test_networks_of_keras_applications_split(name, at):
-    network = networks.build(f"applications.{name}", (32, 32, 3), 7)
-    trunk, branch = networks.split(network, at)
-    assert count(trunk) + count(branch) == count(network)
-    assert branch.output_shape["logits"] == (None, 7)
-    assert networks.standardises_itself(network) == (name == "EfficientNetB0")
+def test_a_network_of_keras_applications():
+    network = networks.build("applications.MobileNetV2", (32, 32, 3), 7)
+    assert sum(networks.costs(network).values()) == pytest.approx(flop(network), rel=1e-3)
+    name, share = networks.propose_cut(network)
+    assert name == "block_12_add" and 0.6 < share <= DEFAULT_TRUNK_SHARE
+    trunk, branch = networks.split(network)
+    assert trunk.output_names == [name] and count(trunk) + count(branch) == count(network)
+    assert branch.output_shape == {"features": (None, 1280), "logits": (None, 7), "feature_map": (None, 1, 1, 1280)}
+    assert not networks.standardises_itself(network)
+    assert networks.standardises_itself(keras.Sequential([keras.Input((8, 8, 1)), rescaled((8, 8, 1), 3)]))
 
 
 def test_clones_of_seeded_layers_differ_by_salt():
@@ -92,17 +97,85 @@ def test_clones_of_seeded_layers_differ_by_salt():
     assert np.abs(one - other).max() > 0.01
 
 
-@pytest.mark.parametrize("end", ["layer", "activation", "fused"])
-def test_a_softmax_at_the_end_is_taken_off(end):
-    images = keras.Input((8, 8, 1))
-    x = keras.layers.GlobalAveragePooling2D()(images)
-    x = keras.layers.Dense(4, activation="softmax" if end == "fused" else None, dtype="float32")(x)
-    x = {"layer": keras.layers.Softmax(), "activation": keras.layers.Activation("softmax")}.get(end, lambda x: x)(x)
-    network = keras.Model(images, x)
-    given = tf.constant(noise(3, 8, 8, 1), tf.float32)
-    logits = networks.with_features(network)(given)["logits"]
-    np.testing.assert_allclose(tf.nn.softmax(logits), network(given), atol=1e-6)
-    assert np.abs(np.sum(logits, -1) - 1).max() > 1e-3
+def small(end, shape=(8, 8, 3), **names):
+    """Two convolutions, and what `end` makes of the map [B, 4, 4, 6]."""
+    images = keras.Input(shape)
+    x = keras.layers.Conv2D(4, 3, activation="relu", name=names.get("first", "first"))(images)
+    x = keras.layers.Conv2D(6, 3, activation="relu", name=names.get("second", "second"))(x)
+    return keras.Model(images, end(x), name="small")
+
+
+def pool(x, **kwargs):
+    return keras.layers.GlobalAveragePooling2D(**kwargs)(x)
+
+
+def vector(x):
+    return keras.layers.Dense(5, name="logits")(pool(x))
+
+
+def probabilities(network, x):
+    """Of a network that may give logits or probabilities."""
+    z = network(x)
+    z = z["logits"] if isinstance(z, dict) else z
+    return z if np.allclose(tf.reduce_sum(z, -1), 1) and np.min(z) >= 0 else tf.nn.softmax(z)
+
+
+Conv2D, Dense, Flatten = keras.layers.Conv2D, keras.layers.Dense, keras.layers.Flatten
+ENDS = {
+    "softmax layer": lambda x: keras.layers.Softmax()(vector(x)),
+    "softmax activation": lambda x: keras.layers.Activation("softmax")(vector(x)),
+    "softmax fused": lambda x: Dense(5, activation="softmax")(pool(x)),
+    "softmax of tf fused": lambda x: Dense(5, activation=tf.nn.softmax)(pool(x)),
+    "softmax of tf": lambda x: tf.nn.softmax(vector(x)),
+    "log-softmax": lambda x: tf.nn.log_softmax(vector(x)),
+    "log-softmax fused": lambda x: Dense(5, activation=tf.nn.log_softmax)(pool(x)),
+    "cast": lambda x: tf.cast(vector(x), "float32"),
+    "flatten": lambda x: Dense(5)(Flatten()(x)),
+    "mean of tf": lambda x: Dense(5)(tf.reduce_mean(x, [1, 2])),
+    "convolution": lambda x: Flatten()(Conv2D(5, 1)(pool(x, keepdims=True))),
+    "convolution, two layers": lambda x: tf.nn.softmax(Flatten()(Conv2D(5, 1)(Conv2D(9, 1)(pool(x, keepdims=True))))),
+    "convolution, fused": lambda x: keras.layers.Reshape([5])(Conv2D(5, 1, activation="softmax")(pool(x, keepdims=True))),
+    "convolution, then mean": lambda x: keras.layers.Softmax()(pool(Conv2D(5, 1, use_bias=False)(x))),
+    "dense, then mean": lambda x: pool(Dense(5)(x)),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_ends_that_give_logits(end):
+    network = small(ENDS[end])
+    for layer in network.layers:  # Biases other than 0.
+        layer.set_weights([w + 0.1 * noise(*w.shape) / 255 for w in layer.get_weights()])
+    x = tf.constant(noise(3, 8, 8, 3) / 255, tf.float32)
+    trunk, branch = networks.split(network, "first")
+    got = branch(trunk(x))
+    want = probabilities(network, x) if end not in ("log-softmax", "log-softmax fused") else tf.exp(network(x))
+    np.testing.assert_allclose(tf.nn.softmax(got["logits"]), want, atol=1e-6)
+    assert np.abs(np.sum(got["logits"], -1) - 1).max() > 1e-3, "logits, not probabilities"
+    assert count(trunk) + count(branch) == count(network)
+    # The feature is what a linear layer turns to the logits; the map is that before the pooling.
+    last = [layer for layer in branch.layers if layer.weights][-1]
+    np.testing.assert_allclose(last(got["features"]), got["logits"], atol=1e-6)
+    assert got["features"].shape.rank == 2 and got["feature_map"].shape == (3, 4, 4, 6)
+
+
+@pytest.mark.parametrize("end, text", [
+    (lambda x: keras.layers.Activation("sigmoid")(vector(x)), "applies sigmoid"),
+    (lambda x: tf.sigmoid(vector(x)), "applies sigmoid"),
+    (lambda x: keras.layers.Softmax()(Dense(5, activation="softmax")(pool(x))), "applies softmax"),
+    (lambda x: keras.layers.Softmax()(vector(x) / 2.0), "truediv"),
+    (lambda x: keras.layers.Lambda(lambda z: tf.nn.softmax(z))(vector(x)), "Lambda"),
+    (lambda x: keras.layers.Dropout(0.1)(vector(x)), "Dropout"),
+    (lambda x: pool(Conv2D(5, 1, activation="relu")(x)), "applies relu .* before the average"),
+    (lambda x: pool(keras.layers.Softmax()(Conv2D(5, 1)(x))), "Softmax"),
+    (lambda x: pool(Conv2D(5, 3)(x)), r"kernel \(3, 3\)"),
+    (lambda x: keras.layers.GlobalMaxPooling2D()(Conv2D(5, 1)(x)), "GlobalMaxPooling2D"),
+    (lambda x: Flatten()(Conv2D(5, 1)(x)), "Flatten"),
+    (lambda x: keras.layers.Conv1D(5, 1)(Dense(5)(keras.layers.Reshape((16, 6))(x))), "Conv1D"),
+    (lambda x: Dense(5)(keras.layers.Reshape((16, 6))(x)), "gives outputs")])
+def test_ends_that_give_none_are_refused_in_one_line(end, text):
+    with pytest.raises(UserError, match=text) as e:
+        networks.split(small(end), "first")
+    assert "\n" not in str(e.value)
 
 
 def test_networks_that_cannot_serve_are_refused():
@@ -115,9 +188,328 @@ def test_networks_that_cannot_serve_are_refused():
     class Own(keras.Model):
         pass
 
-    for network, text in ((sigmoid, "applies sigmoid"), (headless, "Dense layer"), (two, "2 outputs"), (Own(), "functional")):
+    for network, text in ((sigmoid, "applies sigmoid"), (headless, "Dense layer"), (two, "2 outputs"), (Own(), "functional"),
+                          ([two, two], "2 networks were given"), (len, "must be a keras.Model")):
         with pytest.raises(UserError, match=text):
             networks.with_features(network)
+
+
+def test_costs():
+    images = keras.Input((8, 6, 3))
+    x = keras.layers.Conv2D(6, (3, 1), strides=2, padding="same", groups=3, name="grouped")(images)  # [4, 3, 6]
+    x = keras.layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same", name="depthwise")(x)
+    x = keras.layers.SeparableConv2D(5, 3, padding="same", name="separable")(x)
+    x = keras.layers.Conv2DTranspose(7, 2, strides=2, name="transposed")(x)  # [8, 6, 7]
+    twice = keras.layers.Dense(7, name="twice")
+    x = twice(twice(x))
+    x = keras.layers.Reshape((48, 7), name="tokens")(x)
+    x = keras.layers.MultiHeadAttention(2, 3, name="attention")(x, x)
+    network = keras.Model(images, keras.layers.Dense(4, name="logits")(keras.layers.GlobalAveragePooling1D(name="pool")(x)))
+    want = {"grouped": 12 * 3 * 1 * 6, "depthwise": 12 * 9 * 12, "separable": 12 * (9 * 12 + 12 * 5),
+            "transposed": 12 * 4 * 5 * 7, "twice": 2 * 48 * 7 * 7, "tokens": 0, "attention": 48 * 4 * 7 * 6, "pool": 0,
+            "logits": 28}
+    assert networks.costs(network) == {name: 2 * adds for name, adds in want.items()}
+    # The same inside another model, whose own size is open.
+    inner = keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(5, 3, name="inside")], name="inner")
+    outer = keras.Sequential([keras.Input((8, 8, 3)), inner, Flatten(name="flat"), Dense(2, name="out")])
+    assert networks.costs(outer) == {"inside": 2 * 36 * 27 * 5, "flat": 0, "out": 2 * 180 * 2}
+
+
+def test_proposed_cuts():
+    network = residual_toy()
+    costs = networks.costs(network)
+    total = sum(costs.values())
+    assert networks.propose_cut(network) == ("a", pytest.approx(costs["a"] / total))
+    assert networks.split(network)[0].output_names == ["a"]
+    assert networks.propose_cut(network, 0.999)[0] == "tf.__operators__.add", "the last before the feature"
+    with pytest.raises(UserError, match="--trunk_share=0.1: .* first be cut after layer a, .* give at least 0.43") as e:
+        networks.propose_cut(network, 0.1)
+    assert networks.propose_cut(network, 0.43)[0] == "a" and "\n" not in str(e.value)
+    # The default share is that of the tables' ResNets: the same cut with it as before their last stage.
+    resnet = networks.resnet20((32, 32, 3), 10)
+    assert networks.propose_cut(resnet)[0] == networks.propose_cut(resnet, DEFAULT_TRUNK_SHARE)[0] == "stage_2"
+    # A share that is given goes before the stages.
+    assert networks.propose_cut(resnet, 0.4)[0] == "stage_1"
+    with pytest.raises(UserError, match="cannot be cut anywhere"):
+        networks.split(keras.Sequential([keras.Input((8, 8, 3)), Flatten(), Dense(5)]))
+
+
+def nested(base, *front, **call):
+    """A base model in a network, as in transfer learning."""
+    images = keras.Input((8, 8, 3))
+    x = images
+    for layer in front:
+        x = layer(x)
+    return keras.Model(images, vector(base(x, **call)), name="nested")
+
+
+def base_model(size=8):
+    images = keras.Input((size, size, 3))
+    a = keras.layers.BatchNormalization(name="norm")(Conv2D(4, 3, padding="same", name="a")(images))
+    return keras.Model(images, Conv2D(6, 3, name="b")(keras.layers.Add(name="sum")([a, a * 2.0])), name="base")
+
+
+def test_a_model_in_the_network_is_cut_inside():
+    base = base_model(None)
+    # Its statistics stay as they are where it was called so, and a name that comes twice gets a number.
+    network = nested(base, keras.layers.Rescaling(1 / 255), Conv2D(3, 1, name="a"), training=False)
+    whole = networks.with_features(network)
+    assert networks.cut_points(whole) == ["rescaling", "a", "a_2", "norm", "sum", "b", whole.layers[-2].name]
+    x = tf.constant(noise(3, 8, 8, 3), tf.float32)
+    for training in (False, True):
+        np.testing.assert_allclose(whole(x, training=training)["logits"], network(x), atol=1e-5)
+    trunk, branch = networks.split(network, "norm")
+    np.testing.assert_allclose(branch(trunk(x))["logits"], network(x), atol=1e-5)
+    assert count(trunk) + count(branch) == count(network) and trunk.output_shape == (None, 8, 8, 4)
+    # Called twice, its weights are still one set.
+    images = keras.Input((8, 8, 3))
+    network = keras.Model(images, vector(keras.layers.Add()([base(images), base(images / 2.0)])))
+    whole = networks.with_features(network)
+    assert count(whole) == count(network) and "b" not in networks.cut_points(whole)
+    np.testing.assert_allclose(whole(x)["logits"], network(x), atol=1e-4)
+
+
+def test_frozen_layers_stay_frozen_and_keep_their_weights(digits):
+    base = base_model()
+    base.trainable = False
+    network = nested(base)
+    model = methods.PCL(network, split_at="a", peers=2)
+    for peers in (model.student, model.mean):
+        for branch in peers.branches:
+            assert [layer.name for layer in branch.layers if layer.trainable_weights] == ["logits"]
+            np.testing.assert_array_equal(branch.get_layer("b").kernel, base.get_layer("b").kernel)
+    one, two = (branch.get_layer("logits").kernel.numpy() for branch in model.student.branches)
+    assert np.abs(one - two).max() > 0.01
+    assert count(model.deployed()) == count(network) == 6 * 5 + 5
+    before = [w.numpy() for w in model.student.trunk.weights]
+    model.compile(epochs=1, steps_per_epoch=1)
+    model.train_step((tf.constant(noise(4, 2, 8, 8, 3)), tf.constant([0, 1, 2, 3])))
+    for was, now in zip(before, model.student.trunk.weights):
+        np.testing.assert_array_equal(was, now)
+    assert np.abs(model.student.branches[0].get_layer("logits").kernel - one).max() > 0
+    network.trainable = False
+    with pytest.raises(UserError, match="no trainable layer after 'a'"):
+        methods.PCL(network, split_at="a")
+
+
+def test_what_a_layer_knows_beside_its_weights_is_copied():
+    statistics = keras.layers.Normalization(name="statistics")
+    statistics.adapt(noise(20, 8, 8, 3).astype(np.float32))
+
+    def double(x):
+        return 2.0 * x
+
+    network = nested(small(lambda x: x), statistics, keras.layers.Lambda(double), keras.layers.Lambda(lambda x: x + 1.0),
+                     Conv2D(3, 1, activation=double))
+    x = tf.constant(noise(3, 8, 8, 3), tf.float32)
+    np.testing.assert_allclose(networks.with_features(network)(x)["logits"], network(x), rtol=1e-5)
+    fresh = networks.clone(network)
+    np.testing.assert_allclose(fresh.get_layer("statistics")(x), statistics(x))
+    assert np.abs(fresh.get_layer("first").kernel - network.get_layer("small").get_layer("first").kernel).max() > 0.01
+
+
+class Block(keras.layers.Layer):
+    """A layer of layers."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.parts = [Conv2D(6, 1), keras.layers.BatchNormalization(), Conv2D(6, 1), keras.layers.BatchNormalization()]
+
+    def call(self, x, training=None):
+        for part in self.parts:
+            x = part(x, training=training) if isinstance(part, keras.layers.BatchNormalization) else part(x)
+        return x
+
+
+def test_layers_within_a_layer():
+    network = small(lambda x: vector(Block(name="block")(x)))
+    block = network.get_layer("block")
+    for i, layer in enumerate(block.parts):
+        layer.set_weights([w + 0.1 * (i + 1) for w in layer.get_weights()])
+    assert networks.costs(network)["block"] == 2 * 2 * 16 * 36
+    block.parts[0].trainable = block.parts[1].trainable = False
+    x = tf.constant(noise(3, 8, 8, 3) / 255, tf.float32)
+    for training in (False, True):
+        whole = networks.with_features(network)
+        np.testing.assert_allclose(whole(x, training=training)["logits"], network(x, training=training), atol=1e-5)
+    fresh = networks.clone(network).get_layer("block")
+    assert [part.trainable for part in fresh.parts] == [False, False, True, True]
+    same = [np.array_equal(a.get_weights()[0], b.get_weights()[0]) for a, b in zip(block.parts, fresh.parts)]
+    assert same == [True, True, False, False]
+
+
+class Scaled(keras.layers.Layer):
+    """A layer whose configuration lacks its argument."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.scale = function
+
+    def call(self, x):
+        return self.scale(x)
+
+
+class Sub(keras.Model):
+    """A subclassed model."""
+
+    def __init__(self, kind):
+        super().__init__(name="sub")
+        self.kind, self.convolutions = kind, [Conv2D(4, 3, name="s1"), Conv2D(4, 3, name="s2")]
+        self.norm, self.dropout, self.dense = keras.layers.BatchNormalization(), keras.layers.Dropout(0.5), Dense(5)
+        if kind == "weight":
+            self.own = tf.Variable(2.0, name="own")
+
+    def call(self, x, training=False):
+        for convolution in self.convolutions:
+            x = tf.nn.relu(convolution(x))
+        x = self.norm(x, training=training)
+        if self.kind == "tensor" and tf.reduce_sum(x) > 0:
+            x = -x
+        if self.kind == "weight":
+            x *= self.own
+        if training or self.kind != "phase":
+            x = self.dropout(x, training=training)
+        return self.dense(pool(x))
+
+
+def test_networks_in_other_forms_become_functional(two_replicas):
+    x = tf.constant(noise(16, 8, 8, 3), tf.float32)
+    sequential = keras.Sequential([Conv2D(4, 3), Conv2D(4, 3), keras.layers.GlobalAveragePooling2D(), Dense(5)])
+    subclassed, opened = Sub("plain"), small(vector, (None, None, 3))
+    for network in (sequential, subclassed, opened):
+        model = networks.functional(network, (8, 8, 3))
+        assert model.input_shape == (None, 8, 8, 3)
+        np.testing.assert_allclose(model(x), network(x), atol=1e-5)
+        trunk, branch = networks.split(model)
+        np.testing.assert_allclose(branch(trunk(x))["logits"], network(x), atol=1e-5)
+        assert count(trunk) + count(branch) == count(network)
+    # BatchNorm and dropout work in training.
+    model = networks.functional(subclassed, (8, 8, 3))
+    before = subclassed.norm.moving_mean.numpy()
+    assert np.abs(model(x, training=True) - model(x, training=True)).max() > 0
+    assert np.abs(subclassed.norm.moving_mean - before).max() > 0
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    assert networks.split(networks.functional(Sub("plain"), (8, 8, 3)))[1].output["logits"].dtype == tf.float32
+    plain = small(vector)
+    assert networks.functional(plain, (8, 8, 3)) is plain
+    with two_replicas.scope():
+        assert networks.functional(Sub("plain"), (8, 8, 3)).output_shape == (None, 5)
+
+
+def test_forms_that_cannot_serve_are_refused_in_one_line():
+    images, integers, flat = keras.Input((8, 8, 3)), keras.Input((8, 8, 3), dtype="uint8"), keras.Input((4,))
+    with_loss = small(vector)
+    with_loss.add_loss(tf.reduce_mean(with_loss.layers[1].output))
+    for network, text in [
+            (Sub("weight"), "outside of its layers .own"), (Sub("phase"), "if training"), (Sub("tensor"), "cannot be made"),
+            (small(vector, (8, 8, 1)), r"takes images \(8, 8, 1\); those of the data set are \(8, 8, 3\)"),
+            (keras.Model([images, integers], vector(images)), "2 inputs"), (with_loss, "add_loss"),
+            (keras.Model(integers, vector(keras.layers.Rescaling(1 / 255)(integers))), "uint8"),
+            (keras.Model(flat, Dense(5)(flat)), r"\(None, 4\)"),
+            (small(lambda x: vector(Scaled(tf.nn.relu)(x))), "Scaled.* cannot be copied .* get_config")]:
+        with pytest.raises(UserError, match=text) as e:
+            networks.with_features(networks.functional(network, (8, 8, 3)))
+        assert "\n" not in str(e.value)
+
+
+def saved(model, form, folder):
+    path = str(folder / f"saved{form}")
+    (model.save_weights if form in (".weights.h5", ".h5", "") else model.save)(path)
+    return path
+
+
+FORMS = [".weights.h5", ".h5", "", ".keras", "_model", "_model.h5"]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_from_a_file(form, inner, tmp_path):
+    def build(classes):
+        end = lambda x: Dense(classes, name="logits")(pool(x))
+        return nested(base_model()) if inner and classes == 5 else small(end)
+
+    source, network = build(5), build(5)
+    loaded, fresh = networks.load_weights(network, saved(source, form, tmp_path))
+    assert loaded == [*(("a", "norm", "b") if inner else ("first", "second")), "logits"] and not fresh
+    for a, b in zip(source.get_weights(), network.get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_classifier_of_other_classes_stays_fresh(form, tmp_path):
+    source, network = small(lambda x: Dense(7, name="logits")(pool(x))), small(vector)
+    before = network.get_weights()
+    assert networks.load_weights(network, saved(source, form, tmp_path)) == (["first", "second"], ["logits"])
+    for a, b in zip(source.get_weights()[:-2], network.get_weights()[:-2]):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(network.get_weights()[-2], before[-2])
+    # The peers have all that was loaded, and classifiers of their own.
+    for peers in (methods.PCL(network, split_at="first", peers=2).student.branches,
+                  methods.DML(network, peers=2).networks.values()):
+        one, two = ([peer.get_layer(name).kernel.numpy() for name in ("second", "logits")] for peer in peers)
+        np.testing.assert_array_equal(one[0], source.get_layer("second").kernel)
+        np.testing.assert_array_equal(two[0], one[0])
+        assert np.abs(one[1] - two[1]).max() > 0.01
+
+
+def test_weights_by_order_without_a_top_and_of_a_run(tmp_path):
+    source, network = small(vector, first="x", second="y"), small(vector)
+    assert not networks.load_weights(network, saved(source, ".h5", tmp_path))[1]
+    np.testing.assert_array_equal(network.get_layer("second").kernel, source.get_layer("y").kernel)
+    headless = keras.Model(network.input, network.get_layer("second").output)
+    assert networks.load_weights(small(vector), saved(headless, ".h5", tmp_path)) == (["first", "second"], ["logits"])
+    deployed = methods.PCL(network, split_at="first", preprocess=networks.standardise([9.0] * 3, [9.0] * 3)).deployed()
+    export.export(deployed, "abcde", str(tmp_path / "run" / "export"))
+    again = small(vector)
+    assert not networks.load_weights(again, str(tmp_path / "run"))[1]
+    np.testing.assert_array_equal(again.get_layer("first").kernel, network.get_layer("first").kernel)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_files_that_do_not_fit_are_refused_in_one_line(form, tmp_path):
+    network = small(vector)
+    before = network.get_weights()
+    path = saved(nested(base_model()), form, tmp_path)
+    (tmp_path / "damaged").mkdir()
+    damaged = saved(network, form, tmp_path / "damaged")
+    for part in [f for f in (tmp_path / "damaged").rglob("*") if f.suffix in (".h5", ".keras", ".data-00000-of-00001")]:
+        part.write_bytes(part.read_bytes()[:1000])
+    for given in (path, damaged, str(tmp_path / "absent.h5"), str(tmp_path / "damaged" / "none")):
+        with pytest.raises(UserError, match="--weights=.*(cannot be (loaded|read)|no such file)") as e:
+            networks.load_weights(network, given)
+        assert "\n" not in str(e.value)
+        for a, b in zip(before, network.get_weights()):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_says_what_it_decided(digits, tmp_path):
+    network, notes = "test_networks:plain", {}
+    path = saved(plain((8, 8, 1), 7), ".h5", tmp_path)
+    model = run.around(digits, methods.PCL, network, weights={network: path}, notes=notes, peers=2)
+    assert list(notes) == [f"--weights={path}: 2 layers loaded, not logits; peers' own classifiers start afresh",
+                           "no --split_at: the peers share the network up to layer first, 27 % of its forward cost"]
+    assert model.student.trunk.output_names == ["first"]
+    settings = Options(method="pcl", trunk_share=0.4)
+    around = functools.partial(run.around, digits)
+    stage, = methods.PCL.stages(around, "resnet8", **run.method_arguments(methods.PCL, settings))
+    assert stage.build([]).student.trunk.output_names == ["stage_1"]
+    for wrong, text in ((dict(trunk_share=0.5, split_at="first"), "--trunk_share"), (dict(trunk_share=0.0), "more than 0"),
+                        (dict(network="resnet8,resnet14", weights="x.h5", method="dml"), "one network")):
+        with pytest.raises(UserError, match=text):
+            Options(**wrong)
+    with pytest.raises(UserError, match="--trunk_share does not go with --method=dml"):
+        run.method_arguments(methods.DML, Options(method="dml", trunk_share=0.5))
+
+
+def plain(input_shape, num_classes):
+    return small(lambda x: Dense(num_classes, name="logits")(pool(x)), input_shape)
+
+
+def test_weights_of_keras_applications_come_with_their_scale_of_images(digits):
+    images = noise(2, 32, 32, 3)
+    got = networks.preprocessing("applications.VGG16", (32, 32, 3))(images)
+    np.testing.assert_allclose(got, keras.applications.vgg16.preprocess_input(images.astype(np.float32)), atol=1e-4)
+    assert networks.preprocessing("resnet8", (32, 32, 3)) is None
 
 
 def test_names(tmp_path, monkeypatch):
@@ -126,12 +518,24 @@ def test_names(tmp_path, monkeypatch):
         "def build(input_shape, num_classes):\n"
         "    return keras.Sequential([keras.Input(input_shape), keras.layers.Flatten(), keras.layers.Dense(num_classes)])\n"
         "def wrong(input_shape, num_classes):\n"
-        "    return 3\n")
+        "    return 3\n"
+        "def failing(input_shape, num_classes):\n"
+        "    return input_shape.nothing\n"
+        "def frozen(input_shape, num_classes):\n"
+        "    model = build(input_shape, num_classes)\n"
+        "    model.trainable = False\n"
+        "    return model\n"
+        "constant = 3\n")
+    (tmp_path / "my_broken.py").write_text("import torch_of_another_planet\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert networks.build("my_models:build", (8, 8, 1), 3).output_shape == (None, 3)
     for name, text in (("resnet31", "Did you mean resnet32"), ("applications.MobilNetV2", "Did you mean MobileNetV2"),
                        ("nowhere:build", "No module named 'nowhere'"), ("my_models:absent", "absent"),
-                       ("my_models:wrong", "returned int"), ("applications.NAME", "Allowed|is not known"),
+                       ("my_models:wrong", "returned int"), ("my_models:constant", "is int"),
+                       ("my_models:failing", "my_models:failing cannot be built .* AttributeError.*nothing"),
+                       ("my_models:frozen", "no trainable weights"),
+                       ("my_broken:build", "my_broken:build cannot be imported: .*torch_of_another_planet"),
+                       ("applications.NAME", "Allowed|is not known"),
                        ("applications.VGG16", "cannot be built for images")):
         with pytest.raises(UserError, match=text):
             networks.build(name, (8, 8, 1), 3)

@@ -54,6 +54,13 @@ def test_forward_cost(name):
 
 
 @pytest.mark.parametrize("name", TABLE)
+def test_costs_agree_with_the_profiler(name):
+    costs = networks.costs(build(name))
+    assert sum(costs.values()) == pytest.approx(flop(build(name)), rel=1e-3)
+    assert costs["logits"] == 2 * build(name).get_layer("logits").kernel.shape.num_elements()
+
+
+@pytest.mark.parametrize("name", TABLE)
 def test_the_branch_is_the_last_stage_and_all_after_it(name):
     _, parameters, _, low = TABLE[name]
     trunk, branch = networks.split(build(name))

@@ -28,7 +28,13 @@ class Options:
                          "keras.applications, or module:function of your own; for dml and ctsl_mkt also several, comma "
                          "separated, the target first")
     split_at: typing.Optional[str] = _flag(None, "layer after which each peer has its own branch; default: before the "
-                                           "last stage", str)
+                                           "last stage, or as --trunk_share says", str)
+    trunk_share: typing.Optional[float] = _flag(None, "largest share of the network's forward cost, more than 0 and at most "
+                                                "1, that the peers have in common: the cut is the last possible one; "
+                                                "default: 0.7 for networks without stages", float, above=0, high=1)
+    weights: typing.Optional[str] = _flag(None, "what --network starts from: .weights.h5, .h5, .keras, a SavedModel, a "
+                                          "TensorFlow checkpoint or a run's workdir; a classifier of other classes in it is "
+                                          "left out", str)
     peers: typing.Optional[int] = _flag(None, "number of peers, okddip's leader not counted; default 3, for ctsl_mkt 2",
                                         int, low=1)
     teacher: typing.Optional[str] = _flag(None, "kd: workdir or SavedModel of a network trained before; default: train "
@@ -115,6 +121,10 @@ class Options:
             _check(field, getattr(self, field.name))
         if self.cutout % 2:
             raise UserError(f"--cutout={self.cutout}: give an even number of pixels")
+        if self.split_at and self.trunk_share:
+            raise UserError(f"--split_at={self.split_at} does not go with --trunk_share={self.trunk_share:g}: give one")
+        if self.weights and "," in self.network:
+            raise UserError(f"--weights does not go with several networks, --network={self.network}: give one network")
         if (self.rampup_epochs or 0) > self.epochs:
             raise UserError(f"--rampup_epochs={self.rampup_epochs:g} is more than --epochs={self.epochs}")
         drops = self.lr_decay_epochs or ()

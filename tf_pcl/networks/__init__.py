@@ -8,16 +8,25 @@ import inspect
 import numpy as np
 from tensorflow import keras
 
-from tf_pcl.errors import UserError, choose
+from tf_pcl.errors import UserError, choose, one_line
+from tf_pcl.networks.copies import clone, functional, keep_weights
 from tf_pcl.networks.densenet import densenet40_12
+from tf_pcl.networks.features import with_features
 from tf_pcl.networks.resnet import resnet, resnet8, resnet14, resnet18, resnet20, resnet32, resnet50, resnet110, wrn20_8
 from tf_pcl.networks.resnext import resnext29_2x64d
-from tf_pcl.networks.split import clone, cut_points, split, stage_names, with_features
+from tf_pcl.networks.split import costs, cut_points, propose_cut, split, stage_names
 from tf_pcl.networks.vgg import vgg16
+from tf_pcl.networks.weights import load_weights
 
 NETWORKS = {f.__name__: f for f in (
     resnet8, resnet14, resnet20, resnet32, resnet110, wrn20_8, resnext29_2x64d, vgg16, densenet40_12,  # small images
     resnet18, resnet50)}  # large ones
+
+
+def _application(name):
+    """The function of keras.applications that `applications.NAME` names."""
+    known = {n: f for n, f in vars(keras.applications).items() if inspect.isfunction(f)}
+    return known[choose("--network=applications.", name[len("applications."):], known)]
 
 
 def find(name):
@@ -27,17 +36,19 @@ def find(name):
       UserError: if there is none.
     """
     if name.startswith("applications."):
-        known = {n: f for n, f in vars(keras.applications).items() if inspect.isfunction(f)}
-        application = known[choose("--network=applications.", name[len("applications."):], known)]
+        application = _application(name)
         return lambda input_shape, num_classes: application(
             weights=None, input_shape=input_shape, classes=num_classes, classifier_activation=None)
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
-            return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as e:
-            raise UserError(f"--network={name}: {e}. It must name a function as module:function that can be imported "
-                            "from here.") from e
+            function = getattr(importlib.import_module(module), attribute)
+        except (Exception, SystemExit) as e:  # The module is the user's code.
+            raise UserError(f"--network={name} cannot be imported: {one_line(e)}. It must name a function as "
+                            "module:function that can be imported from here.") from e
+        if not callable(function):
+            raise UserError(f"--network={name} is {type(function).__name__}: it must name a function")
+        return function
     forms = ["applications.NAME", "module:function"]
     if choose("--network", name, [*NETWORKS, *forms]) in forms:
         raise UserError(f"--network={name}: put a name in place of the capitals, as in applications.MobileNetV2")
@@ -49,21 +60,26 @@ def build(name, input_shape, num_classes):
 
     Args:
       name: one of NETWORKS; `applications.NAME` for keras.applications, without pretrained weights; or `module:function`,
-        a function (input_shape, num_classes) of the user's own that returns a functional keras.Model.
+        a function (input_shape, num_classes) of the user's own that returns a keras.Model which `functional` takes.
       input_shape: (H, W, channels).
       num_classes: C ≥ 2.
+    Returns:
+      A functional keras.Model from float images [B, H, W, channels] to [B, C].
     Raises:
       UserError: if there is no such network or it does not take such images.
     """
     function = find(name)
     try:
         model = function(tuple(input_shape), num_classes)
-    except (ValueError, TypeError) as e:
-        raise UserError(f"--network={name} cannot be built for images {tuple(input_shape)}: {' '.join(str(e).split())}") from e
+    except Exception as e:  # The function is keras.applications' or the user's.
+        raise UserError(f"--network={name} cannot be built for images {tuple(input_shape)}: {one_line(e)}") from e
     if not isinstance(model, keras.Model):
         raise UserError(f"--network={name} returned {type(model).__name__}: it must return a keras.Model")
-    if model.output_shape[-1] != num_classes:
+    model = functional(model, tuple(input_shape))
+    if tuple(model.output_shape[1:]) != (num_classes,):
         raise UserError(f"--network={name} gives outputs {model.output_shape}; the data set has {num_classes} classes")
+    if not model.trainable_weights:
+        raise UserError(f"--network={name} has no trainable weights: all its layers are frozen, or it has none")
     return model
 
 
@@ -75,6 +91,22 @@ def standardise(mean, std):
     """
     return keras.layers.Normalization(mean=np.asarray(mean, np.float32), variance=np.square(np.asarray(std, np.float32)),
                                       dtype="float32", name="standardise")
+
+
+def preprocessing(name, input_shape):
+    """The preprocess_input of `applications.NAME`, which files of its weights were trained with.
+
+    Args:
+      name: of a network; one that is not of keras.applications has none.
+      input_shape: (H, W, channels).
+    Returns:
+      A keras.Model from raw images 0–255 to float32 images, or None.
+    """
+    if not name.startswith("applications."):
+        return None
+    module = getattr(keras.applications, _application(name).__module__.split(".")[-1])
+    images = keras.Input(input_shape, dtype="float32")
+    return keras.Model(images, module.preprocess_input(images), name="preprocess_input")
 
 
 def standardises_itself(network):

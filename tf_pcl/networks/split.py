@@ -1,120 +1,70 @@
 """Cuts any functional Keras model into a trunk that peers share and a branch that each has for itself."""
+import itertools
 import re
 
+import numpy as np
 import tensorflow as tf
 from tensorflow import keras
-from tensorflow.keras import layers
 
 from tf_pcl.errors import UserError
+from tf_pcl.networks.copies import calls, clone
+from tf_pcl.networks.features import with_features
+
+# Cuts the tables' ResNets where the paper does: what comes before their last stage is 0.65 to 0.69 of the cost.
+DEFAULT_TRUNK_SHARE = 0.7
 
 
-def clone(model, salt=0, linear=None):
-    """A copy of `model` with fresh weights.
-
-    Keras copies the fixed seed of an initialiser or a dropout along, which would make all clones alike: `salt` is added
-    to every such seed. The layer named `linear` loses its activation.
-    """
-    def salted(config):
-        if isinstance(config, dict):
-            return {k: v + salt if k == "seed" and isinstance(v, int) else salted(v) for k, v in config.items()}
-        if isinstance(config, (list, tuple)):
-            return [salted(v) for v in config] if isinstance(config, list) else tuple(map(salted, config))
-        return config
-
-    def cloned(layer):
-        config = salted(layer.get_config())
-        if layer.name == linear:
-            config["activation"] = "linear"
-        return layer.__class__.from_config(config)
-
-    return keras.models.clone_model(model, clone_function=cloned)
-
-
-def with_features(network):
-    """Copies a classifier and gives the copy more outputs: what stands before the logits.
+def costs(network):
+    """What one image's forward pass costs in each layer.
 
     Args:
-      network: a functional (or Sequential) keras.Model from images to logits or to probabilities, a softmax at the end is
-        taken off; or a model that this function gave.
+      network: a functional keras.Model of a known image size.
     Returns:
-      A keras.Model with the network's weights, not shared with it, and outputs {"features": [B, d], "logits": float32
-      [B, C]}: the feature is what the last layer classifies. A network that pools or flattens a feature map [B, H, W, c] to
-      a vector has it as a third output, "feature_map".
-    Raises:
-      UserError: if the network does not end in a fully connected classifier.
+      {layer name: FLOP}, in the order of computation: 2 × multiply-adds with the kernels of a layer (convolutions of every
+      kind, dense layers, the projections of attention), 0 for what has none. Layers of inner models stand under their own
+      names, as in split.
     """
-    if isinstance(network, (list, tuple)):
-        raise UserError(f"{len(network)} networks were given: this method takes one")
-    if isinstance(network, keras.Model) and isinstance(getattr(network, "output", None), dict) and "logits" in network.output:
-        copied = clone(network)
-        copied.set_weights(network.get_weights())
-        return copied
-    if isinstance(network, keras.Sequential) and network.built:
-        network = keras.Model(network.inputs, network.outputs, name=network.name)
-    if not isinstance(network, keras.Model) or not network.outputs:
-        raise UserError(f"network {getattr(network, 'name', network)!r} is not a functional Keras model: build it with "
-                        "keras.Model(inputs, outputs) or a Sequential that starts with keras.Input")
-    if len(network.outputs) != 1 or len(network.inputs) != 1:
-        raise UserError(f"network {network.name!r} has {len(network.inputs)} inputs and {len(network.outputs)} outputs: "
-                        "it must have one of each")
-    last = network.get_layer(network.output_names[0])
-    copied = clone(network, linear=last.name if isinstance(last, layers.Dense) and _softmax(last) else None)
-    copied.set_weights(network.get_weights())
-    last = copied.get_layer(last.name)
-    if isinstance(last, layers.Softmax) or (isinstance(last, layers.Activation) and _softmax(last)):
-        copied = keras.Model(copied.input, last.input)
-        last = copied.get_layer(copied.output_names[0])
-    if not isinstance(last, layers.Dense):
-        raise UserError(f"network {network.name!r} ends in layer {last.name!r} ({type(last).__name__}): it must end in a "
-                        "Dense layer that gives the logits (a softmax may follow)")
-    if last.activation is not keras.activations.linear:
-        raise UserError(f"network {network.name!r} applies {last.activation.__name__} to its last layer {last.name!r}: "
-                        "it must give logits, or probabilities through a softmax")
-    outputs = {"features": last.input, "logits": last.output}
-    if last.output.dtype != tf.float32:
-        outputs["logits"] = layers.Activation("linear", dtype="float32", name="float32_logits")(last.output)
-    pooled = [la.input for la in copied.layers if _rank(la, "input") == 4 and _rank(la, "output") == 2]
-    if pooled:
-        outputs["feature_map"] = pooled[-1]
-    return keras.Model(copied.input, outputs, name=network.name)
+    if any(isinstance(layer, keras.Model) for layer in network.layers):
+        network = clone(network)
+    found = {}
+    for node in calls(network):
+        found[node.layer.name] = found.get(node.layer.name, 0) + _flop(node)
+    return found
 
 
-def _rank(layer, side):
-    """The rank of a layer's one "input" or "output" tensor; None if it has several."""
-    return getattr(getattr(getattr(layer, side, None), "shape", None), "rank", None)
-
-
-def _softmax(layer):
-    return getattr(layer, "activation", None) is keras.activations.softmax
+def _flop(node):
+    """2 × multiply-adds of one call of a layer."""
+    # A kernel is applied once at every place of the output (of a transposed convolution and an EinsumDense that splits a
+    # dimension: of the input), whichever has fewer.
+    kernels = [w.shape.num_elements() for w in node.layer.weights if "kernel" in w.name.split("/")[-1]]
+    if not kernels:
+        return 0
+    shapes = [node.keras_inputs[0].shape[1:-1], tf.nest.flatten(node.outputs)[0].shape[1:-1]]
+    return 2 * sum(kernels) * min(int(np.prod(shape)) for shape in shapes)
 
 
 def cut_points(network):
     """Names of the layers, from input to output, after which the network falls into two: all that follows needs only
-    that layer's output."""
-    configs = {config["name"]: config for config in network.get_config()["layers"]}
-    order = {layer.name: i for i, layer in enumerate(network.layers)}
-    last_use = {}
-
-    def visit(reference, user):
-        """Notes in last_use each layer named in inbound nodes, which are nested lists [layer, node, tensor, arguments]."""
-        if isinstance(reference, (list, tuple)):
-            if len(reference) >= 3 and isinstance(reference[0], str) and reference[0] in order:
-                last_use[reference[0]] = max(last_use.get(reference[0], 0), order[user])
-            for item in reference:
-                visit(item, user)
-        elif isinstance(reference, dict):
-            for item in reference.values():
-                visit(item, user)
-
-    for name, config in configs.items():
-        visit(config["inbound_nodes"], name)
-    names, open_until = [], 0
-    for i, layer in enumerate(network.layers[:-1]):
-        # No tensor made before this layer is used after it, and it made one tensor.
-        if open_until <= i and not isinstance(layer, layers.InputLayer) and len(configs[layer.name]["inbound_nodes"]) == 1:
-            names.append(layer.name)
-        open_until = max(open_until, last_use.get(layer.name, i))
+    that layer's output and none of the layers before."""
+    order = calls(network)
+    last_use, last_call = {}, {}
+    for i, node in enumerate(order):
+        last_use.update((id(t), i) for t in node.keras_inputs)
+        last_call[id(node.layer)] = i
+    names, open_until = [], max(last_use.get(id(t), 0) for t in network.inputs)
+    for i, node in enumerate(order[:-1]):
+        made = tf.nest.flatten(node.outputs)
+        if max(open_until, last_call[id(node.layer)]) <= i and len(made) == 1:
+            names.append(node.layer.name)
+        open_until = max(open_until, last_call[id(node.layer)], *(last_use.get(id(t), i) for t in made))
     return names
+
+
+def _usable(whole):
+    """The cut points that leave the feature that is classified to the branch."""
+    before = itertools.takewhile(lambda node: node is not whole.output["features"].node, calls(whole))
+    names = {node.layer.name for node in before}
+    return [name for name in cut_points(whole) if name in names]
 
 
 def stage_names(network):
@@ -124,9 +74,41 @@ def stage_names(network):
 
 
 def default_cut(network):
-    """The layer after which the last stage begins: stage_(S−1)."""
+    """The layer after which the last stage begins, stage_(S−1); None if there is none."""
     stages = stage_names(network)
     return stages[-2] if len(stages) > 1 else None
+
+
+def propose_cut(network, trunk_share=None):
+    """Where to cut a network that nobody named a layer for.
+
+    Args:
+      network: as in split.
+      trunk_share: the largest part of the forward cost that the peers may share, in (0, 1); by default they share all
+        before the last stage of a network with named stages, or else at most DEFAULT_TRUNK_SHARE, where that is possible.
+    Returns:
+      name of the trunk's last layer: the last that costs no more; the part of the forward cost up to there.
+    Raises:
+      UserError: if the network cannot be cut, or the first cut already costs more than the given share.
+    """
+    return _proposed(with_features(network), trunk_share)
+
+
+def _proposed(whole, trunk_share=None):
+    cost, points = costs(whole), _usable(whole)
+    if not points:
+        raise UserError(f"network {whole.name!r} cannot be cut anywhere before its classifier's input: there is nothing "
+                        "that peers could share; methods that take no --split_at can train it")
+    share = dict(zip(cost, np.cumsum(list(cost.values())) / max(1, sum(cost.values()))))
+    if trunk_share is None and default_cut(whole) in points:
+        return default_cut(whole), share[default_cut(whole)]
+    fitting = [name for name in points if share[name] <= (trunk_share or DEFAULT_TRUNK_SHARE)]
+    if trunk_share and not fitting:
+        raise UserError(f"--trunk_share={trunk_share:g}: network {whole.name!r} can first be cut after layer {points[0]}, "
+                        f"which makes {100 * share[points[0]]:.2g} % of its forward cost the trunk: give at least "
+                        f"{np.ceil(100 * share[points[0]]) / 100:g}")
+    name = (fitting or points)[-1 if fitting else 0]
+    return name, share[name]
 
 
 def split(network, at=None):
@@ -134,7 +116,7 @@ def split(network, at=None):
 
     Args:
       network: a functional keras.Model from images to logits or probabilities.
-      at: the name of the trunk's last layer; by default that before the last stage of a network with named stages.
+      at: the name of the trunk's last layer; by default what propose_cut says.
     Returns:
       trunk: keras.Model from images to the output of `at`; branch: keras.Model from there to the outputs of
       with_features, "feature_map" only if the branch makes it. Together they have exactly the network's weights, copied.
@@ -142,17 +124,17 @@ def split(network, at=None):
       UserError: if the network cannot be cut there; the text names the layers where it can.
     """
     whole = with_features(network)
-    # Keras lists the layers of a dictionary's outputs by sorted key.
-    makers = dict(zip(sorted(whole.output), whole.output_names))
-    order = [layer.name for layer in whole.layers]
-    # A cut must leave the feature that is classified to the branch.
-    points = [name for name in cut_points(whole) if order.index(name) < order.index(makers["features"])]
-    at = at or default_cut(whole)
+    points, order = _usable(whole), [node.layer.name for node in calls(whole)]
+    at = at or default_cut(whole) or _proposed(whole)[0]
     if at not in points:
-        reason = "cannot be cut there" if at in order else "has no such layer"
-        came = f"--split_at={at}: network {whole.name!r} {reason}" if at else \
-            f"network {whole.name!r} has no stages to be cut by: give --split_at"
-        raise UserError(f"{came}. Layers where a cut is possible: {', '.join(points) or 'none'}.")
+        reason = "cannot be cut there" if at in {layer.name for layer in whole.layers} else "has no such layer"
+        raise UserError(f"--split_at={at}: network {whole.name!r} {reason}. Layers where a cut is possible: "
+                        f"{', '.join(points) or 'none'}.")
     cut = whole.get_layer(at).output
-    made = {key: tensor for key, tensor in whole.output.items() if order.index(makers[key]) > order.index(at)}
-    return keras.Model(whole.input, cut, name="trunk"), keras.Model(cut, made, name="branch")
+    behind = order[order.index(at) + 1:]
+    made = {key: tensor for key, tensor in whole.output.items() if tensor.node.layer.name in behind}
+    trunk, branch = keras.Model(whole.input, cut, name="trunk"), keras.Model(cut, made, name="branch")
+    if not branch.trainable_weights:
+        raise UserError(f"network {whole.name!r} has no trainable layer after {at!r}: peers would all be the same; make "
+                        "some layer there trainable, or cut earlier with --split_at")
+    return trunk, branch

@@ -54,7 +54,9 @@ def run(options):
     if options.teacher:
         with strategy.scope():
             arguments["teacher"] = export.load(options.teacher, data.classes)
-    stages = method.stages(functools.partial(around, data), names if len(names) > 1 else names[0], **arguments)
+    notes = {}
+    make = functools.partial(around, data, weights={options.network: options.weights}, notes=notes)
+    stages = method.stages(make, names if len(names) > 1 else names[0], **arguments)
 
     def built(i, trained):
         """The model of stage i, compiled."""
@@ -82,7 +84,7 @@ def run(options):
     print(f"{options.method} on {options.dataset}: {len(data.train):,} training and {len(data.test):,} test images "
           f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes\n{options.epochs} epochs of {steps} steps on "
           f"{strategy.num_replicas_in_sync} {'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'}, "
-          f"{options.precision}", flush=True)
+          f"{options.precision}", *notes, sep="\n", flush=True)
     before = [os.path.join(workdir, f"{i + 1}-{stage.name}") for i, stage in enumerate(stages[:-1])]
     models, results = models[:1], {"wall_seconds": 0.0}
     for i, folder in enumerate([*before, workdir]):
@@ -101,14 +103,31 @@ def run(options):
     return results
 
 
-def around(data, cls, network, **arguments):
-    """A `cls` around one network or a list, each a name or a keras.Model, for the images of `data`."""
+def around(data, cls, network, *, weights=None, trunk_share=None, notes=None, **arguments):
+    """A `cls` around one network or a list, each a name or a keras.Model, for the images of `data`.
+
+    Args:
+      weights: {name: file of the weights that this network starts from, or None}.
+      trunk_share: as in networks.propose_cut.
+      notes: a dict that gets lines for people as keys.
+    """
     several = network if isinstance(network, (list, tuple)) else [network]
     several = [networks.build(one, data.image_shape, len(data.classes)) if isinstance(one, str) else one for one in several]
     raw = {networks.standardises_itself(one) for one in several}
     if len(raw) > 1:
         raise UserError("of the networks, some scale raw images themselves and some do not: they cannot see the same images")
     preprocess = None if raw.pop() else networks.standardise(data.mean, data.std)
+    notes = {} if notes is None else notes
+    if isinstance(network, str) and (path := (weights or {}).get(network)):
+        loaded, fresh = networks.load_weights(several[0], path)
+        notes[f"--weights={path}: {len(loaded)} layers loaded{', not ' + fresh[0] if fresh else ''}" + (
+            "; peers' own classifiers start afresh" if "peers" in _parameters(cls) else "")] = True
+        preprocess = preprocess and (networks.preprocessing(network, data.image_shape) or preprocess)
+    if "split_at" in _parameters(cls) and not arguments.get("split_at") and (
+            trunk_share or len(networks.stage_names(several[0])) < 2):
+        arguments["split_at"], share = networks.propose_cut(several[0], trunk_share)
+        notes[f"no --split_at: the peers share the network up to layer {arguments['split_at']}, {100 * share:.0f} % of its "
+              "forward cost"] = True
     return cls(several if isinstance(network, (list, tuple)) else several[0], preprocess=preprocess, **arguments)
 
 
@@ -176,7 +195,8 @@ def method_arguments(method, options):
 
 def _parameters(method):
     """Names of what a method's constructor and stages take."""
-    return {*inspect.signature(method).parameters, *inspect.signature(method.stages).parameters}
+    own = {*inspect.signature(method).parameters, *inspect.signature(method.stages).parameters}
+    return own | ({"trunk_share"} if "split_at" in own else set())
 
 
 def _describe(rows, options, stage, model):

@@ -1,0 +1,127 @@
+"""Weights from a file."""
+import os
+
+import numpy as np
+import tensorflow as tf
+from tensorflow import keras
+
+from tf_pcl.errors import UserError, one_line
+from tf_pcl.networks.copies import head, keep_weights, leaves, set_weights
+
+
+def load_weights(network, path):
+    """Gives a network the weights of a file, which its copies keep (keep_weights).
+
+    Layers are found by their names, or else by their order. The layer that gives the logits may be missing in the file, or
+    be for other classes: it stays as it is. Everything else must be there, in its shape.
+
+    Args:
+      network: a functional keras.Model, with the layers and, unless the file says them, the order of the one that was saved.
+      path: what Keras saves: weights (.weights.h5, .h5, the prefix of a TensorFlow checkpoint or its folder) or a whole
+        model (.keras, .h5, the folder of a SavedModel); or the workdir of a run of this package, whose SavedModel is taken.
+    Returns:
+      loaded, fresh: the names of the layers that got weights, and of those, at most one, that did not.
+    Raises:
+      UserError: if there is no such file, it cannot be read or does not fit; the network is then as it was.
+    """
+    path = _located(path)
+    targets = [layer for layer in leaves(network) if layer.weights]
+    best, missing, failure = {}, targets, None
+    before = network.get_weights()
+    level = tf.get_logger().level
+    tf.get_logger().setLevel("ERROR")  # It warns of each layer that does not fit.
+    try:
+        for attempt in _attempts(network, path):
+            network.set_weights([np.full_like(w, np.nan) if w.dtype.kind == "f" else w for w in before])
+            try:
+                found = attempt() or {id(layer): layer.get_weights() for layer in targets}
+            except Exception as e:  # Whatever a damaged file or one of another network leads to.
+                failure = failure or one_line(e)
+                continue
+            lacking = [layer for layer in targets if not _fits(layer, found.get(id(layer)))]
+            if len(lacking) < len(missing):
+                best, missing = found, lacking
+            if not missing:
+                break
+    finally:
+        network.set_weights(before)
+        tf.get_logger().setLevel(level)
+    last = head(network)
+    misfits = [layer.name for layer in missing if layer is not last]
+    if misfits or not best:
+        why = f"it lacks {len(misfits)} of {len(targets)} layers, or has them in another shape ({', '.join(misfits[:3])}" \
+            f"{', …' * (len(misfits) > 3)})" if best else "no layer is found by name"
+        raise UserError(f"--weights={path} cannot be loaded into network {network.name!r}: {why}" + (
+            f"; {failure}" if failure else "") + f"; only the classifier, {last.name!r}, may be missing")
+    loaded = [layer for layer in targets if layer not in missing]
+    for layer in loaded:
+        set_weights(layer, best[id(layer)])
+    keep_weights(network)
+    return [layer.name for layer in loaded], [layer.name for layer in missing]
+
+
+def _located(path):
+    """The file or folder to read; UserError if there is none."""
+    for folder in (path, os.path.join(path, "export", "saved_model", "1")):
+        if os.path.exists(os.path.join(folder, "saved_model.pb")):
+            return folder
+    if os.path.isdir(path):
+        found = tf.train.latest_checkpoint(path)
+        if not found:
+            raise UserError(f"--weights={path}: the folder holds neither a SavedModel nor a checkpoint; give one that does, "
+                            "or a .h5 or .keras file")
+        return found
+    if not os.path.exists(path) and not os.path.exists(path + ".index"):
+        raise UserError(f"--weights={path}: there is no such file; give a .weights.h5, .h5 or .keras file, a SavedModel's "
+                        "folder or a checkpoint's prefix")
+    return path
+
+
+def _fits(layer, values):
+    """Whether `values` are all of a layer's weights; what was not read is NaN."""
+    return values is not None and [v.shape for v in values] == [tuple(w.shape) for w in layer.weights] and not any(
+        np.isnan(v).any() for v in values if v.dtype.kind == "f")
+
+
+def _attempts(network, path):
+    """Ways to read the file: each writes into the network, or returns {id of a layer: its weights}."""
+    if path.endswith(".keras") or os.path.isdir(path) or _is_model(path):
+        def whole():
+            if not cache:
+                model = keras.models.load_model(path, compile=False)
+                cache.extend((layer.name, layer.get_weights()) for layer in leaves(model) if layer.weights)
+            return cache
+
+        def by_name():
+            values = dict(whole())
+            return {id(layer): values.get(layer.name) for layer in targets}
+
+        def by_order():
+            return {id(layer): values for layer, (_, values) in zip(targets, whole())}
+
+        cache, targets = [], [layer for layer in leaves(network) if layer.weights]
+        return by_name, by_order
+
+    def read(model, **how):
+        status = model.load_weights(path, **how)
+        if status is not None:
+            status.expect_partial()
+
+    feature = getattr(head(network), "input", None) if head(network) in network.layers else None
+    headless = [] if feature is None else [keras.Model(network.inputs, feature)]
+    ways = [lambda model=model: read(model) for model in (network, *headless)]
+    if path.endswith((".h5", ".hdf5")) and not path.endswith(".weights.h5"):
+        ways.insert(0, lambda: read(network, by_name=True, skip_mismatch=True))
+    return ways
+
+
+def _is_model(path):
+    """Whether a .h5 file holds a whole model."""
+    if not path.endswith((".h5", ".hdf5")):
+        return False
+    import h5py
+    try:
+        with h5py.File(path) as f:
+            return "model_config" in f.attrs
+    except OSError as e:
+        raise UserError(f"--weights={path} cannot be read: {one_line(e)}; give another file") from e
