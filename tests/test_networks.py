@@ -383,6 +383,15 @@ def test_networks_in_other_forms_become_functional(two_replicas):
         trunk, branch = networks.split(model)
         np.testing.assert_allclose(branch(trunk(x))["logits"], network(x), atol=1e-5)
         assert count(trunk) + count(branch) == count(network)
+    # A model with a graph of layers that computes something else is none of these.
+    class Doubled(keras.Model):
+        def call(self, x, training=None):
+            return super().call(2.0 * x, training=training)
+
+    images = keras.Input((8, 8, 3))
+    network = Doubled(images, vector(images))
+    np.testing.assert_allclose(networks.functional(network)(x), network(x))
+    assert count(networks.functional(network)) == count(network)
     # BatchNorm and dropout work in training.
     model = networks.functional(subclassed, (8, 8, 3))
     before = subclassed.norm.moving_mean.numpy()

@@ -29,7 +29,9 @@ def functional(network, input_shape=None):
             network.build((None, *input_shape))
         if network.inputs:
             network = keras.Model(network.inputs, network.outputs, name=network.name)
-    if not network.inputs:
+    if not network.inputs or _own_call(network):
+        if network.inputs:
+            input_shape = input_shape or network.inputs[0].shape[1:]
         if not input_shape:
             raise UserError(f"network {network.name!r} is not a functional Keras model: build it with keras.Model(inputs, "
                             "outputs) or a Sequential that starts with keras.Input, or convert it with "
@@ -38,7 +40,7 @@ def functional(network, input_shape=None):
     if len(network.outputs) != 1 or len(network.inputs) != 1:
         raise UserError(f"network {network.name!r} has {len(network.inputs)} inputs and {len(network.outputs)} outputs: "
                         "it must have one of each")
-    if any(type(layer).__name__ == "AddLoss" for layer in network.layers):
+    if any(type(layer).__name__ == "AddLoss" for layer in leaves(network)):
         raise UserError(f"network {network.name!r} adds a loss of its own with add_loss, which would be lost in the peers: "
                         "leave it out, or put it into a layer's call")
     given = network.inputs[0]
@@ -115,9 +117,14 @@ def calls(network):
     return ready
 
 
+def _own_call(model):
+    """Whether a model computes something else than its graph of layers."""
+    return any("call" in vars(c) for c in type(model).__mro__ if not c.__module__.startswith("keras."))
+
+
 def _dissolves(layer):
     """Whether a layer is a functional model of one input, whose layers can stand in its place."""
-    return isinstance(layer, keras.Model) and bool(layer.inputs) and len(layer.inputs) == 1
+    return isinstance(layer, keras.Model) and len(layer.inputs or []) == 1 and not _own_call(layer)
 
 
 def leaves(model):
@@ -181,8 +188,9 @@ def copy(model, input_shape=None, salt=0, keeps=lambda layer: True):
                 old = tf.nest.flatten(node.outputs)
             else:
                 layer = copies[id(node.layer)]
-                if kwargs.get("training") is None and "training" in inspect.signature(layer.call).parameters:
-                    kwargs = {**kwargs, "training": training}
+                if training is not None and "training" in inspect.signature(layer.call).parameters:
+                    own = kwargs.get("training")
+                    kwargs = {**kwargs, "training": training if own is None else own}
                 new, old = tf.nest.flatten(layer(*args, **kwargs)), tf.nest.flatten(node.outputs)
             made.update((id(t), n) for t, n in zip(old, new))
         return [made[id(t)] for t in part.outputs]

@@ -21,8 +21,8 @@ def costs(network):
       network: a functional keras.Model of a known image size.
     Returns:
       {layer name: FLOP}, in the order of computation: 2 × multiply-adds with the kernels of a layer (convolutions of every
-      kind, dense layers, the projections of attention), 0 for what has none. Layers of inner models stand under their own
-      names, as in split.
+      kind, dense layers, the projections of attention), 0 for what has none. Inner models' layers stand under their own
+      names, as in split; a layer of layers counts as if all of them had the smaller of its input's and output's size.
     """
     if any(isinstance(layer, keras.Model) for layer in network.layers):
         network = clone(network)
@@ -34,11 +34,11 @@ def costs(network):
 
 def _flop(node):
     """2 × multiply-adds of one call of a layer."""
-    # A kernel is applied once at every place of the output (of a transposed convolution and an EinsumDense that splits a
-    # dimension: of the input), whichever has fewer.
     kernels = [w.shape.num_elements() for w in node.layer.weights if "kernel" in w.name.split("/")[-1]]
     if not kernels:
         return 0
+    # A kernel is applied once at every place of the output; where that has more, as after a transposed convolution or an
+    # EinsumDense that splits a dimension, of the input.
     shapes = [node.keras_inputs[0].shape[1:-1], tf.nest.flatten(node.outputs)[0].shape[1:-1]]
     return 2 * sum(kernels) * min(int(np.prod(shape)) for shape in shapes)
 
