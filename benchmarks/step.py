@@ -9,6 +9,7 @@ TensorBoard's logs written as train.py does; and the memory that training takes 
 but loaded TensorFlow and the images. Speeds are taken in turns, in rounds, so that a noisy machine disturbs them alike; the
 medians count. Memory is taken in a process of its own.
 """
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -102,7 +103,8 @@ def stages_of(method, network, loaded, teacher_network):
 
 def peak_memory(source, method, network, teacher_network, stage, precision, batch_size):
     """GiB that a few steps take at most; to be called in a process of its own. `source`: arguments of data.load."""
-    loaded = data.load(*source)
+    with contextlib.redirect_stdout(None):
+        loaded = data.load(*source)
     before = most_memory()
     keras.mixed_precision.set_global_policy(precision)
     Trained(stages_of(method, network, loaded, teacher_network)[stage], loaded, batch_size, 2).take_turn(None)
