@@ -1,10 +1,13 @@
 """What the README and the flag files promise."""
 import dataclasses
 import functools
+import json
+import os
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -48,6 +51,24 @@ def test_ci_runs_the_test_command_of_the_readme():
     command = (ROOT / ".ci/run").read_text().replace('eval "$command"', "")
     done = subprocess.run(["bash", "-c", command, str(ROOT / ".ci/run")], capture_output=True, text=True)
     assert done.stdout.strip() == "+ " + blocks("Test")[0].strip()
+
+
+@pytest.mark.parametrize("heading, made", [("Your own images", "image_folder-resnet8-pcl-seed0"),
+                                          ("Your own network", "digits-my_models.build-pcl-seed0")])
+def test_what_a_user_brings_trains_as_printed(heading, made, tmp_path):
+    section = re.search(rf"^### {heading}\n(.*?)(?=^##)", README, re.M | re.S).group(1)
+    source = re.search(r"^```sh\n(.*?)^```", section, re.M | re.S).group(1)
+    for name in ("train.py", "tf_pcl"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (tmp_path / "bin/python").chmod(0o755)
+    shorter = re.sub(r"--epochs=\d+", "--epochs=2", source)
+    assert shorter != source
+    done = subprocess.run(["sh", "-e", "-c", shorter], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs" / made / "results.json").read_text())["deployed_error"] < 80
 
 
 def test_every_command_of_the_readme_parses():
