@@ -83,6 +83,8 @@ def test_a_network_of_keras_applications():
     assert name == "block_12_add" and 0.6 < share <= DEFAULT_TRUNK_SHARE
     trunk, branch = networks.split(network)
     assert trunk.output_names == [name] and count(trunk) + count(branch) == count(network)
+    norms = [layer for model in (trunk, branch) for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    assert len(norms) == 52 and {layer.momentum for layer in norms} == {0.9}
     assert branch.output_shape == {"features": (None, 1280), "logits": (None, 7), "feature_map": (None, 1, 1, 1280)}
     assert not networks.standardises_itself(network)
     assert networks.standardises_itself(keras.Sequential([keras.Input((8, 8, 1)), rescaled((8, 8, 1), 3)]))

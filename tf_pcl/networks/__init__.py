@@ -37,8 +37,16 @@ def find(name):
     """
     if name.startswith("applications."):
         application = _application(name)
-        return lambda input_shape, num_classes: application(
-            weights=None, input_shape=input_shape, classes=num_classes, classifier_activation=None)
+
+        def build_application(input_shape, num_classes):
+            model = application(weights=None, input_shape=input_shape, classes=num_classes, classifier_activation=None)
+            for layer in model.submodules:
+                if isinstance(layer, keras.layers.BatchNormalization):
+                    # The recipe's. With MobileNetV2's 0.999 the statistics of the first thousands of steps are no use.
+                    layer.momentum = 0.9
+            return model
+
+        return build_application
     if ":" in name:
         module, _, attribute = name.partition(":")
         try:
@@ -59,8 +67,9 @@ def build(name, input_shape, num_classes):
     """Builds a network by its name.
 
     Args:
-      name: one of NETWORKS; `applications.NAME` for keras.applications, without pretrained weights; or `module:function`,
-        a function (input_shape, num_classes) of the user's own that returns a keras.Model which `functional` takes.
+      name: one of NETWORKS; `applications.NAME` for keras.applications, without pretrained weights and with the recipe's
+        BatchNorm momentum, 0.9; or `module:function`, a function (input_shape, num_classes) of the user's own that returns a
+        keras.Model which `functional` takes.
       input_shape: (H, W, channels).
       num_classes: C ≥ 2.
     Returns:
