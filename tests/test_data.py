@@ -296,14 +296,15 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
     png, jpeg = tf.io.encode_png(noise(8, 8, 3)).numpy(), tf.io.encode_jpeg(noise(8, 8, 3)).numpy()
     bad = [b"", b"RIFF....WEBPVP8 ", png[:60], jpeg[:-40], jpeg[:30]]
     folder = make_folder({"train": {"a": [*bad, png], "b": [png, noise(8, 8, 1)]}, "test": {"a": [jpeg], "b": [png, b"G"]}})
-    with pytest.raises(UserError, match=r"train/a/\d.png, .*train/a/\d.png and 3 more cannot be read .*--on_bad_image=skip"):
+    with pytest.raises(UserError, match="cannot be read .*--on_bad_image=skip") as refused:
         data.load("image_folder", folder)
+    assert all(name in str(refused.value) for name in (*(f"train/a/{i}.png" for i in range(5)), "test/b/1.png"))
     capsys.readouterr()
     d = data.load("image_folder", folder, on_bad_image="skip")
     lines = capsys.readouterr().out.splitlines()
     assert "train: 3 images of 8×8 pixels; 1 grey; 5 cannot be read" in lines
     assert "test: 2 images of 8×8 pixels; 1 cannot be read" in lines
-    assert lines[-1].startswith("Left out: ") and lines[-1].endswith(" and 3 more")
+    assert lines[-1].startswith("Left out: ") and lines[-1].count(".png") == 6
     assert (len(d.train), len(d.test)) == (3, 2) and len(batches(d, 3, 2)) == 2
     assert sorted(d.train.fetch(tf.range(3))[1].numpy()) == [0, 1, 1]
 
@@ -346,11 +347,26 @@ ONE = {"a": [noise(8, 8, 3)], "b": [noise(8, 8, 3)]}
     ({"train": ONE}, "has splits train: it needs train and test"),
     ({"train": ONE, "test": {"a": []}}, "has splits train"),
     ({"train": {"a": []}}, "has no images"),
+    ({"train": ONE, "test": {**ONE, "c": [noise(8, 8, 3)]}}, "has no image of c in train"),
     ({}, "is not there"),
 ])
 def test_folders_that_cannot_be_used(make_folder, splits, text):
     with pytest.raises(UserError, match=text):
         data.load("image_folder", make_folder(splits))
+
+
+def test_hidden_names_do_not_count_and_classes_without_test_images_are_named(make_folder, capsys):
+    folder = make_folder({"train": {**ONE, "c": [noise(8, 8, 3)], ".checkpoints": [noise(8, 8, 3)]}, "test": ONE})
+    os.rename(f"{folder}/train/.checkpoints/0.png", f"{folder}/train/a/._0.png")
+    d = data.load("image_folder", folder)
+    assert d.classes == ("a", "b", "c") and len(d.train) == 3
+    assert "No image of c in test" in capsys.readouterr().out
+
+
+def test_a_folder_of_classes_without_splits_is_told_so(make_folder):
+    folder = make_folder({"train": ONE})
+    with pytest.raises(UserError, match="has images as CLASS/IMAGE, without splits"):
+        data.load("image_folder", f"{folder}/train")
 
 
 def test_an_image_that_is_no_longer_there_is_named(make_folder):

@@ -1,4 +1,5 @@
 """Checkpoints, records, export, workdirs and refusals, within this process."""
+import dataclasses
 import json
 import os
 import pathlib
@@ -174,6 +175,21 @@ def test_workdirs(tmp_path):
         files.check_workdir(str(tmp_path), {**settings, "epochs": "3", "peers": "4"}, free, "auto")
     with pytest.raises(UserError, match="holds a run already"):
         files.check_workdir(str(tmp_path), settings, free, "never")
+
+
+def test_other_data_in_a_workdir_are_refused(tmp_path, make_folder):
+    train = {"a": [noise(8, 8, 3)] * 6, "b": [noise(8, 8, 3, seed=1)] * 6}
+    folder = make_folder({"train": train, "test": train})
+    settings = Options(dataset="image_folder", network="resnet8", method="baseline", epochs=1, batch_size=6,
+                       workdir=str(tmp_path / "run"))
+    run.run(dataclasses.replace(settings, data_dir=folder))
+    before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    os.rename(folder, tmp_path / "moved")
+    for path in (tmp_path / "moved").glob("*/b/0.png"):
+        path.write_bytes(tf.io.encode_png(noise(8, 8, 3, seed=2)).numpy())
+    with pytest.raises(UserError, match=r"other data \(means \[.*\] here, \[.*\] there\)"):
+        run.run(dataclasses.replace(settings, data_dir=str(tmp_path / "moved")))
+    assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
 
 
 def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replicas, monkeypatch):

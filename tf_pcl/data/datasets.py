@@ -102,7 +102,7 @@ def _digits(data_dir, image_size, _):
 
 
 def _image_folder(data_dir, image_size, on_bad_image):
-    """SPLIT/CLASS/*.jpg, *.jpeg or *.png of any size, in the order of tfds.ImageFolder."""
+    """SPLIT/CLASS/*.jpg, *.jpeg or *.png of any size, in the order of tfds.ImageFolder; hidden names (.…) do not count."""
     if not data_dir:
         raise UserError("--dataset=image_folder needs --data_dir, a folder of SPLIT/CLASS/IMAGE.jpg or .png")
     files, others = collections.defaultdict(dict), collections.Counter()
@@ -110,25 +110,44 @@ def _image_folder(data_dir, image_size, on_bad_image):
         for split in _folders(data_dir):
             for label in _folders(os.path.join(data_dir, split)):
                 paths = files[split][label] = []
-                for entry in sorted(os.scandir(os.path.join(data_dir, split, label)), key=lambda entry: entry.name):
-                    suffix = os.path.splitext(entry.name)[1]
-                    if suffix.lower() in (".jpg", ".jpeg", ".png"):
+                for entry in _visible(os.path.join(data_dir, split, label)):
+                    if _is_image(entry.name):
                         paths.append(entry.path)
                     else:
-                        others[suffix or entry.name] += 1
+                        others[os.path.splitext(entry.name)[1] or entry.name] += 1
     except OSError as e:
         raise UserError(f"--data_dir={data_dir} cannot be read: {e.filename}: {e.strerror}") from e
+    if not any(labels for labels in files.values()):
+        if any(_is_image(e.name) for split in _folders(data_dir) for e in _visible(os.path.join(data_dir, split))):
+            raise UserError(f"--data_dir={data_dir} has images as CLASS/IMAGE, without splits: put them into train/CLASS, and some "
+                            "that are not trained on into test/CLASS")
     pair = _two_splits([s for s, labels in files.items() if any(labels.values())], f"--data_dir={data_dir}",
                        "SPLIT/CLASS/IMAGE.jpg or .png")
     if others:
         print("Not .jpg or .png, left alone: " + ", ".join(f"{n:,} {kind}" for kind, n in others.most_common(5)))
-    classes = sorted({label for labels in files.values() for label in labels})
+    classes = sorted({label for split in pair for label in files[split]})
+    for split, refused in zip(pair, (True, False)):
+        lacking = [label for label in classes if not files[split].get(label)]
+        if lacking and refused:
+            raise UserError(f"--data_dir={data_dir} has no image of {', '.join(lacking[:5])} in {split}: every class needs some; "
+                            "add them, or take the folders out of all splits")
+        if lacking:
+            print(f"No image of {', '.join(lacking[:5])} in {split}")
     splits = {s: [(path, k) for k, label in enumerate(classes) for path in files[s].get(label, ())] for s in pair}
     return classes, *_read(splits, classes, image_size, on_bad_image), True
 
 
+def _is_image(name):
+    return name.lower().endswith((".jpg", ".jpeg", ".png"))
+
+
+def _visible(path):
+    """The entries of a folder by name, without those that systems hide, such as .DS_Store and ._1.jpg."""
+    return sorted((e for e in os.scandir(path) if not e.name.startswith(".")), key=lambda entry: entry.name)
+
+
 def _folders(path):
-    return sorted(entry.name for entry in os.scandir(path) if entry.is_dir())
+    return [entry.name for entry in _visible(path) if entry.is_dir()]
 
 
 def _tiny_imagenet(data_dir, image_size, on_bad_image):

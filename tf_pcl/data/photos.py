@@ -167,8 +167,8 @@ def load(splits, classes, image_size, on_bad_image):
 
 
 def _names(paths):
-    more = f" and {len(paths) - 3:,} more" if len(paths) > 3 else ""
-    return ", ".join(path.decode(errors="replace") for path in paths[:3]) + more
+    more = f" and {len(paths) - 20:,} more" if len(paths) > 20 else ""
+    return ", ".join(path.decode(errors="replace") for path in paths[:20]) + more
 
 
 def _readable(index, paths, turns, read):

@@ -85,7 +85,8 @@ class CTSLMKT(Distiller):
             "ce": self.alpha * sum(cross_entropy(labels, z_k) for z_k in z),
             "mutual": self.beta * self.beta_2 / (m - 1) * sum(
                 distillation(z[j], z[k]) for k in range(m) for j in range(m) if j != k),
-            "self": self.gamma * sum(distillation(zz_k, z_k, self.temperature) for zz_k, z_k in zip(z_alone, z)),
+            "self": self.gamma * sum(distillation(own, z_k, self.temperature) for own, z_k in zip(z_alone, z)),
+            # Every pair once, with the loss of both directions.
             "distance": self.beta / (m - 1) * sum(itertools.starmap(mutual_huber, itertools.combinations(d, 2))),
             "angle": self.beta * self.beta_1 / (m - 1) * sum(itertools.starmap(mutual_huber, itertools.combinations(a, 2))),
         }

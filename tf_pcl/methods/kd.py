@@ -7,7 +7,7 @@ With z the student's and z_teacher the teacher's logits, p^T(z) = softmax(z / T)
 
 Deployed is the student.
 
-What the paper leaves open: the teacher sees the student's view, in inference mode; T = 3.
+What the paper leaves open: the teacher sees the student's view, in inference mode; both terms weigh 1; T = 3.
 """
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation

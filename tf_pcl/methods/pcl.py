@@ -41,7 +41,7 @@ class PCL(Distiller):
       temperature: T > 0.
       rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
       distill_weight: λ, the full value of ω.
-      ema_decay: β in [0, 1); None for the default above.
+      ema_decay: β in [0, 1]; None for the default above.
       ema_every: "step" or "epoch", what g counts.
       ensemble_teacher: "features" (the paper's), "logits" (z_e is the mean of the peers' logits) or "none".
       peer_teacher: "mean" (the paper's), "mutual" (the other peers themselves; nothing is averaged and peer 1 is deployed)

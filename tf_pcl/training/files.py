@@ -37,6 +37,24 @@ def write_rows(path, rows):
     write(path, "\n".join(lines) + "\n")
 
 
+def check_data(workdir, data):
+    """UserError if a workdir holds a run on other data than `data`, a dict of what can be told of a data set."""
+    path = os.path.join(workdir, "data.json")
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as f:
+        old = json.load(f)
+    differ = [f"{k} {_brief(data[k])} here, {_brief(old.get(k))} there" for k in data if data[k] != old.get(k)]
+    if differ:
+        raise UserError(f"--workdir={workdir} holds a run on other data ({'; '.join(differ)}): give another workdir or the same "
+                        "data")
+
+
+def _brief(value):
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:56] + " …"
+
+
 def check_workdir(workdir, settings, free, resume):
     """Looks at a workdir before a run, writing nothing.
 

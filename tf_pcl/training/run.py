@@ -51,6 +51,10 @@ def run(options):
     data = datasets.load(options.dataset, options.data_dir, options.image_size, options.train_examples, options.seed,
                          options.on_bad_image)
     steps = datasets.steps_per_epoch(data, options.batch_size)
+    # The means tell of the images themselves; rounded, since machines may differ in the last digits.
+    of_data = {"classes": list(data.classes), "image_shape": list(data.image_shape), "training images": len(data.train),
+               "test images": len(data.test), "means": [round(float(m), 3) for m in data.mean]}
+    files.check_data(workdir, of_data)
     if options.teacher:
         with strategy.scope():
             arguments["teacher"] = export.load(options.teacher, data.classes)
@@ -81,6 +85,7 @@ def run(options):
     os.makedirs(workdir, exist_ok=True)
     files.write(os.path.join(workdir, "flags.txt"), "".join(
         f"--{name}={value}\n" for name, value in options.as_flags().items() if name != "workdir"))
+    files.write_json(os.path.join(workdir, "data.json"), of_data)
     print(f"{options.method} on {options.dataset}: {len(data.train):,} training and {len(data.test):,} test images "
           f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes\n{options.epochs} epochs of {steps} steps on "
           f"{strategy.num_replicas_in_sync} {'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'}, "
