@@ -22,10 +22,9 @@ import itertools
 
 import tensorflow as tf
 
-from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.baseline import Baseline
-from tf_pcl.methods.distiller import Distiller, Exit, Stage, from_raw_images, whole_networks
+from tf_pcl.methods.distiller import Distiller, Exit, Stage, check_peers, from_raw_images, whole_networks
 from tf_pcl.relations import angles, distances
 
 
@@ -57,8 +56,7 @@ class CTSLMKT(Distiller):
     def stages(cls, make, network, peers=None, **arguments):
         """The training of each network alone, and that of all together; `peers` is 2 unless given."""
         several = network if isinstance(network, (list, tuple)) else [network] * (2 if peers is None else peers)
-        if peers not in (None, len(several)):
-            raise UserError(f"--peers={peers} does not go with {len(several)} networks: leave it out")
+        check_peers(several, peers)
         alone = [Stage(f"peer_{k + 1}", one, lambda trained, one=one: make(Baseline, one)) for k, one in enumerate(several)]
         return [*alone, Stage("together", network, lambda trained: make(
             cls, [peer.network for peer in trained[:len(several)]], **arguments))]

@@ -273,9 +273,14 @@ def whole_networks(network, peers=None):
     if not isinstance(network, (list, tuple)):
         first, names = with_features(network), peer_names(3 if peers is None else peers)
         return dict(zip(names, [first, *(clone(first, salt=j) for j in range(1, len(names)))]))
-    if peers not in (None, len(network)):
-        raise UserError(f"--peers={peers} does not go with {len(network)} networks: leave it out")
+    check_peers(network, peers)
     return dict(zip(peer_names(len(network)), map(with_features, network)))
+
+
+def check_peers(several, peers):
+    """UserError if `peers` is given and is not the number of networks in the list `several`."""
+    if peers not in (None, len(several)):
+        raise UserError(f"--peers={peers} does not go with {len(several)} networks: leave it out")
 
 
 def peer_names(count):

@@ -96,9 +96,9 @@ def run(options):
         if i:
             models.append(built(i, models))
         title = f"stage {i + 1} of {len(stages)}, {stages[i].name}" if before else ""
-        describe = functools.partial(_describe, options=options, stage=stages[i], model=models[i])
-        results = _train(models[i], data, strategy, options, folder, title, describe, results["wall_seconds"])
         deployed = models[i].deployed()
+        describe = functools.partial(_describe, options=options, stage=stages[i], model=models[i], deployed=deployed)
+        results = _train(models[i], data, strategy, options, folder, title, describe, results["wall_seconds"])
         saved_model = export.export(deployed, data.classes, os.path.join(folder, "export"))
     print("Checking the SavedModel in a fresh process …", flush=True)
     export.check(saved_model, deployed, data.test.first(32))
@@ -204,7 +204,7 @@ def _parameters(method):
     return own | ({"trunk_share"} if "split_at" in own else set())
 
 
-def _describe(rows, options, stage, model):
+def _describe(rows, options, stage, model, deployed):
     """The contents of results.json after the epochs of `rows`, the last of which was tested."""
     errors = {name: rows[-1][f"val_error/{name}"] for name in model.exits}
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
@@ -218,7 +218,7 @@ def _describe(rows, options, stage, model):
         "deployed": model.deployed_exit,
         "deployed_error": round(errors[model.deployed_exit], 4), "best_deployed_error": round(best, 4),
         "error": {name: round(error, 4) for name, error in errors.items()},
-        "parameters": {"deployed": count(model.deployed().trainable_weights), "training": count(model.trainable_weights)},
+        "parameters": {"deployed": count(deployed.trainable_weights), "training": count(model.trainable_weights)},
         "images_per_second": round(len(speeds) / sum(1 / s for s in speeds), 1) if speeds else None,
         "wall_seconds": round(rows[-1]["wall_seconds"], 1),
         "versions": {"tf_pcl": tf_pcl.__version__, "python": platform.python_version(), "tensorflow": tf.__version__,
