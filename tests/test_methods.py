@@ -1,5 +1,7 @@
 """What every method must keep, over all registered methods and two tiny networks."""
+import collections
 import functools
+import graphlib
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from tensorflow import keras
 from conftest import CLASSES, SHAPE, TINY, noise
 from tf_pcl import data, networks
 from tf_pcl.methods import METHODS
+from tf_pcl.methods.distiller import Distiller
 from tf_pcl.training import export, strategy as strategies
 from tf_pcl.training.checkpoints import Checkpoints
 
@@ -90,6 +93,38 @@ def test_contract(method, network, digits, tmp_path):
     assert len(model.weights) == len(other.weights)
     for a, b in zip(model.weights, other.weights):
         np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+
+
+def optimized_graph(model, batches, folder):
+    """The training step's GraphDef as it is run, after Grappler."""
+    tf.summary.trace_on(graph=True)
+    model.fit(batches, epochs=1, steps_per_epoch=1, verbose=0)
+    with tf.summary.create_file_writer(str(folder)).as_default():
+        tf.summary.trace_export("step", step=0)
+    (event_file,) = folder.iterdir()
+    graphs = [graph.post_optimization_graph for event in tf.compat.v1.train.summary_iterator(str(event_file))
+              for value in event.summary.value
+              for graph in tf.compat.v1.RunMetadata.FromString(value.tensor.string_val[0]).function_graphs]
+    return max(graphs, key=lambda graph: len(graph.node))
+
+
+@pytest.mark.parametrize("method", [m for m, cls in METHODS.items() if cls.after_step is not Distiller.after_step])
+def test_no_weight_is_read_while_it_is_written(method, digits, tmp_path):
+    """Whoever reads a variable and whoever writes it stand in an order: one can be reached from the other."""
+    model = build(method, "resnet8", epochs=1)
+    graph = optimized_graph(model, data.train_batches(digits, 32, 1, views=model.views), tmp_path)
+    node = lambda name: name.lstrip("^").split(":")[0]
+    inputs = {n.name: {node(i) for i in n.input} for n in graph.node}
+    before = {}
+    for name in graphlib.TopologicalSorter(inputs).static_order():
+        before[name] = set().union(*({i} | before[i] for i in inputs[name]))
+    reads, writes = collections.defaultdict(list), collections.defaultdict(list)
+    for n in graph.node:
+        if n.op in ("ReadVariableOp", "AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"):
+            (reads if n.op == "ReadVariableOp" else writes)[node(n.input[0])].append(n.name)
+    pairs = [(r, w) for variable in writes for r in reads[variable] for w in writes[variable]]
+    assert len(pairs) > len(model.trainable_weights)
+    assert [(r, w) for r, w in pairs if r not in before[w] and w not in before[r]] == []
 
 
 @pytest.mark.parametrize("method", METHODS)

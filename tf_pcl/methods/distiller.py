@@ -170,6 +170,10 @@ class Distiller(keras.Model):
         if views.shape.rank == 4:
             views = views[:, None]
         teacher = self.teachers(views, True)
+        # Students run after the teachers. Without this order Grappler lets after_step change a teacher's weights while the
+        # teacher is still about to read them: it drops the control dependencies between the two.
+        with tf.control_dependencies([e.logits for e in teacher.values()]):
+            views = tf.identity(views)
         with tf.GradientTape() as tape:
             student = self.students(views, True)
             terms = {**self.loss_terms(labels, student, teacher), **self._regularization()}
