@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -64,6 +65,7 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
     results = json.loads((workdir / "results.json").read_text())
     assert results["epochs"] == 3 and results["error"]["mean_peer_1"] == results["deployed_error"] < 60
     assert f"{results['deployed_error']:.2f} %  (deployed)" in out
+    assert re.findall(r" - (\S+): ", out) == ["loss", "error/peer_1", "val_error/mean_peer_1"] * 3
     assert len(metrics(workdir)) == 3
     # The flagfile repeats the run: here, in the same workdir, it finds it finished and trains nothing.
     before = (workdir / "metrics.csv").read_text()

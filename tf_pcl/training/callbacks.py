@@ -1,4 +1,4 @@
-"""Keras callbacks: the record of a run, and saving on time and on signals."""
+"""Keras callbacks: progress, the record of a run, saving on time and on signals."""
 import os
 import signal
 import time
@@ -12,6 +12,20 @@ from tf_pcl.training import files
 
 class Stopped(Exception):
     """The run ended before its end; the text says why and what was saved."""
+
+
+class Progress(keras.callbacks.ProgbarLogger):
+    """Keras's progress line with the loss, the training error of the first exit and the test error of the deployed one."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        super().on_train_batch_end(batch, self._shown(logs))
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, self._shown(logs))
+
+    def _shown(self, logs):
+        names = ("loss", f"error/{self.model.exits[0]}", f"val_error/{self.model.deployed_exit}")
+        return {name: logs[name] for name in names if name in logs}
 
 
 class Record(keras.callbacks.Callback):

@@ -17,7 +17,7 @@ from tf_pcl import networks, optimizer
 from tf_pcl.errors import UserError, choose
 from tf_pcl.methods import METHODS
 from tf_pcl.training import export, files, strategy as strategies
-from tf_pcl.training.callbacks import Record, Save, Stopped
+from tf_pcl.training.callbacks import Progress, Record, Save, Stopped
 from tf_pcl.training.checkpoints import Checkpoints
 
 
@@ -165,7 +165,7 @@ def _train(model, data, strategy, options, folder, title, describe, seconds):
     with Save(checkpoints, options.checkpoint_steps(steps), start, total, title) as save:
         fit = functools.partial(model.fit, validation_data=datasets.test_batches(data, 4 * options.batch_size),
                                 validation_freq=[*range(options.test_every, options.epochs, options.test_every), options.epochs],
-                                callbacks=[record, save], verbose=1 if sys.stdout.isatty() else 2)
+                                callbacks=[Progress("steps"), record, save], verbose=1 if sys.stdout.isatty() else 2)
         epoch, done = divmod(start, steps)
         try:
             if done:
