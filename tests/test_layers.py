@@ -5,7 +5,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / "tf_pcl"
 # A module imports only from layers before its own; modules of one layer stand side by side.
 LAYERS = [
-    {"errors"},
+    {"errors", "addons"},
     {"losses", "relations", "schedules", "ema", "optimizer", "data", "networks"},
     {"methods"},
     {"training"},

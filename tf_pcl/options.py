@@ -104,8 +104,7 @@ class Options:
                                                                                    "tpu", "one_device"))
     precision: str = _flag("float32", "Keras precision policy", ("float32", "mixed_bfloat16", "mixed_float16"))
     jit_compile: bool = _flag(False, "compile the step with XLA; for one GPU")
-    deterministic: bool = _flag(False, "bit for bit the same result at each run on one device; slower, on CPUs too (one thread "
-                               "an operation)")
+    deterministic: bool = _flag(False, "bit for bit the same result at each run on one device; slower")
 
     # Output.
     workdir: typing.Optional[str] = _flag(None, "folder of results, logs, checkpoints and the SavedModel; default "

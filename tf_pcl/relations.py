@@ -1,8 +1,8 @@
 """How the images of a batch relate to each other, from their features (Relational Knowledge Distillation; Park, Kim, Lu and
 Cho, CVPR 2019). Features that coincide, as those of the same image twice, have finite values and gradients."""
-import warnings
-
 import tensorflow as tf
+
+from tf_pcl import addons
 
 
 def distances(features):
@@ -13,13 +13,9 @@ def distances(features):
     Returns:
       float32 [B, B].
     """
-    with warnings.catch_warnings():
-        # The package announces its end of life at each import.
-        warnings.simplefilter("ignore")
-        import tensorflow_addons as tfa
     f = tf.cast(features, tf.float32)
     # Distances come as ‖u‖² + ‖v‖² − 2 u·v: around the mean these are small, and little is lost in their difference.
-    d = tfa.losses.metric_learning.pairwise_distance(f - tf.stop_gradient(tf.reduce_mean(f, axis=0)))
+    d = addons.load().losses.metric_learning.pairwise_distance(f - tf.stop_gradient(tf.reduce_mean(f, axis=0)))
     apart = tf.cast(tf.math.count_nonzero(d), tf.float32)
     return tf.math.divide_no_nan(d * apart, tf.reduce_sum(d))
 

@@ -1,7 +1,7 @@
 """Random augmentations of uint8 batches [B, H, W, C], stateless: the same seed gives the same images."""
-import warnings
-
 import tensorflow as tf
+
+from tf_pcl import addons
 
 
 def fold_in(seed, *data):
@@ -100,11 +100,7 @@ def cutout(images, seed, size, rows=slice(None), total=None):
       images, seed, rows, total: as in pad_crop_flip.
       size: an even number of pixels.
     """
-    with warnings.catch_warnings():
-        # The package announces its end of life at each import.
-        warnings.simplefilter("ignore")
-        import tensorflow_addons as tfa
     h, w = images.shape[1:3]
     total = total or tf.shape(images)[0]
     centre = tf.random.stateless_uniform([total, 2], fold_in(seed, 2))[rows]
-    return tfa.image.cutout(images, (size, size), offset=tf.cast(centre * tf.constant([h, w], tf.float32), tf.int32))
+    return addons.load().image.cutout(images, (size, size), offset=tf.cast(centre * tf.constant([h, w], tf.float32), tf.int32))

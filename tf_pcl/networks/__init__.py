@@ -16,7 +16,7 @@ from tf_pcl.networks.resnet import resnet, resnet8, resnet14, resnet18, resnet20
 from tf_pcl.networks.resnext import resnext29_2x64d
 from tf_pcl.networks.split import costs, cut_points, propose_cut, split, stage_names
 from tf_pcl.networks.vgg import vgg16
-from tf_pcl.networks.weights import load_weights
+from tf_pcl.networks.weights import load_weights, saved_model
 
 NETWORKS = {f.__name__: f for f in (
     resnet8, resnet14, resnet20, resnet32, resnet110, wrn20_8, resnext29_2x64d, vgg16, densenet40_12,  # small images

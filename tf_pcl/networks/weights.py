@@ -60,11 +60,17 @@ def load_weights(network, path):
     return [layer.name for layer in loaded], [layer.name for layer in missing]
 
 
+def saved_model(path):
+    """The folder of the SavedModel at `path`: that itself, or within a run's workdir or its export folder; None without one."""
+    below = (os.path.join(path, b) for b in ("", "1", "saved_model/1", "export/saved_model/1"))
+    return next((folder for folder in below if os.path.exists(os.path.join(folder, "saved_model.pb"))), None)
+
+
 def _located(path):
     """The file or folder to read; UserError if there is none."""
-    for folder in (path, os.path.join(path, "export", "saved_model", "1")):
-        if os.path.exists(os.path.join(folder, "saved_model.pb")):
-            return folder
+    folder = saved_model(path)
+    if folder:
+        return folder
     if os.path.isdir(path):
         found = tf.train.latest_checkpoint(path)
         if not found:

@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl import logging
 from tensorflow import keras
 
+from tf_pcl import networks
 from tf_pcl.data import photos
 from tf_pcl.errors import UserError
 from tf_pcl.training import files
@@ -94,8 +95,7 @@ def load(path, classes):
     Raises:
       UserError: if there is none, or labels.txt says that it was trained on other classes.
     """
-    below = ("", "1", "saved_model/1", "export/saved_model/1")
-    folder = next((f for f in (os.path.join(path, b) for b in below) if os.path.exists(os.path.join(f, "saved_model.pb"))), None)
+    folder = networks.saved_model(path)
     if folder is None:
         raise UserError(f"{path} holds no SavedModel: give the workdir of a run that has ended, or its export/saved_model/1")
     try:

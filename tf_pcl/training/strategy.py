@@ -58,8 +58,6 @@ def prepare(options):
     keras.backend.experimental.enable_tf_random_generator()
     if options.deterministic:
         tf.config.experimental.enable_op_determinism()
-        # A sum that several threads share depends on how many take part.
-        tf.config.threading.set_intra_op_parallelism_threads(1)
 
 
 def distribute(strategy, batches):
