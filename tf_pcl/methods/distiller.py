@@ -91,7 +91,7 @@ class Distiller(keras.Model):
         raise NotImplementedError
 
     def teachers(self, views, training):
-        """{exit name: Exit} of what is never trained by gradient; it runs before the students, outside the gradient tape."""
+        """{exit name: Exit} of what is never trained by gradient; it runs before the backward pass, outside the gradient tape."""
         return {}
 
     def loss_terms(self, labels, student, teacher):
@@ -170,15 +170,15 @@ class Distiller(keras.Model):
         if views.shape.rank == 4:
             views = views[:, None]
         teacher = self.teachers(views, True)
-        # Students run after the teachers. Without this order Grappler lets after_step change a teacher's weights while the
-        # teacher is still about to read them: it drops the control dependencies between the two.
-        with tf.control_dependencies([e.logits for e in teacher.values()]):
-            views = tf.identity(views)
         with tf.GradientTape() as tape:
             student = self.students(views, True)
             terms = {**self.loss_terms(labels, student, teacher), **self._regularization()}
             total = tf.add_n(list(terms.values()))
-            scaled = total / self.distribute_strategy.num_replicas_in_sync
+            # The backward pass waits for the teachers. Without this order Grappler lets after_step change a teacher's weights
+            # while the teacher is still about to read them: it drops the control dependencies between the two.
+            with tf.control_dependencies([e.logits for e in teacher.values()]):
+                replicas = tf.identity(float(self.distribute_strategy.num_replicas_in_sync))
+            scaled = total / replicas
         self.optimizer.minimize(scaled, self.trainable_weights, tape=tape)
         self.after_step(self.step + 1)
         self.step.assign_add(1)
