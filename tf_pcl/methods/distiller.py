@@ -91,7 +91,7 @@ class Distiller(keras.Model):
         raise NotImplementedError
 
     def teachers(self, views, training):
-        """{exit name: Exit} of what is never trained by gradient; it runs before the backward pass, outside the gradient tape."""
+        """{exit name: Exit} of what no gradient trains; it runs outside the gradient tape, before the backward pass."""
         return {}
 
     def loss_terms(self, labels, student, teacher):
