@@ -18,7 +18,7 @@ def load_weights(network, path):
     Args:
       network: a functional keras.Model, with the layers and, unless the file says them, the order of the one that was saved.
       path: what Keras saves: weights (.weights.h5, .h5, the prefix of a TensorFlow checkpoint or its folder) or a whole
-        model (.keras, .h5, the folder of a SavedModel); or the workdir of a run of this package, whose SavedModel is taken.
+        model (.keras, .h5, the folder of a SavedModel); or a run's workdir or export folder, whose SavedModel is taken.
     Returns:
       loaded, fresh: the names of the layers that got weights, and of those, at most one, that did not.
     Raises:
