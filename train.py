@@ -21,6 +21,9 @@ def _refuse(error):
 
 
 def _parse(argv):
+    if any(argument.startswith(("-help", "--help")) for argument in argv):
+        from tf_pcl.methods import METHODS
+        options.say_who_takes(METHODS)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as e:

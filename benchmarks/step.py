@@ -36,7 +36,7 @@ flags.DEFINE_string("dataset", "digits", "data set")
 flags.DEFINE_string("data_dir", None, "its folder")
 flags.DEFINE_integer("image_size", None, "pixels: resize images to this side")
 flags.DEFINE_list("networks", ["resnet32"], "target networks")
-flags.DEFINE_string("teacher_network", "resnet110", "kd's teacher")
+flags.DEFINE_string("teacher_network", "resnet110", "the teacher, where a method trains one")
 flags.DEFINE_list("methods", ["baseline", "pcl"], "methods; times are compared to the first's")
 flags.DEFINE_list("precisions", ["float32", "mixed_bfloat16"], "Keras precision policies")
 flags.DEFINE_integer("batch_size", 128, "images a step")
@@ -96,7 +96,7 @@ class Trained:
 
 def stages_of(method, network, loaded, teacher_network):
     """[Distiller.stages of the first stage, of the first two, …]"""
-    arguments = {"teacher_network": teacher_network} if method == "kd" else {}
+    arguments = {"teacher_network": teacher_network} if "teacher_network" in METHODS[method].settings() else {}
     stages = METHODS[method].stages(functools.partial(around, loaded), network, **arguments)
     return [stages[:i + 1] for i in range(len(stages))]
 

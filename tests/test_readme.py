@@ -102,6 +102,14 @@ def test_every_method_has_the_recipe_of_two_networks():
     assert {f"{method}-{network}-cifar100" for method in METHODS for network in ("resnet32", "vgg16")} < names
 
 
+def test_the_table_of_methods_has_them_all_and_their_flags():
+    rows = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in README.splitlines() if line.startswith("| `")]
+    of_methods, results = ([row for row in rows if len(row) == width and row[0] in METHODS] for width in (6, 7))
+    assert sorted(METHODS) == sorted(row[0] for row in of_methods) == sorted(row[0] for row in results)
+    for name, *_, own in of_methods:
+        assert set(re.findall(r"--(\w+)", own)) <= set(METHODS[name].settings()), name
+
+
 def test_the_python_of_the_readme_runs():
     source = "\n".join(blocks("In a notebook", "python"))
     assert "epochs = 20" in source

@@ -23,10 +23,10 @@ class Options:
     """Settings of a run, each with its flag's name, unit and default."""
 
     # What to train.
-    method: str = _flag("pcl", "how to train: a name of tf_pcl.methods.METHODS")
+    method: str = _flag("pcl", "how to train")
     network: str = _flag("resnet32", "target network: a name of tf_pcl.networks.NETWORKS, applications.NAME for "
-                         "keras.applications, or module:function of your own; for dml and ctsl_mkt also several, comma "
-                         "separated, the target first")
+                         "keras.applications, or module:function of your own; for methods of whole networks also several, "
+                         "comma separated, the target first")
     split_at: typing.Optional[str] = _flag(None, "layer after which each peer has its own branch; default: before the "
                                            "last stage, or as --trunk_share says", str)
     trunk_share: typing.Optional[float] = _flag(None, "largest share of the network's forward cost, more than 0 and at most "
@@ -35,13 +35,13 @@ class Options:
     weights: typing.Optional[str] = _flag(None, "what --network starts from: .weights.h5, .h5, .keras, a SavedModel, a "
                                           "TensorFlow checkpoint or a run's workdir; a classifier of other classes in it is "
                                           "left out", str)
-    peers: typing.Optional[int] = _flag(None, "number of peers, okddip's leader not counted; default 3, for ctsl_mkt 2",
-                                        int, low=1)
-    teacher: typing.Optional[str] = _flag(None, "kd: workdir or SavedModel of a network trained before; default: train "
+    peers: typing.Optional[int] = _flag(None, "number of peers, a leader not counted; default for several networks: "
+                                        "theirs", int, low=1)
+    teacher: typing.Optional[str] = _flag(None, "workdir or SavedModel of a network trained before; default: train "
                                           "--teacher_network first", str)
-    teacher_network: typing.Optional[str] = _flag(None, "kd: network of the teacher; default resnet110", str)
-    generations: typing.Optional[int] = _flag(None, "ban: number of networks trained one after another, generation 0 "
-                                              "counted; default 3", int, low=1)
+    teacher_network: typing.Optional[str] = _flag(None, "network of the teacher; default: resnet110", str)
+    generations: typing.Optional[int] = _flag(None, "number of networks trained one after another, generation 0 counted",
+                                              int, low=1)
 
     # Data.
     dataset: str = _flag("cifar100", "cifar10, cifar100, digits, tiny_imagenet, image_folder, or any image-classification data "
@@ -70,33 +70,28 @@ class Options:
     lr_decay_epochs: typing.Optional[tuple] = _flag(None, "epochs after which the learning rate is divided by 10, comma "
                                                     "separated; default: 150,225 of 300, scaled to --epochs", list)
     weight_decay: float = _flag(5e-4, "L2 decay, added to the gradient", low=0)
-    temperature: typing.Optional[float] = _flag(None, "softens teachers' and students' probabilities; default 3, for cl "
-                                                "2, for dml and ban 1, for ctsl_mkt 4", float, above=0)
+    temperature: typing.Optional[float] = _flag(None, "softens teachers' and students' probabilities", float, above=0)
     rampup_epochs: typing.Optional[float] = _flag(None, "epochs until distillation has its full weight, 0: from the start; "
                                                   "default: 80 of 300, scaled to --epochs", float, low=0)
-    distill_weight: typing.Optional[float] = _flag(None, "full weight of distillation; default 1", float, low=0)
-    distill_share: typing.Optional[float] = _flag(None, "byot, cl: share of distillation in a student's loss, the rest is "
-                                                  "cross-entropy; default 0.3 for byot, 0.5 for cl", float, low=0, high=1)
-    hint_weight: typing.Optional[float] = _flag(None, "byot: weight of the squared distance between features; default "
-                                                "0.03", float, low=0)
-    ce_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight α of cross-entropy; default 1", float, low=0)
-    collaboration_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight β of what comes from the other peers; "
-                                                         "default 1", float, low=0)
-    self_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight γ of self-distillation; default 1", float, low=0)
-    angle_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight β_1 of the angles, times β; default 2", float, low=0)
-    mutual_weight: typing.Optional[float] = _flag(None, "ctsl_mkt: weight β_2 of the other peers' logits, times β; default 1",
-                                                  float, low=0)
-    ema_decay: typing.Optional[float] = _flag(None, "largest decay of the mean teacher; default 0.999, by steps at most "
+    distill_weight: typing.Optional[float] = _flag(None, "full weight of distillation", float, low=0)
+    distill_share: typing.Optional[float] = _flag(None, "share of distillation in a student's loss, the rest is cross-entropy",
+                                                  float, low=0, high=1)
+    hint_weight: typing.Optional[float] = _flag(None, "weight of the squared distance between features", float, low=0)
+    ce_weight: typing.Optional[float] = _flag(None, "weight α of cross-entropy", float, low=0)
+    collaboration_weight: typing.Optional[float] = _flag(None, "weight β of what comes from the other peers", float, low=0)
+    self_weight: typing.Optional[float] = _flag(None, "weight γ of self-distillation", float, low=0)
+    angle_weight: typing.Optional[float] = _flag(None, "weight β_1 of the angles, times β", float, low=0)
+    mutual_weight: typing.Optional[float] = _flag(None, "weight β_2 of the other peers' logits, times β", float, low=0)
+    ema_decay: typing.Optional[float] = _flag(None, "largest decay of the mean teacher; default: 0.999, by steps at most "
                                               "what averages over 1 % of training", float, low=0, high=1)
-    ema_every: typing.Optional[str] = _flag(None, "when the mean teacher is updated; default step", ("step", "epoch"))
-    ensemble_teacher: typing.Optional[str] = _flag(None, "pcl: classifier on the peers' features, mean of their logits, "
-                                                   "or none; default features", ("features", "logits", "none"))
-    peer_teacher: typing.Optional[str] = _flag(None, "pcl: peers learn from each other's mean, from each other, or not; "
-                                               "default mean", ("mean", "mutual", "none"))
-    views: typing.Optional[str] = _flag(None, "pcl: each peer has its own view or all share one; default own",
-                                        ("own", "shared"))
-    deploy: typing.Optional[str] = _flag(None, "pcl: export one mean peer, or all with the ensemble classifier (PCL-E); "
-                                         "default peer", ("peer", "ensemble"))
+    ema_every: typing.Optional[str] = _flag(None, "when the mean teacher is updated", ("step", "epoch"))
+    ensemble_teacher: typing.Optional[str] = _flag(None, "classifier on the peers' features, mean of their logits, or none",
+                                                   ("features", "logits", "none"))
+    peer_teacher: typing.Optional[str] = _flag(None, "peers learn from each other's mean, from each other, or not",
+                                               ("mean", "mutual", "none"))
+    views: typing.Optional[str] = _flag(None, "each peer has its own view, or all share one", ("own", "shared"))
+    deploy: typing.Optional[str] = _flag(None, "export one mean peer, or all with the ensemble classifier",
+                                         ("peer", "ensemble"))
     seed: int = _flag(0, "of weights, subset, order and augmentation", low=0, high=2**31 - 1)
 
     # Machine.
@@ -182,6 +177,22 @@ def define_flags(values=flags.FLAGS):
             flags.DEFINE_enum(f.name, f.default, kind, text, flag_values=values)
         else:
             define[kind](f.name, f.default, text, flag_values=values)
+
+
+def say_who_takes(methods, values=flags.FLAGS):
+    """Adds to the flags' help the names of the methods, and at each flag that not all take, who takes it, with its default.
+
+    Args:
+      methods: {name: Distiller}.
+      values: absl FlagValues in which the flags are defined.
+    """
+    values["method"].help += (": " + ", ".join(methods) + ". Flags that not all of them take name those that do, with their "
+                              "defaults, in brackets")
+    for name in sorted({field.name for field in dataclasses.fields(Options)} - {"network"}):
+        takers = [method + ("" if default is None else f": {default}")
+                  for method, cls in methods.items() for own, default in cls.settings().items() if own == name]
+        if takers:
+            values[name].help += f" ({', '.join(takers)})"
 
 
 def from_flags(values=flags.FLAGS):

@@ -1,4 +1,5 @@
 """What all methods share: the training step, the test step, metrics, the step counter."""
+import inspect
 import itertools
 import typing
 
@@ -75,6 +76,12 @@ class Distiller(keras.Model):
             arguments that concern its stages alone names them here.
         """
         return [Stage("", network, lambda trained: make(cls, network, **arguments))]
+
+    @classmethod
+    def settings(cls):
+        """{name: default} of what the constructor and `stages` take."""
+        taken = {**inspect.signature(cls).parameters, **inspect.signature(cls.stages).parameters}
+        return {name: parameter.default for name, parameter in taken.items()}
 
     @property
     def untrained(self):

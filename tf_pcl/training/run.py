@@ -1,7 +1,6 @@
 """One run, from settings to SavedModel."""
 import dataclasses
 import functools
-import inspect
 import os
 import platform
 import sys
@@ -200,7 +199,7 @@ def method_arguments(method, options):
 
 def _parameters(method):
     """Names of what a method's constructor and stages take."""
-    own = {*inspect.signature(method).parameters, *inspect.signature(method.stages).parameters}
+    own = set(method.settings())
     return own | ({"trunk_share"} if "split_at" in own else set())
 
 
