@@ -28,7 +28,8 @@ def angles(features):
     Returns:
       float32 [B, B, B], at [v, u, w] cos∠(u, v, w), the corner being v.
     """
-    f = tf.cast(features, tf.float32)
+    # The gradients of the two uses are added apart from those of other uses: the sum of two has but one order.
+    f = tf.identity(tf.cast(features, tf.float32))
     to = f[None] - f[:, None]  # [v, u]: from v to u
     squared = tf.reduce_sum(tf.square(to), axis=-1, keepdims=True)
     apart = squared > 0

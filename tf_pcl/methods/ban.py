@@ -62,7 +62,7 @@ class BAN(Distiller):
     def all_exits(self, images):
         exits = super().all_exits(images)
         if self.ancestors:
-            exits["ensemble"] = Exit(tf.math.log(tf.add_n([tf.nn.softmax(e.logits) for e in exits.values()]) / len(exits)))
+            exits["ensemble"] = Exit(tf.math.log(sum(tf.nn.softmax(e.logits) for e in exits.values()) / len(exits)))
         return exits
 
     def loss_terms(self, labels, student, teacher):

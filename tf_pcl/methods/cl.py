@@ -46,7 +46,7 @@ class CL(Distiller):
 
     def loss_terms(self, labels, student, teacher):
         z = [student[name].logits for name in self.exits]
-        consensus = [(tf.add_n(z) - z_h) / (len(z) - 1) for z_h in z]
+        consensus = [(sum(z) - z_h) / (len(z) - 1) for z_h in z]
         return {
             "ce": (1 - self.distill_share) * sum(cross_entropy(labels, z_h) for z_h in z),
             "consensus": self.distill_share * sum(

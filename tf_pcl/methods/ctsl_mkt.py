@@ -107,4 +107,5 @@ def mutual_huber(x, y):
 def of_all_replicas(features):
     """The features [B, d] of the global batch from those of a replica, so that all its images are related to each other."""
     context = tf.distribute.get_replica_context()
-    return context.all_gather(features, axis=0) if context.num_replicas_in_sync > 1 else features
+    # A handle of its own, as in relations.angles.
+    return context.all_gather(features, axis=0) if context.num_replicas_in_sync > 1 else tf.identity(features)

@@ -180,7 +180,7 @@ class Distiller(keras.Model):
         with tf.GradientTape() as tape:
             student = self.students(views, True)
             terms = {**self.loss_terms(labels, student, teacher), **self._regularization()}
-            total = tf.add_n(list(terms.values()))
+            total = sum(terms.values())
             # The backward pass waits for the teachers. Without this order Grappler lets after_step change a teacher's weights
             # while the teacher is still about to read them: it drops the control dependencies between the two.
             with tf.control_dependencies([e.logits for e in teacher.values()]):
@@ -198,7 +198,7 @@ class Distiller(keras.Model):
     def _regularization(self):
         """The penalties of layers with a regularizer of their own (keras kernel_regularizer), teachers left out."""
         penalties = [loss for layer in self.layers if not any(layer is t for t in self.untrained) for loss in layer.losses]
-        return {"regularization": tf.add_n(penalties)} if penalties else {}
+        return {"regularization": sum(penalties)} if penalties else {}
 
     def _report(self, losses, labels, exits):
         """Updates the metrics and returns the mean of each that was updated."""
@@ -209,7 +209,7 @@ class Distiller(keras.Model):
         p = [tf.nn.softmax(e.logits) for name, e in exits.items() if name.startswith("peer_")]
         if len(p) > 1:
             pairs = [tf.norm(a - b, axis=-1) for a, b in itertools.combinations(p, 2)]
-            values["diversity"] = tf.add_n(pairs) / len(pairs)
+            values["diversity"] = sum(pairs) / len(pairs)
         for name, value in values.items():
             self.mean_of[name].update_state(value)
         return {name: self.mean_of[name].result() for name in values}

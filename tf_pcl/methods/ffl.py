@@ -65,7 +65,7 @@ class FFL(Distiller):
     def loss_terms(self, labels, student, teacher):
         T, w = self.temperature, self.ramp_up()
         z, z_f = [student[name].logits for name in self.peer_names], student["ensemble"].logits
-        z_a = tf.add_n(z) / len(z)
+        z_a = sum(z) / len(z)
         return {
             "ce": sum(cross_entropy(labels, e.logits) for e in student.values()),
             "fused": w * sum(distillation(z_f, z_j, T) for z_j in z),

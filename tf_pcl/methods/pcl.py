@@ -154,7 +154,7 @@ class Collaborators(Peers):
     def joint_logits(self, peers):
         """z_e [B, C] of a list of Exits."""
         if self.ensemble == "logits":
-            return tf.add_n([p.logits for p in peers]) / len(peers)
+            return sum(p.logits for p in peers) / len(peers)
         return self.ensemble_classifier(tf.concat([p.features for p in peers], axis=-1))
 
     def joint(self):
