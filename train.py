@@ -1,5 +1,6 @@
 """Trains a network with a method of online knowledge distillation: python train.py --method=pcl --dataset=cifar100"""
 import os
+import signal
 import sys
 import traceback
 
@@ -23,7 +24,8 @@ def _refuse(error):
 def _parse(argv):
     if any(argument.startswith(("-help", "--help")) for argument in argv):
         from tf_pcl.methods import METHODS
-        options.say_who_takes(METHODS)
+        from tf_pcl.networks import NETWORKS
+        options.complete_help(METHODS, NETWORKS)
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as e:
@@ -37,6 +39,8 @@ def main(argv):
     del argv
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
+    # A training under way handles signals itself; elsewhere SIGTERM is what Ctrl-C is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         settings = options.from_flags()
         # TensorFlow takes seconds to import: not before the flags are known to be good, nor for --help.
@@ -44,6 +48,10 @@ def main(argv):
         run.run(settings)
     except UserError as e:
         _refuse(e)
+    except KeyboardInterrupt:
+        print("train.py: stopped, not within a training; what was saved stands, and the same command goes on from there",
+              file=sys.stderr)
+        sys.exit(1)
     except run.Stopped as e:
         if e.__cause__:
             traceback.print_exception(type(e.__cause__), e.__cause__, e.__cause__.__traceback__)

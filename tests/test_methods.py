@@ -192,6 +192,22 @@ def test_a_networks_own_regularizers_count(method, digits):
     assert model.train_step(batch(model, digits))["loss/regularization"].numpy() == pytest.approx(want, rel=1e-4)
 
 
+def test_defaults_are_those_of_the_papers():
+    of = {name: cls.settings() for name, cls in METHODS.items()}
+    temperatures = dict(ban=1, byot=3, cl=2, ctsl_mkt=4, dml=1, ffl=3, kd=3, okddip=3, one=3, pcl=3)
+    assert {name: settings["temperature"] for name, settings in of.items() if "temperature" in settings} == temperatures
+    assert {name: settings["distill_weight"] for name, settings in of.items() if "distill_weight" in settings} == dict.fromkeys(
+        ("ffl", "okddip", "one", "pcl"), 1)
+    assert of["cl"]["distill_share"] == 0.5 and of["byot"]["distill_share"] == 0.3 and of["byot"]["hint_weight"] == 0.03
+    assert [of["ctsl_mkt"][f"{name}_weight"] for name in ("ce", "collaboration", "self", "angle", "mutual")] == [1, 1, 1, 2, 1]
+    assert of["ban"]["generations"] == 3
+    stages = {name: METHODS[name].stages(None, "target") for name in METHODS}
+    assert [stage.network for stage in stages["kd"]] == ["resnet110", "target"]
+    assert [stage.name for stage in stages["ctsl_mkt"]] == ["peer_1", "peer_2", "together"]
+    peers = {name: build(name, "without_norm").exits for name in ("pcl", "dml", "cl", "one", "ffl", "okddip")}
+    assert all(sum(name.startswith("peer_") for name in exits) == 3 for exits in peers.values())
+
+
 def test_any_keras_optimizer_and_plain_images(digits):
     """In a notebook: another optimizer, a data set of (images, labels) of the user's own."""
     model = build("baseline", "resnet8", optimizer=keras.optimizers.Adam(1e-3))

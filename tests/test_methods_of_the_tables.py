@@ -16,6 +16,14 @@ LABELS = np.random.RandomState(0).randint(0, CLASSES, B)
 SINGLE_STAGE = ("byot", "cl", "dml", "ffl", "okddip", "one")
 
 
+def three_stages(input_shape, num_classes):
+    """A network with two stages before the last, whose feature is as long as that of exits()."""
+    images = x = keras.Input(input_shape)
+    for stage in (1, 2, 3):
+        x = keras.layers.Conv2D(16, 3, padding="same", activation="relu", name=f"stage_{stage}")(x)
+    return keras.Model(images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x)))
+
+
 def build(method, network=without_norm, **kwargs):
     model = METHODS[method](network(SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]), **kwargs)
     model.compile(epochs=EPOCHS, steps_per_epoch=STEPS)
@@ -104,7 +112,8 @@ def peers(m, *more):
     (ffl, peers(3, "ensemble"), 3.0, None, {}, 37),
     (ffl, peers(4, "ensemble"), 1.0, None, {"peers": 4, "temperature": 1.0}, 0),
     (byot, ["exit_1", "deepest"], 3.0, 0.3, {}, 0),
-    (byot, ["exit_1", "deepest"], 1.0, 0.8, {"temperature": 1.0, "distill_share": 0.8}, 0)])
+    (byot, ["exit_1", "exit_2", "deepest"], 1.0, 0.8,
+     {"network": three_stages, "temperature": 1.0, "distill_share": 0.8, "hint_weight": 0.5}, 0)])
 def test_loss_and_the_gradient_that_is_cut_at_every_teacher(equations, names, T, share, kwargs, step):
     model = build(equations.__name__, **kwargs)
     assert list(model.exits) == names and model.views == 1
@@ -117,7 +126,9 @@ def test_loss_and_the_gradient_that_is_cut_at_every_teacher(equations, names, T,
         total = tf.add_n(list(terms.values()))
     want = losses(z, weights, lessons, T)
     if equations is byot:
-        want["hint"] = 0.03 * np.mean(np.sum((f["exit_1"] - f["deepest"]) ** 2, axis=1))
+        hint_weight = kwargs.get("hint_weight", 0.03)
+        to_last = {name: f[name] - f["deepest"] for name in names[:-1]}
+        want["hint"] = hint_weight * sum(np.mean(np.sum(apart**2, axis=1)) for apart in to_last.values())
     assert set(terms) == set(want) == set(model.terms)
     for term in want:
         assert terms[term].numpy() == pytest.approx(want[term], rel=1e-5), term
@@ -126,7 +137,8 @@ def test_loss_and_the_gradient_that_is_cut_at_every_teacher(equations, names, T,
         np.testing.assert_allclose(logits[name], expected, atol=1e-6, err_msg=name)
     if equations is byot:
         assert features["deepest"] is None
-        np.testing.assert_allclose(features["exit_1"], 0.03 * 2 * (f["exit_1"] - f["deepest"]) / B, atol=1e-6)
+        for name, apart in to_last.items():
+            np.testing.assert_allclose(features[name], hint_weight * 2 * apart / B, atol=1e-6)
 
 
 @pytest.mark.parametrize("weight", ["distill_weight", "rampup_epochs"])
@@ -367,8 +379,8 @@ def without_stages(input_shape, num_classes):
     *((method, without_norm, {"peers": 1}, "--peers=1: .* at least 2 peers") for method in SINGLE_STAGE if method != "byot"),
     ("one", dense, {}, r"\(None, 8\) where --split_at cuts it, not a feature map"),
     ("ffl", dense, {}, "'dense' has no feature map"), ("ffl", without_stages, {"split_at": "conv"}, "no feature map"),
-    ("byot", dense, {}, "'dense' lacks layers stage_1, stage_2, … that give feature maps"),
-    ("byot", without_stages, {}, "'without_stages' lacks layers stage_1")])
+    ("byot", dense, {}, "'dense' has stage_1, stage_2: .* with a feature map"),
+    ("byot", without_stages, {}, "'without_stages' has no layer stage_1, .* two stages or more")])
 def test_what_a_network_lacks_is_named(method, network, kwargs, text):
     with pytest.raises(UserError, match=text) as e:
         build(method, network, **kwargs)

@@ -110,6 +110,17 @@ def test_the_table_of_methods_has_them_all_and_their_flags():
         assert set(re.findall(r"--(\w+)", own)) <= set(METHODS[name].settings()), name
 
 
+def test_runs_are_listed_as_printed(tmp_path, monkeypatch, capsys):
+    source, = [block for block in blocks("Use", "python") if "results.json" in block]
+    for name, error in (("first", 7.5), ("second", 6.25)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "results.json").write_text(json.dumps({"deployed": "peer_1", "deployed_error": error}))
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "README.md", "exec"), {})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["6.25", "%", "peer_1", "second"], ["7.50", "%", "peer_1", "first"]]
+
+
 def test_the_python_of_the_readme_runs():
     source = "\n".join(blocks("In a notebook", "python"))
     assert "epochs = 20" in source

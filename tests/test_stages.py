@@ -181,16 +181,29 @@ def test_ban_generations_and_their_ensemble():
 
 
 def test_a_frozen_teacher_does_not_change():
-    for model in (methods.KD(networks.resnet8(SHAPE, CLASSES), teacher=methods.Baseline(networks.resnet8(SHAPE, CLASSES)).deployed()),
-                  methods.CTSLMKT([networks.resnet8(SHAPE, CLASSES) for _ in range(2)])):
+    network = lambda: networks.resnet8(SHAPE, CLASSES)
+    before = methods.Baseline(network()).deployed()
+    for model in (methods.KD(network(), teacher=before), methods.BAN(network(), ancestors=[before]),
+                  methods.CTSLMKT([network(), network()])):
         model.compile(epochs=1, steps_per_epoch=2)
         frozen = [w for teacher in model.untrained for w in teacher.weights]
         before = [w.numpy() for w in frozen]
         for _ in range(2):
             model.train_step((tf.constant(noise(B, *SHAPE)), tf.constant(LABELS)))
-        assert len(frozen) > 40
+        assert len(frozen) > 40 and any("moving_mean" in w.name for w in frozen)
         for w, b in zip(frozen, before):
             np.testing.assert_array_equal(w, b, err_msg=w.name)
+
+
+def test_kd_refuses_a_teacher_of_other_classes():
+    teacher = methods.Baseline(without_norm(SHAPE, CLASSES + 1)).deployed()
+    with pytest.raises(UserError, match=f"gives {CLASSES + 1} classes .* where {CLASSES} classes"):
+        methods.KD(without_norm(SHAPE, CLASSES), teacher=teacher)
+
+
+def test_ctsl_mkt_refuses_a_single_network():
+    with pytest.raises(UserError, match="list of networks"):
+        methods.CTSLMKT(without_norm(SHAPE, CLASSES))
 
 
 def test_ctsl_mkt_goes_on_from_the_networks_trained_alone():
@@ -222,8 +235,16 @@ def test_every_stage_leaves_what_a_run_leaves(ban):
         assert of_stage["stage"] == of_stage["deployed"] == f"generation_{i}" and of_stage["network"] == QUICK["network"]
         # What a generation erred when it was trained is what it errs as an ancestor.
         assert results["error"][f"generation_{i}"] == pytest.approx(of_stage["deployed_error"], abs=1e-3)
+        assert len(list((folder / "tensorboard" / "train").iterdir())) == 1
     assert results["wall_seconds"] > of_stage["wall_seconds"] - 1e-6 > json.loads(
         (workdir / "1-generation_0/results.json").read_text())["wall_seconds"]
+
+
+def test_every_stage_begins_with_weights_of_its_own(tmp_path, monkeypatch):
+    train, first = run._train, []
+    monkeypatch.setattr(run, "_train", lambda model, *rest: first.append(model.trainable_weights[0].numpy()) or train(model, *rest))
+    run.run(Options(**{**QUICK, "epochs": 1}, method="ban", generations=2, workdir=str(tmp_path)))
+    assert len(first) == 2 and np.abs(first[0] - first[1]).max() > 0.1
 
 
 def remove(folder, *patterns):
@@ -245,8 +266,9 @@ def test_a_run_goes_on_from_any_stage(ban, lost, goes_on, tmp_path, capsys):
     results = run.run(Options(**QUICK, method="ban", workdir=str(workdir)))
     out = capsys.readouterr().out
     for stage in (1, 2, 3):
-        line = dict(goes_on).get(stage)
-        assert f"stage {stage} of 3, generation_{stage - 1}" + (f": goes on at step {line} of 4" if line else "\n") in out
+        step = dict(goes_on).get(stage)
+        line = {None: "", 4: ": done"}.get(step, f": goes on at step {step} of 4")
+        assert f"stage {stage} of 3, generation_{stage - 1}{line}\n" in out
     for name, error in ban[1]["error"].items():
         assert results["error"][name] == pytest.approx(error, abs=1.0), name
     assert [row["epoch"] for row in files.read_rows(str(workdir / "metrics.csv"))] == [1, 2]
@@ -271,6 +293,7 @@ def test_different_networks_learn_together(tmp_path):
         assert results["parameters"] == {"deployed": count(without_norm), "training": count(without_norm) + count(other)}
     stages = [json.loads((tmp_path / "ctsl_mkt" / f / "results.json").read_text()) for f in ("1-peer_1", "2-peer_2")]
     assert [s["network"] for s in stages] == ["conftest:without_norm", "conftest:other"]
+    assert [s["deployed"] for s in stages] == ["peer_1", "peer_2"]
 
 
 @pytest.mark.parametrize("settings, text", [
@@ -297,7 +320,7 @@ def test_a_teacher_of_other_classes_or_that_is_damaged_is_refused(ban, tmp_path)
     shutil.copytree(ban[0] / "export", teacher)
     labels = (teacher / "labels.txt").read_text()
     (teacher / "labels.txt").write_text(labels.replace("9", "nine"))
-    with pytest.raises(UserError, match=r"10 classes apart .* other|10 classes apart .*same classes"):
+    with pytest.raises(UserError, match="tells 10 classes apart .*same classes"):
         export.load(str(teacher), tuple("0123456789"))
     (teacher / "labels.txt").unlink()
     (teacher / "saved_model/1/saved_model.pb").write_bytes(b"no model")

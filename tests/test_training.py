@@ -151,6 +151,7 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(settings, tex
 @pytest.mark.parametrize("settings, text", [
     (dict(epochs=0), "--epochs=0 is out of range: it must be at least 1"),
     (dict(learning_rate=0.0), "more than 0"), (dict(learning_rate=float("nan")), "out of range"),
+    (dict(temperature=float("inf")), "finite and more than 0"), (dict(teacher=""), "--teacher= is empty"),
     (dict(ema_decay=1.5), "at least 0 and at most 1"), (dict(precision="float64"), "Allowed: float32"),
     (dict(lr_decay_epochs=(200, 100)), "increasing"), (dict(lr_decay_epochs=(400,)), "increasing"),
     (dict(rampup_epochs=301), "more than --epochs"), (dict(cutout=3), "even"), (dict(image_size=-1), "at least 4")])
@@ -165,6 +166,9 @@ def test_workdirs(tmp_path):
         files.check_workdir(str(tmp_path / "file" / "run"), {}, set(), "auto")
     with pytest.raises(UserError, match="cannot be written"):
         files.check_workdir("/proc/run", {}, set(), "auto")
+    (tmp_path / "stage" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="checkpoints but no flags.txt"):
+        files.check_workdir(str(tmp_path / "stage"), {}, set(), "auto")
     options = Options(**QUICK)
     settings, free = options.as_flags(), options.run_only()
     files.check_workdir(str(tmp_path / "new"), settings, free, "auto")
@@ -197,7 +201,12 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
     results = run.run(Options(**{**QUICK, "strategy": "mirrored", "network": "resnet8", "workdir": str(tmp_path / "run")}))
     assert results == json.loads((tmp_path / "run/results.json").read_text())
     assert set(results) == {"method", "dataset", "network", "peers", "seed", "epochs", "steps", "deployed", "deployed_error",
-                            "best_deployed_error", "error", "parameters", "images_per_second", "wall_seconds", "versions"}
+                            "best_deployed_error", "error", "parameters", "images_per_second", "wall_seconds", "settings",
+                            "versions"}
+    settings = results["settings"]
+    assert settings["batch_size"] == QUICK["batch_size"] and settings["strategy"] == "mirrored"
+    # The method's own defaults too; what another method takes, or has no value, is left out.
+    assert settings["temperature"] == 3.0 and settings["peers"] == 3 and not {"generations", "ema_decay"} & set(settings)
     assert results["deployed"] == "mean_peer_1" and results["steps"] == 4 and results["peers"] == 3
     assert results["parameters"]["deployed"] == sum(
         int(np.prod(w.shape)) for w in networks.resnet8(SHAPE, CLASSES).trainable_weights)

@@ -3,6 +3,7 @@
 The only module that reads FLAGS. What is None is left to the method's, network's or data set's own default.
 """
 import dataclasses
+import math
 import re
 import typing
 
@@ -24,15 +25,15 @@ class Options:
 
     # What to train.
     method: str = _flag("pcl", "how to train")
-    network: str = _flag("resnet32", "target network: a name of tf_pcl.networks.NETWORKS, applications.NAME for "
-                         "keras.applications, or module:function of your own; for methods of whole networks also several, "
+    network: str = _flag("resnet32", "target network: a name, applications.NAME for keras.applications, or "
+                         "module:function of your own; for methods of whole networks also several, "
                          "comma separated, the target first")
     split_at: typing.Optional[str] = _flag(None, "layer after which each peer has its own branch; default: before the "
                                            "last stage, or as --trunk_share says", str)
     trunk_share: typing.Optional[float] = _flag(None, "largest share of the network's forward cost, more than 0 and at most "
                                                 "1, that the peers have in common: the cut is the last possible one; "
                                                 "default: 0.7 for networks without stages", float, above=0, high=1)
-    weights: typing.Optional[str] = _flag(None, "what --network starts from: .weights.h5, .h5, .keras, a SavedModel, a "
+    weights: typing.Optional[str] = _flag(None, "what --network starts from in every stage: .weights.h5, .h5, .keras, a SavedModel, a "
                                           "TensorFlow checkpoint or a run's workdir; a classifier of other classes in it is "
                                           "left out", str)
     peers: typing.Optional[int] = _flag(None, "number of peers, a leader not counted; default for several networks: "
@@ -158,12 +159,14 @@ def _check(field, value):
         if value not in limits["kind"]:
             raise UserError(f"--{field.name}={value} is not known. Allowed: {', '.join(limits['kind'])}.")
         return
+    if limits["kind"] is str and not value:
+        raise UserError(f"--{field.name}= is empty: give a value or leave it out")
     low, high, above = limits["low"], limits["high"], limits["above"]
-    fits = (value == value and (low is None or value >= low) and (high is None or value <= high)
+    fits = (math.isfinite(value) and (low is None or value >= low) and (high is None or value <= high)
             and (above is None or value > above)) if limits["kind"] in (int, float) else True
     if not fits:
-        allowed = " and ".join(text for text, limit in ((f"at least {low}", low), (f"at most {high}", high),
-                                                        (f"more than {above}", above)) if limit is not None)
+        allowed = " and ".join(["finite"] * (limits["kind"] is float) + [text for text, limit in (
+            (f"at least {low}", low), (f"at most {high}", high), (f"more than {above}", above)) if limit is not None])
         raise UserError(f"--{field.name}={value} is out of range: it must be {allowed}")
 
 
@@ -179,15 +182,17 @@ def define_flags(values=flags.FLAGS):
             define[kind](f.name, f.default, text, flag_values=values)
 
 
-def say_who_takes(methods, values=flags.FLAGS):
-    """Adds to the flags' help the names of the methods, and at each flag that not all take, who takes it, with its default.
+def complete_help(methods, networks, values=flags.FLAGS):
+    """Adds to the flags' help the names of methods and networks, and at flags of methods who takes them, with which default.
 
     Args:
       methods: {name: Distiller}.
+      networks: names.
       values: absl FlagValues in which the flags are defined.
     """
     values["method"].help += (": " + ", ".join(methods) + ". Flags that not all of them take name those that do, with their "
                               "defaults, in brackets")
+    values["network"].help += ". Names: " + ", ".join(networks)
     for name in sorted({field.name for field in dataclasses.fields(Options)} - {"network"}):
         takers = [method + ("" if default is None else f": {default}")
                   for method, cls in methods.items() for own, default in cls.settings().items() if own == name]

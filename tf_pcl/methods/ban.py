@@ -6,7 +6,7 @@ labels and from the generation before. With z_k the logits of generation k and p
     L_0 = CE(y, z_0),    L_k = CE(y, z_k) + T² KL(p(z_{k−1}) ‖ p(z_k))        `ce` and `parent`
 
 The generations before are frozen. Deployed is the last one; the ensemble of all, the mean of their probabilities, is
-reported beside it (section 3.2).
+reported beside it (section 3.1).
 
 What the paper leaves open: the parent sees the child's view, in inference mode.
 """

@@ -9,22 +9,22 @@ class Baseline(Distiller):
 
     Args:
       network: the target network, a functional keras.Model from images to logits or probabilities.
+      exit_name: what its prediction is called; as the first stage of a method, what that calls it.
       preprocess: a layer in front of it, such as networks.standardise(mean, std), or None.
     """
 
     terms = ("ce",)
-    exits = ("peer_1",)
-    deployed_exit = "peer_1"
 
-    def __init__(self, network, *, preprocess=None):
+    def __init__(self, network, *, exit_name="peer_1", preprocess=None):
         super().__init__(preprocess)
         self.network = with_features(network)
+        self.exits, self.deployed_exit = (exit_name,), exit_name
 
     def students(self, views, training):
-        return {"peer_1": Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
+        return {self.deployed_exit: Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
 
     def loss_terms(self, labels, student, teacher):
-        return {"ce": cross_entropy(labels, student["peer_1"].logits)}
+        return {"ce": cross_entropy(labels, student[self.deployed_exit].logits)}
 
     def deployed(self):
         return from_raw_images(self.preprocess, self.network)

@@ -48,8 +48,9 @@ class BYOT(Distiller):
         whole = with_features(network)
         maps = [whole.get_layer(name).output for name in stage_names(whole)[:-1]]
         if not maps or any(x.shape.rank != 4 for x in maps):
-            raise UserError(f"network {network.name!r} lacks layers stage_1, stage_2, … that give feature maps: byot puts "
-                            "an exit after each but the last")
+            raise UserError(f"network {network.name!r} has {', '.join(stage_names(whole)) or 'no layer stage_1, stage_2, …'}: "
+                            "byot puts an exit after each stage but the last, so name the last layers of two stages or more "
+                            "stage_1, stage_2, …, each but the last with a feature map [batch, height, width, channels]")
         self.shallow_names = [f"exit_{i + 1}" for i in range(len(maps))]
         self.exits = (*self.shallow_names, self.deployed_exit)
         self.network = keras.Model(whole.input, {**whole.output, **dict(zip(self.shallow_names, maps))}, name=whole.name)

@@ -15,16 +15,17 @@ over the images u, v, w of the batch, Σ as a mean, with δ = 1 in Huber's loss,
 not zero, and ∠(u, v, w) the angle at v. α = β = γ = β_2 = 1, β_1 = 2, t = 4. No gradient flows into z_k', f_k' or z̄_k.
 Deployed is network 1.
 
-What the paper leaves open: the values of the weights and of t; with more than two networks, the mean over all k' ≠ k; the
+Chosen here: the values of the weights and of t; with more than two networks, the mean over all k' ≠ k; the
 frozen copies see the same view, in inference mode; each stage is trained by the whole recipe.
 """
 import itertools
 
 import tensorflow as tf
 
+from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.baseline import Baseline
-from tf_pcl.methods.distiller import Distiller, Exit, Stage, check_peers, from_raw_images, whole_networks
+from tf_pcl.methods.distiller import Distiller, Exit, Stage, check_peers, from_raw_images, peer_names, whole_networks
 from tf_pcl.relations import angles, distances
 
 
@@ -46,6 +47,8 @@ class CTSLMKT(Distiller):
     def __init__(self, network, *, temperature=4.0, ce_weight=1.0, collaboration_weight=1.0, self_weight=1.0,
                  angle_weight=2.0, mutual_weight=1.0, preprocess=None):
         super().__init__(preprocess)
+        if not isinstance(network, (list, tuple)):
+            raise UserError("ctsl_mkt takes a list of networks that were trained before, one for each peer")
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = ce_weight, collaboration_weight, self_weight
         self.beta_1, self.beta_2 = angle_weight, mutual_weight
@@ -57,7 +60,8 @@ class CTSLMKT(Distiller):
         """The training of each network alone, and that of all together; `peers` is 2 unless given."""
         several = network if isinstance(network, (list, tuple)) else [network] * (2 if peers is None else peers)
         check_peers(several, peers)
-        alone = [Stage(f"peer_{k + 1}", one, lambda trained, one=one: make(Baseline, one)) for k, one in enumerate(several)]
+        alone = [Stage(name, one, lambda trained, one=one, name=name: make(Baseline, one, exit_name=name))
+                 for name, one in zip(peer_names(len(several)), several)]
         return [*alone, Stage("together", network, lambda trained: make(
             cls, [peer.network for peer in trained[:len(several)]], **arguments))]
 

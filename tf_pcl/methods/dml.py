@@ -1,7 +1,7 @@
 """Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018).
 
 m whole networks share nothing and see the same images; each learns from the labels and from what the others say now.
-With z_j the logits of network j and p(z) = softmax(z / T), T = 1, L = Σ_j L_j, where (section 2.3)
+With z_j the logits of network j and p(z) = softmax(z / T), T = 1, L = Σ_j L_j, where
 
     L_j = CE(y, z_j) + 1/(m−1) Σ_{i≠j} T² KL(p(z_i) ‖ p(z_j))        `ce` and `mutual`
 

@@ -50,7 +50,7 @@ class KD(Distiller):
         if teacher:
             return [Stage("student", network, lambda trained: make(cls, network, teacher=teacher, **arguments))]
         teacher_network = teacher_network or "resnet110"
-        return [Stage("teacher", teacher_network, lambda trained: make(Baseline, teacher_network)),
+        return [Stage("teacher", teacher_network, lambda trained: make(Baseline, teacher_network, exit_name="teacher")),
                 Stage("student", network, lambda trained: make(cls, network, teacher=trained[0].deployed(), **arguments))]
 
     @property

@@ -9,7 +9,8 @@ and the ramp-up weight ω, the attention, the targets and the loss are (section 
         + ω T² Σ_i KL(p^T(t_i) ‖ p^T(z_i))                `personal`, ω included
         + ω T² KL(p^T(1/m Σ_i z_i) ‖ p^T(z_leader))       `group`, ω included
 
-W_q and W_k learn from the targets alone, which are therefore not cut from the gradient. Deployed is the leader.
+W_q and W_k learn from the targets alone, which are therefore not cut from the gradient; nor is the leader's, as in the
+authors' published code. Deployed is the leader.
 
 What the paper leaves open: d/8 is rounded down, but not to 0; attention is computed in float32.
 """

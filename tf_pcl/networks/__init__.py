@@ -26,7 +26,7 @@ NETWORKS = {f.__name__: f for f in (
 def _application(name):
     """The function of keras.applications that `applications.NAME` names."""
     known = {n: f for n, f in vars(keras.applications).items() if inspect.isfunction(f)}
-    return known[choose("--network=applications.", name[len("applications."):], known)]
+    return known[choose("network applications.", name[len("applications."):], known)]
 
 
 def find(name):
@@ -52,14 +52,14 @@ def find(name):
         try:
             function = getattr(importlib.import_module(module), attribute)
         except (Exception, SystemExit) as e:  # The module is the user's code.
-            raise UserError(f"--network={name} cannot be imported: {one_line(e)}. It must name a function as "
+            raise UserError(f"network {name} cannot be imported: {one_line(e)}. It must name a function as "
                             "module:function that can be imported from here.") from e
         if not callable(function):
-            raise UserError(f"--network={name} is {type(function).__name__}: it must name a function")
+            raise UserError(f"network {name} is {type(function).__name__}: it must name a function")
         return function
     forms = ["applications.NAME", "module:function"]
-    if choose("--network", name, [*NETWORKS, *forms]) in forms:
-        raise UserError(f"--network={name}: put a name in place of the capitals, as in applications.MobileNetV2")
+    if choose("network", name, [*NETWORKS, *forms]) in forms:
+        raise UserError(f"network {name}: put a name in place of the capitals, as in applications.MobileNetV2")
     return NETWORKS[name]
 
 
@@ -81,14 +81,14 @@ def build(name, input_shape, num_classes):
     try:
         model = function(tuple(input_shape), num_classes)
     except Exception as e:  # The function is keras.applications' or the user's.
-        raise UserError(f"--network={name} cannot be built for images {tuple(input_shape)}: {one_line(e)}") from e
+        raise UserError(f"network {name} cannot be built for images {tuple(input_shape)}: {one_line(e)}") from e
     if not isinstance(model, keras.Model):
-        raise UserError(f"--network={name} returned {type(model).__name__}: it must return a keras.Model")
+        raise UserError(f"network {name} returned {type(model).__name__}: it must return a keras.Model")
     model = functional(model, tuple(input_shape))
     if tuple(model.output_shape[1:]) != (num_classes,):
-        raise UserError(f"--network={name} gives outputs {model.output_shape}; the data set has {num_classes} classes")
+        raise UserError(f"network {name} gives outputs {model.output_shape}; the data set has {num_classes} classes")
     if not model.trainable_weights:
-        raise UserError(f"--network={name} has no trainable weights: all its layers are frozen, or it has none")
+        raise UserError(f"network {name} has no trainable weights: all its layers are frozen, or it has none")
     return model
 
 

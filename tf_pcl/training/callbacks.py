@@ -15,7 +15,11 @@ class Stopped(Exception):
 
 
 class Progress(keras.callbacks.ProgbarLogger):
-    """Keras's progress line with the loss, the training error of the first exit and the test error of the deployed one."""
+    """Keras's progress line with the loss and the errors of the deployed exit, in training of the first if it is not trained."""
+
+    def set_params(self, params):
+        # Of the run: an epoch's rest, where a run goes on, is a fit of its own.
+        super().set_params({**params, "epochs": self.model.epochs})
 
     def on_train_batch_end(self, batch, logs=None):
         super().on_train_batch_end(batch, self._shown(logs))
@@ -24,7 +28,9 @@ class Progress(keras.callbacks.ProgbarLogger):
         super().on_epoch_end(epoch, self._shown(logs))
 
     def _shown(self, logs):
-        names = ("loss", f"error/{self.model.exits[0]}", f"val_error/{self.model.deployed_exit}")
+        deployed = self.model.deployed_exit
+        trained = deployed if f"error/{deployed}" in (logs or ()) else self.model.exits[0]
+        names = ("loss", f"error/{trained}", f"val_error/{deployed}")
         return {name: logs[name] for name in names if name in logs}
 
 

@@ -64,7 +64,8 @@ def check_workdir(workdir, settings, free, resume):
       free: flags that may differ when a run goes on.
       resume: "auto" or "never".
     Raises:
-      UserError: if it cannot be written, holds a run of other settings, or any run where resume is "never".
+      UserError: if it cannot be written, holds a run of other settings or a stage of one, or any run where resume
+        is "never".
     """
     there = os.path.abspath(workdir)
     while not os.path.exists(there):
@@ -75,6 +76,9 @@ def check_workdir(workdir, settings, free, resume):
         raise UserError(f"--workdir={workdir} cannot be written: {there}: {e.strerror}; give another") from e
     path = os.path.join(workdir, "flags.txt")
     if not os.path.exists(path):
+        if os.path.exists(os.path.join(workdir, "checkpoints")):
+            raise UserError(f"--workdir={workdir} holds checkpoints but no flags.txt, like the folder of a run's earlier stage: "
+                            "give another workdir")
         return
     if resume == "never":
         raise UserError(f"--workdir={workdir} holds a run already: give another workdir, or --resume=auto to go on")

@@ -86,8 +86,8 @@ def run(options):
         f"--{name}={value}\n" for name, value in options.as_flags().items() if name != "workdir"))
     files.write_json(os.path.join(workdir, "data.json"), of_data)
     print(f"{options.method} on {options.dataset}: {len(data.train):,} training and {len(data.test):,} test images "
-          f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes\n{options.epochs} epochs of {steps} steps on "
-          f"{strategy.num_replicas_in_sync} {'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'}, "
+          f"{'×'.join(map(str, data.image_shape))}, {len(data.classes)} classes\n{options.epochs} epochs of {steps} steps, "
+          f"replicas: {strategy.num_replicas_in_sync} ({'GPU' if tf.config.list_physical_devices('GPU') else 'CPU'}), "
           f"{options.precision}", *notes, sep="\n", flush=True)
     before = [os.path.join(workdir, f"{i + 1}-{stage.name}") for i, stage in enumerate(stages[:-1])]
     models, results = models[:1], {"wall_seconds": 0.0}
@@ -152,7 +152,7 @@ def _train(model, data, strategy, options, folder, title, describe, seconds):
     checkpoints = Checkpoints(model, os.path.join(folder, "checkpoints"))
     start = checkpoints.restore()
     rows = [row for row in files.read_rows(os.path.join(folder, "metrics.csv")) if row["step"] <= start]
-    lines = [title, f"goes on at step {start} of {total}" if start else ""]
+    lines = [title, "done" if start == total else f"goes on at step {start} of {total}" if start else ""]
     if any(lines):
         print(": ".join(filter(None, lines)), flush=True)
     batches = functools.partial(datasets.train_batches, data, options.batch_size, options.epochs, views=model.views,
@@ -220,9 +220,17 @@ def _describe(rows, options, stage, model, deployed):
         "parameters": {"deployed": count(deployed.trainable_weights), "training": count(model.trainable_weights)},
         "images_per_second": round(len(speeds) / sum(1 / s for s in speeds), 1) if speeds else None,
         "wall_seconds": round(rows[-1]["wall_seconds"], 1),
+        "settings": _settings(options),
         "versions": {"tf_pcl": tf_pcl.__version__, "python": platform.python_version(), "tensorflow": tf.__version__,
                      "keras": keras_package.__version__, "numpy": np.__version__},
     }
+
+
+def _settings(options):
+    """{name: value} of what was set, and of the method's own defaults."""
+    defaults = METHODS[options.method].settings()
+    settings = {name: defaults.get(name) if value is None else value for name, value in dataclasses.asdict(options).items()}
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 def report(results):
