@@ -242,7 +242,12 @@ def test_every_stage_leaves_what_a_run_leaves(ban):
 
 def test_every_stage_begins_with_weights_of_its_own(tmp_path, monkeypatch):
     train, first = run._train, []
-    monkeypatch.setattr(run, "_train", lambda model, *rest: first.append(model.trainable_weights[0].numpy()) or train(model, *rest))
+
+    def noted(model, *rest):
+        first.append(model.trainable_weights[0].numpy())
+        return train(model, *rest)
+
+    monkeypatch.setattr(run, "_train", noted)
     run.run(Options(**{**QUICK, "epochs": 1}, method="ban", generations=2, workdir=str(tmp_path)))
     assert len(first) == 2 and np.abs(first[0] - first[1]).max() > 0.1
 

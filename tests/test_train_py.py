@@ -164,6 +164,7 @@ def test_bad_input_is_one_line_and_status_2(flags, text, tmp_path):
 def test_help_names_every_flag_with_its_default():
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
     text = " ".join(done.stdout.split())
-    for line in ("--method: how to train: ban, baseline, byot,", "--distill_share: share of distillation in a student's loss,",
-                 "(byot: 0.3, cl: 0.5)", "--ema_every: <step|epoch>:", "(pcl: step)", "--[no]deterministic:", "(default: '1epoch')"):
+    for line in ("--method: how to train: ban, baseline, byot,", "target first. Names: resnet8,",
+                 "--distill_share: share of distillation in a student's loss,", "(byot: 0.3, cl: 0.5)",
+                 "--ema_every: <step|epoch>:", "(pcl: step)", "--[no]deterministic:", "(default: '1epoch')"):
         assert line in text, line

@@ -25,17 +25,16 @@ class Options:
 
     # What to train.
     method: str = _flag("pcl", "how to train")
-    network: str = _flag("resnet32", "target network: a name, applications.NAME for keras.applications, or "
-                         "module:function of your own; for methods of whole networks also several, "
-                         "comma separated, the target first")
+    network: str = _flag("resnet32", "target network: a name, applications.NAME for keras.applications, or module:function "
+                         "of your own; for methods of whole networks also several, comma separated, the target first")
     split_at: typing.Optional[str] = _flag(None, "layer after which each peer has its own branch; default: before the "
                                            "last stage, or as --trunk_share says", str)
     trunk_share: typing.Optional[float] = _flag(None, "largest share of the network's forward cost, more than 0 and at most "
                                                 "1, that the peers have in common: the cut is the last possible one; "
                                                 "default: 0.7 for networks without stages", float, above=0, high=1)
-    weights: typing.Optional[str] = _flag(None, "what --network starts from in every stage: .weights.h5, .h5, .keras, a SavedModel, a "
-                                          "TensorFlow checkpoint or a run's workdir; a classifier of other classes in it is "
-                                          "left out", str)
+    weights: typing.Optional[str] = _flag(None, "what --network starts from in every stage: .weights.h5, .h5, .keras, a "
+                                          "SavedModel, a TensorFlow checkpoint or a run's workdir; a classifier of other "
+                                          "classes in it is left out", str)
     peers: typing.Optional[int] = _flag(None, "number of peers, a leader not counted; default for several networks: "
                                         "theirs", int, low=1)
     teacher: typing.Optional[str] = _flag(None, "workdir or SavedModel of a network trained before; default: train "

@@ -15,7 +15,7 @@ class Stopped(Exception):
 
 
 class Progress(keras.callbacks.ProgbarLogger):
-    """Keras's progress line with the loss and the errors of the deployed exit, in training of the first if it is not trained."""
+    """Keras's progress line with the loss and the errors of the deployed exit; in training, if it is a mean, of the first."""
 
     def set_params(self, params):
         # Of the run: an epoch's rest, where a run goes on, is a fit of its own.
