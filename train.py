@@ -43,7 +43,7 @@ def main(argv):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         settings = options.from_flags()
-        # TensorFlow takes seconds to import: not before the flags are known to be good, nor for --help.
+        # TensorFlow takes seconds to import: not before the flags are known to be good.
         from tf_pcl.training import run
         run.run(settings)
     except UserError as e:

@@ -26,7 +26,7 @@ NETWORKS = {f.__name__: f for f in (
 def _application(name):
     """The function of keras.applications that `applications.NAME` names."""
     known = {n: f for n, f in vars(keras.applications).items() if inspect.isfunction(f)}
-    return known[choose("network applications.", name[len("applications."):], known)]
+    return known[choose("network of keras.applications", name[len("applications."):], known)]
 
 
 def find(name):

@@ -15,7 +15,7 @@ class Stopped(Exception):
 
 
 class Progress(keras.callbacks.ProgbarLogger):
-    """Keras's progress line with the loss and the errors of the deployed exit; in training, if it is a mean, of the first."""
+    """Keras's progress line with the loss and the deployed exit's errors; in training the first's, if that is not trained."""
 
     def set_params(self, params):
         # Of the run: an epoch's rest, where a run goes on, is a fit of its own.

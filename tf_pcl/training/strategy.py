@@ -58,7 +58,7 @@ def prepare(options):
     keras.backend.experimental.enable_tf_random_generator()
     if options.deterministic:
         tf.config.experimental.enable_op_determinism()
-        # It makes one AddN of several additions, and AddN adds three or more in an order that depends on timing.
+        # Arithmetic optimization makes one AddN of several sums, and AddN adds three or more in an order that depends on timing.
         tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
 
 
