@@ -1,4 +1,5 @@
 """Trains a network with a method of online knowledge distillation: python train.py --method=pcl --dataset=cifar100"""
+
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ sys.path.append(os.getcwd())
 from absl import app, flags, logging
 
 from tf_pcl import options
-from tf_pcl.errors import UserError
+from tf_pcl.errors import Stopped, UserError
 
 
 def _refuse(error):
@@ -25,6 +26,7 @@ def _parse(argv):
     if any(argument.startswith(("-help", "--help")) for argument in argv):
         from tf_pcl.methods import METHODS
         from tf_pcl.networks import NETWORKS
+
         options.complete_help(METHODS, NETWORKS)
     try:
         rest = flags.FLAGS(argv)
@@ -45,14 +47,17 @@ def main(argv):
         settings = options.from_flags()
         # TensorFlow takes seconds to import: not before the flags are known to be good.
         from tf_pcl.training import run
+
         run.run(settings)
     except UserError as e:
         _refuse(e)
     except KeyboardInterrupt:
-        print("train.py: stopped, not within a training; what was saved stands, and the same command goes on from there",
-              file=sys.stderr)
+        print(
+            "train.py: stopped, not within a training; what was saved stands, and the same command goes on from there",
+            file=sys.stderr,
+        )
         sys.exit(1)
-    except run.Stopped as e:
+    except Stopped as e:
         if e.__cause__:
             traceback.print_exception(type(e.__cause__), e.__cause__, e.__cause__.__traceback__)
         print(f"train.py: {e}", file=sys.stderr)

@@ -9,6 +9,7 @@ TensorBoard's logs written as train.py does; and the memory that training takes 
 but loaded TensorFlow and the images. Speeds are taken in turns, in rounds, so that a noisy machine disturbs them alike; the
 medians count. Memory is taken in a process of its own.
 """
+
 import contextlib
 import functools
 import multiprocessing
@@ -24,9 +25,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import numpy as np
 import tensorflow as tf
 from absl import app, flags
-from tensorflow import keras
 
 from tf_pcl import data
+from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
 from tf_pcl.training.callbacks import Record
 from tf_pcl.training.run import around
@@ -72,9 +73,14 @@ class Trained:
         models = []
         for stage in stages:
             models.append(stage.build(models))
-        self.model, self.name, self.batch_size, self.steps = models[-1], stages[-1].name, batch_size, steps
+        self.model, self.name, self.batch_size, self.steps = (
+            models[-1],
+            stages[-1].name,
+            batch_size,
+            steps,
+        )
         self.model.compile(epochs=300, steps_per_epoch=steps + 1)
-        self.stream = data.train_batches(loaded, batch_size, 300, views=self.model.views)
+        self.stream = data.train_batches(loaded, batch_size, 300, views=self.model.num_views)
         self.batch = iter(tf.data.Dataset.from_tensors(next(iter(self.stream))).repeat())
         self.step = self.model.make_train_function()
         self.step(self.batch)["loss"].numpy()
@@ -90,15 +96,21 @@ class Trained:
         self.alone.append((time.perf_counter() - began) / self.steps)
         if folder:
             record, clock = Record(folder, [], self.batch_size, lambda rows: rows), Clock()
-            self.model.fit(self.stream, steps_per_epoch=self.steps + 1, verbose=0, callbacks=[record, clock])
+            self.model.fit(
+                self.stream, steps_per_epoch=self.steps + 1, verbose=0, callbacks=[record, clock]
+            )
             self.in_fit.append(clock.seconds)
 
 
 def stages_of(method, network, loaded, teacher_network):
     """[Distiller.stages of the first stage, of the first two, …]"""
-    arguments = {"teacher_network": teacher_network} if "teacher_network" in METHODS[method].settings() else {}
+    arguments = (
+        {"teacher_network": teacher_network}
+        if "teacher_network" in METHODS[method].parameters()
+        else {}
+    )
     stages = METHODS[method].stages(functools.partial(around, loaded), network, **arguments)
-    return [stages[:i + 1] for i in range(len(stages))]
+    return [stages[: i + 1] for i in range(len(stages))]
 
 
 def peak_memory(source, method, network, teacher_network, stage, precision, batch_size):
@@ -107,7 +119,9 @@ def peak_memory(source, method, network, teacher_network, stage, precision, batc
         loaded = data.load(*source)
     before = most_memory()
     keras.mixed_precision.set_global_policy(precision)
-    Trained(stages_of(method, network, loaded, teacher_network)[stage], loaded, batch_size, 2).take_turn(None)
+    Trained(
+        stages_of(method, network, loaded, teacher_network)[stage], loaded, batch_size, 2
+    ).take_turn(None)
     return most_memory() - before
 
 
@@ -123,15 +137,22 @@ def main(argv):
     tf.get_logger().setLevel("ERROR")
     source = FLAGS.dataset, FLAGS.data_dir, FLAGS.image_size
     loaded = data.load(*source)
-    print(f"{'network':24} {'precision':15} {'method':24} first step  images/s  × {FLAGS.methods[0]:10}"
-          f"{'in fit' if FLAGS.in_fit else '':>8}{'memory' if FLAGS.memory else '':>10}", flush=True)
+    print(
+        f"{'network':24} {'precision':15} {'method':24} first step  images/s  × {FLAGS.methods[0]:10}"
+        f"{'in fit' if FLAGS.in_fit else '':>8}{'memory' if FLAGS.memory else '':>10}",
+        flush=True,
+    )
     for network in FLAGS.networks:
         trained = {}
         for precision in FLAGS.precisions:
             keras.mixed_precision.set_global_policy(precision)
             for method in FLAGS.methods:
-                for i, stages in enumerate(stages_of(method, network, loaded, FLAGS.teacher_network)):
-                    trained[precision, method, i] = Trained(stages, loaded, FLAGS.batch_size, FLAGS.steps)
+                for i, stages in enumerate(
+                    stages_of(method, network, loaded, FLAGS.teacher_network)
+                ):
+                    trained[precision, method, i] = Trained(
+                        stages, loaded, FLAGS.batch_size, FLAGS.steps
+                    )
         for _ in range(FLAGS.rounds):
             for one in trained.values():
                 with tempfile.TemporaryDirectory() as folder:
@@ -139,14 +160,26 @@ def main(argv):
         for (precision, method, i), one in trained.items():
             seconds = np.median(one.alone)
             times = seconds / np.median(trained[precision, FLAGS.methods[0], 0].alone)
-            line = (f"{network:24} {precision:15} {' '.join([method, one.name]):24} {one.first:8.1f} s "
-                    f"{FLAGS.batch_size / seconds:9.1f}  {times:8.2f}    ")
+            line = (
+                f"{network:24} {precision:15} {' '.join([method, one.name]):24} {one.first:8.1f} s "
+                f"{FLAGS.batch_size / seconds:9.1f}  {times:8.2f}    "
+            )
             if FLAGS.in_fit:
                 line += f"{100 * np.median(np.divide(one.alone, one.in_fit)):8.1f} %"
             if FLAGS.memory:
                 with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    gib = pool.apply(peak_memory, (source, method, network, FLAGS.teacher_network, i, precision,
-                                                   FLAGS.batch_size))
+                    gib = pool.apply(
+                        peak_memory,
+                        (
+                            source,
+                            method,
+                            network,
+                            FLAGS.teacher_network,
+                            i,
+                            precision,
+                            FLAGS.batch_size,
+                        ),
+                    )
                 line += f"{gib:6.2f} GiB"
             print(line, flush=True)
         del trained

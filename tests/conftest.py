@@ -1,4 +1,5 @@
 """Shared set-up: two logical CPU devices, small networks, small data."""
+
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -12,7 +13,8 @@ from tf_pcl import data, networks
 from tf_pcl.data import datasets
 
 tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2)
+    tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 2
+)
 
 SHAPE, CLASSES = (8, 8, 1), 10
 
@@ -20,17 +22,25 @@ SHAPE, CLASSES = (8, 8, 1), 10
 def without_norm(input_shape, num_classes):
     """A network without BatchNorm, whose last layer is a fused softmax."""
     images = keras.Input(input_shape)
-    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu", padding="same", name="stage_1")(images)
+    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu", padding="same", name="stage_1")(
+        images
+    )
     x = keras.layers.Conv2D(16, 3, strides=2, activation="relu", padding="same", name="stage_2")(x)
     x = keras.layers.GlobalAveragePooling2D()(x)
-    return keras.Model(images, keras.layers.Dense(num_classes, activation="softmax", dtype="float32")(x), name="without_norm")
+    return keras.Model(
+        images,
+        keras.layers.Dense(num_classes, activation="softmax", dtype="float32")(x),
+        name="without_norm",
+    )
 
 
 def other(input_shape, num_classes):
     """A network with one stage."""
     images = keras.Input(input_shape)
     x = keras.layers.Conv2D(4, 3, strides=2, activation="relu", name="stage_1")(images)
-    return keras.Model(images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x)))
+    return keras.Model(
+        images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x))
+    )
 
 
 def rescaled(input_shape, num_classes):
@@ -67,6 +77,7 @@ def two_replicas():
 @pytest.fixture
 def make_folder(tmp_path):
     """make_folder({split: {class: [array or bytes]}}) writes an image folder, PNG for arrays, and returns its path."""
+
     def make(splits):
         for split, classes in splits.items():
             for name, images in classes.items():
@@ -87,4 +98,6 @@ def noise(*shape, seed=0):
 def with_labels(images, labels, name="noise"):
     """An ImageData of arrays, the same for training and test."""
     both = datasets.Arrays(images, labels)
-    return data.ImageData(name, tuple("0123456789"), images.shape[1:], both, both, (128.0,), (64.0,), True)
+    return data.ImageData(
+        name, tuple("0123456789"), images.shape[1:], both, both, (128.0,), (64.0,), True
+    )

@@ -1,4 +1,5 @@
 """The equations in NumPy float64, written from the papers and not from the package."""
+
 import numpy as np
 
 
@@ -30,7 +31,10 @@ def pcl(y, z, z_e, z_t, T, w):
     m = len(z)
     l_c = sum(ce(y, zj) for zj in z) + ce(y, z_e)
     l_pe = T**2 * sum(kl(softmax(z_e, T), softmax(zj, T)) for zj in z)
-    l_pm = T**2 * sum(sum(kl(softmax(z_t[i], T), softmax(z[j], T)) for i in range(m) if i != j) / (m - 1) for j in range(m))
+    l_pm = T**2 * sum(
+        sum(kl(softmax(z_t[i], T), softmax(z[j], T)) for i in range(m) if i != j) / (m - 1)
+        for j in range(m)
+    )
     return l_c, w * l_pe, w * l_pm
 
 

@@ -7,10 +7,10 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-
 from conftest import noise, with_labels
+
 from tf_pcl import data
-from tf_pcl.data import augment, datasets, photos, sources
+from tf_pcl.data import augmentations, datasets, image_files, storage
 from tf_pcl.errors import UserError
 
 
@@ -24,7 +24,9 @@ def batches(*args, **kwargs):
 
 
 def same(a, b):
-    return all(np.array_equal(u, v) and np.array_equal(x, y) for (u, x), (v, y) in zip(a, b)) and len(a) == len(b)
+    return all(
+        np.array_equal(u, v) and np.array_equal(x, y) for (u, x), (v, y) in zip(a, b)
+    ) and len(a) == len(b)
 
 
 def test_every_epoch_is_another_permutation():
@@ -62,32 +64,51 @@ def test_large_images_are_cropped_as_by_inception():
     for side, kind in ((64, "crop"), (65, "inception")):
         d = with_labels(noise(4, side, side, 3), np.arange(4))
         assert same(batches(d, 4, 1), batches(d, 4, 1, augment=kind))
-    with pytest.raises(UserError, match="--augment 'incepton' is not known. Did you mean inception"):
+    with pytest.raises(
+        UserError, match="--augment 'incepton' is not known. Did you mean inception"
+    ):
         data.train_batches(d, 4, 1, augment="incepton")
 
 
 def test_pad_crop_flip_gives_shifted_windows_and_mirrors():
     images = noise(64, 6, 6, 1) // 2 + 1
-    out = augment.pad_crop_flip(tf.constant(images), tf.constant([1, 2]), 1, True).numpy()
+    out = augmentations.pad_crop_flip(tf.constant(images), tf.constant([1, 2]), 1, True).numpy()
     mirrored = 0
     for image, got in zip(images, out):
         padded = np.pad(image, [(1, 1), (1, 1), (0, 0)])
-        windows = [padded[i:i + 6, j:j + 6] for i in range(3) for j in range(3)]
-        plain, mirror = any((w == got).all() for w in windows), any((w[:, ::-1] == got).all() for w in windows)
+        windows = [padded[i : i + 6, j : j + 6] for i in range(3) for j in range(3)]
+        plain, mirror = (
+            any((w == got).all() for w in windows),
+            any((w[:, ::-1] == got).all() for w in windows),
+        )
         assert plain or mirror
         mirrored += mirror and not plain
     assert 16 < mirrored < 48
-    unflipped = augment.pad_crop_flip(tf.constant(images), tf.constant([1, 2]), 0, False)
+    unflipped = augmentations.pad_crop_flip(tf.constant(images), tf.constant([1, 2]), 0, False)
     np.testing.assert_array_equal(unflipped, images)
 
 
 def test_inception_windows_lie_within_the_image_and_have_the_paper_s_areas_and_ratios():
     for h, w in ((100, 100), (60, 80), (20, 400)):
-        top, left, bottom, right = augment.inception_windows(tf.constant(np.random.RandomState(0).rand(5000, 4), tf.float32),
-                                                             h, w).numpy().astype(float).T
-        assert min(top.min(), left.min()) > -1e-4 and bottom.max() < h + 1e-4 and right.max() < w + 1e-4
+        top, left, bottom, right = (
+            augmentations.inception_windows(
+                tf.constant(np.random.RandomState(0).rand(5000, 4), tf.float32), h, w
+            )
+            .numpy()
+            .astype(float)
+            .T
+        )
+        assert (
+            min(top.min(), left.min()) > -1e-4
+            and bottom.max() < h + 1e-4
+            and right.max() < w + 1e-4
+        )
         ratio, area = (right - left) / (bottom - top), (right - left) * (bottom - top) / (h * w)
-        assert 0.7499 < ratio.min() < 0.76 and 1.32 < ratio.max() < 1.3334 and abs(np.log(ratio).mean()) < 0.01
+        assert (
+            0.7499 < ratio.min() < 0.76
+            and 1.32 < ratio.max() < 1.3334
+            and abs(np.log(ratio).mean()) < 0.01
+        )
         if h > 20:
             assert 0.0799 < area.min() < 0.1 and 0.9 < area.max() <= 1.00001
             # Where they may lie is uniform.
@@ -98,10 +119,12 @@ def test_resized_windows_are_the_image_between_its_pixels():
     images = noise(3, 9, 9, 3)
     whole = tf.constant([[0.0, 0, 9, 9]] * 3)
     mirrored = np.array([False, True, False])
-    got = augment.resized_windows(tf.constant(images), whole, mirrored)
+    got = augmentations.resized_windows(tf.constant(images), whole, mirrored)
     np.testing.assert_array_equal(got, [images[0], images[1][:, ::-1], images[2]])
     # Nine pixels from the centre of the window's first pixel to that of its last, five on: every second is between two.
-    part = augment.resized_windows(tf.constant(images), tf.constant([[2.0, 1, 7, 6]] * 3), mirrored)[0].numpy()
+    part = augmentations.resized_windows(
+        tf.constant(images), tf.constant([[2.0, 1, 7, 6]] * 3), mirrored
+    )[0].numpy()
     np.testing.assert_array_equal(part[::2, ::2], images[0, 2:7, 1:6])
     between = (images[0, 2:6, 1:6].astype(float) + images[0, 3:7, 1:6]) / 2
     assert np.abs(part[1::2, ::2] - between).max() <= 0.51
@@ -110,21 +133,40 @@ def test_resized_windows_are_the_image_between_its_pixels():
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_windows_at_the_border_have_no_black_edge(mirrored):
     first = tf.random.stateless_uniform([1000, 2], [1, 2]) * [35, 25]
-    for windows in (tf.concat([first, tf.zeros_like(first) + [70, 50]], 1), tf.concat([0 * first, [70, 50] - first], 1)):
+    for windows in (
+        tf.concat([first, tf.zeros_like(first) + [70, 50]], 1),
+        tf.concat([0 * first, [70, 50] - first], 1),
+    ):
         white = tf.fill([1000, 70, 50, 1], tf.constant(255, tf.uint8))
-        assert (augment.resized_windows(white, windows, tf.fill([1000], mirrored)).numpy() == 255).all()
+        assert (
+            augmentations.resized_windows(white, windows, tf.fill([1000], mirrored)).numpy() == 255
+        ).all()
 
 
 def test_inception_crop_is_stateless_and_mirrors_half():
     images = tf.constant(noise(8, 20, 20, 3))
-    first, again, other = (augment.inception_crop(images, tf.constant([1, s]), True).numpy() for s in (2, 2, 3))
-    assert first.dtype == np.uint8 and np.array_equal(first, again) and not np.array_equal(first, other)
+    first, again, other = (
+        augmentations.inception_crop(images, tf.constant([1, s]), True).numpy() for s in (2, 2, 3)
+    )
+    assert (
+        first.dtype == np.uint8
+        and np.array_equal(first, again)
+        and not np.array_equal(first, other)
+    )
     # A ramp that falls was mirrored.
     ramp = tf.tile(tf.range(0, 250, 5, dtype=tf.int32)[None, None, :, None], [400, 50, 1, 1])
-    cut = augment.inception_crop(tf.cast(ramp, tf.uint8), tf.constant([1, 2]), True).numpy().astype(int)
+    cut = (
+        augmentations.inception_crop(tf.cast(ramp, tf.uint8), tf.constant([1, 2]), True)
+        .numpy()
+        .astype(int)
+    )
     assert 150 < (cut[:, 0, 0, 0] > cut[:, 0, -1, 0]).sum() < 250
     assert (np.abs(np.diff(cut[:, 0, :, 0], axis=1)) <= 6).all()
-    unflipped = augment.inception_crop(tf.cast(ramp, tf.uint8), tf.constant([1, 2]), False).numpy().astype(int)
+    unflipped = (
+        augmentations.inception_crop(tf.cast(ramp, tf.uint8), tf.constant([1, 2]), False)
+        .numpy()
+        .astype(int)
+    )
     assert (np.diff(unflipped[:, 0, :, 0], axis=1) >= 0).all()
 
 
@@ -132,9 +174,13 @@ def test_inception_crop_is_stateless_and_mirrors_half():
 def test_color_jitter_against_numpy(channels):
     images = noise(200, 5, 5, channels) // 2 + 60
     seed = tf.constant([1, 2])
-    np.testing.assert_array_equal(augment.color_jitter(tf.constant(images), seed, 0.0), images)
-    got = augment.color_jitter(tf.constant(images), seed, 0.3).numpy()
-    factors = tf.random.stateless_uniform([200, 3, 1, 1, 1], augment.fold_in(seed, 3), 0.7, 1.3).numpy()
+    np.testing.assert_array_equal(
+        augmentations.color_jitter(tf.constant(images), seed, 0.0), images
+    )
+    got = augmentations.color_jitter(tf.constant(images), seed, 0.3).numpy()
+    factors = tf.random.stateless_uniform(
+        [200, 3, 1, 1, 1], augmentations.fold_in(seed, 3), 0.7, 1.3
+    ).numpy()
     b, c, s = factors.transpose(1, 0, 2, 3, 4)
     grey = lambda x: x @ np.array([[0.2989], [0.587], [0.114]]) if channels == 3 else x
     bright = images * b
@@ -146,7 +192,9 @@ def test_color_jitter_against_numpy(channels):
 
 
 def test_cutout_blackens_one_square():
-    out = augment.cutout(tf.fill([32, 8, 8, 3], tf.constant(200, tf.uint8)), tf.constant([1, 2]), 4).numpy()
+    out = augmentations.cutout(
+        tf.fill([32, 8, 8, 3], tf.constant(200, tf.uint8)), tf.constant([1, 2]), 4
+    ).numpy()
     black = (out == 0).all(-1)
     assert ((out == 200) | (out == 0)).all()
     assert black.sum((1, 2)).max() == 16 and black.sum((1, 2)).min() >= 4
@@ -156,8 +204,14 @@ def test_cutout_blackens_one_square():
 def test_digits(digits):
     assert digits.image_shape == (8, 8, 1) and (len(digits.train), len(digits.test)) == (1437, 360)
     images, labels = digits.train.fetch(tf.range(1437))
-    assert images.dtype == tf.uint8 and images.numpy().max() == 255 and set(labels.numpy()) == set(range(10))
-    np.testing.assert_allclose([digits.mean[0], digits.std[0]], [images.numpy().mean(), images.numpy().std()], rtol=1e-6)
+    assert (
+        images.dtype == tf.uint8
+        and images.numpy().max() == 255
+        and set(labels.numpy()) == set(range(10))
+    )
+    np.testing.assert_allclose(
+        [digits.mean[0], digits.std[0]], [images.numpy().mean(), images.numpy().std()], rtol=1e-6
+    )
     assert data.load("digits", image_size=12).image_shape == (12, 12, 1)
     assert not digits.flip
 
@@ -179,25 +233,38 @@ def test_test_batches_are_whole_and_in_order(digits):
 
 def test_image_folder_of_grey_and_colour_jpeg_and_png(make_folder, monkeypatch):
     jpeg = tf.io.encode_jpeg(noise(8, 8, 3, seed=5)).numpy()
-    folder = make_folder({"train": {"cat": [noise(8, 8, 3), noise(8, 8, 1)], "dog": [noise(8, 8, 3, seed=2)]},
-                          "val": {"cat": [noise(8, 8, 3)], "dog": [jpeg]}})
+    folder = make_folder(
+        {
+            "train": {"cat": [noise(8, 8, 3), noise(8, 8, 1)], "dog": [noise(8, 8, 3, seed=2)]},
+            "val": {"cat": [noise(8, 8, 3)], "dog": [jpeg]},
+        }
+    )
     os.rename(f"{folder}/val/dog/0.png", f"{folder}/val/dog/0.JPG")
     d = data.load("image_folder", folder)
-    assert d.classes == ("cat", "dog") and d.image_shape == (8, 8, 3) and (len(d.train), len(d.test)) == (3, 2)
+    assert (
+        d.classes == ("cat", "dog")
+        and d.image_shape == (8, 8, 3)
+        and (len(d.train), len(d.test)) == (3, 2)
+    )
     images, labels = d.train.fetch(tf.range(3))
     dog = images.numpy()[labels.numpy() == 1][0]
     np.testing.assert_array_equal(dog, noise(8, 8, 3, seed=2))
     # Folders too large for memory are read at random by index, with the same outcome.
-    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
     on_disk = data.load("image_folder", folder)
-    assert isinstance(on_disk.train, sources.Files) and on_disk.mean == d.mean
+    assert isinstance(on_disk.train, storage.Files) and on_disk.mean == d.mean
     assert same(batches(d, 2, 2, views=2), batches(on_disk, 2, 2, views=2))
 
 
 def test_image_folder_has_the_order_of_tensorflow_datasets(make_folder):
     import tensorflow_datasets as tfds
-    folder = make_folder({s: {c: [noise(4, 4, 3, seed=i) for i in range(12)] for c in ("cat", "cat-2", "B")}
-                          for s in ("train", "val", "extra")})
+
+    folder = make_folder(
+        {
+            s: {c: [noise(4, 4, 3, seed=i) for i in range(12)] for c in ("cat", "cat-2", "B")}
+            for s in ("train", "val", "extra")
+        }
+    )
     d, builder = data.load("image_folder", folder), tfds.ImageFolder(folder)
     assert list(d.classes) == builder.info.features["label"].names == ["B", "cat", "cat-2"]
     for split, ours in (("train", d.train), ("val", d.test)):
@@ -208,16 +275,31 @@ def test_image_folder_has_the_order_of_tensorflow_datasets(make_folder):
 
 def with_exif(jpeg, turn, order):
     """A JPEG with an EXIF orientation among other entries, in byte order `order` (< or >)."""
-    entries = [struct.pack(order + "HHII", 0x0100, 4, 1, 7), struct.pack(order + "HHIHH", 0x0112, 3, 1, turn, 0)]
-    exif = {"<": b"II*\0", ">": b"MM\0*"}[order] + struct.pack(order + "IH", 8, 2) + b"".join(entries) + bytes(4)
+    entries = [
+        struct.pack(order + "HHII", 0x0100, 4, 1, 7),
+        struct.pack(order + "HHIHH", 0x0112, 3, 1, turn, 0),
+    ]
+    exif = (
+        {"<": b"II*\0", ">": b"MM\0*"}[order]
+        + struct.pack(order + "IH", 8, 2)
+        + b"".join(entries)
+        + bytes(4)
+    )
     segment = b"Exif\0\0" + exif
     return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(segment) + 2) + segment + jpeg[2:]
 
 
 # How an image of each EXIF orientation is turned upright.
-UPRIGHT = {1: lambda x: x, 2: lambda x: x[:, ::-1], 3: lambda x: np.rot90(x, 2), 4: lambda x: x[::-1],
-           5: lambda x: x.swapaxes(0, 1), 6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
-           8: lambda x: np.rot90(x)}
+UPRIGHT = {
+    1: lambda x: x,
+    2: lambda x: x[:, ::-1],
+    3: lambda x: np.rot90(x, 2),
+    4: lambda x: x[::-1],
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: lambda x: np.rot90(x),
+}
 
 
 @pytest.mark.parametrize("turn", UPRIGHT)
@@ -225,31 +307,37 @@ def test_exif_orientation(turn):
     jpeg = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
     height, width, _ = UPRIGHT[turn](noise(4, 6, 3)).shape
     for order in "<>":
-        h = photos.header(with_exif(jpeg, turn, order))
+        h = image_files.header(with_exif(jpeg, turn, order))
         assert h == (width, height, turn, ("turned upright",) if turn > 1 else ())
-    np.testing.assert_array_equal(photos.upright(tf.constant(noise(4, 6, 3)), tf.constant(turn)),
-                                  UPRIGHT[turn](noise(4, 6, 3)))
+    np.testing.assert_array_equal(
+        image_files.upright(tf.constant(noise(4, 6, 3)), tf.constant(turn)),
+        UPRIGHT[turn](noise(4, 6, 3)),
+    )
 
 
 def test_a_header_behind_a_long_colour_profile(tmp_path):
     jpeg = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
     profile = b"\xff\xe2" + struct.pack(">H", 60002) + bytes(60000)
     (tmp_path / "long.jpg").write_bytes(jpeg[:2] + 3 * profile + b"\xff" + jpeg[2:])
-    assert photos._header_of(tmp_path / "long.jpg") == (6, 4, 1, ())
+    assert image_files._header_of(tmp_path / "long.jpg") == (6, 4, 1, ())
 
 
 def test_orientation_of_damaged_exif():
     good = with_exif(tf.io.encode_jpeg(noise(4, 6, 3)).numpy(), 6, "<")[12:]
-    assert photos.orientation(good) == 6
-    assert photos.orientation(good.replace(struct.pack("<H", 6), struct.pack("<H", 9))) == 1
-    assert all(photos.orientation(good[:n]) in (1, 6) for n in range(60)) and photos.orientation(b"") == 1
+    assert image_files.orientation(good) == 6
+    assert image_files.orientation(good.replace(struct.pack("<H", 6), struct.pack("<H", 9))) == 1
+    assert (
+        all(image_files.orientation(good[:n]) in (1, 6) for n in range(60))
+        and image_files.orientation(b"") == 1
+    )
 
 
 # 8×8, cyan 0, magenta and yellow 255, black 0: red.
 CMYK = base64.b64decode(
     "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUVFQwPFxgWFBgSFBUU"
     "/8AAFAgACAAIBEMRAE0RAFkRAEsRAP/EABQAAQAAAAAAAAAAAAAAAAAAAAn/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/9oADgRDAE0AWQBLAAA/AFTFUKoqb"
-    "//Z")
+    "//Z"
+)
 GIF = base64.b64decode("R0lGODdhAgADAIAAAP8AAAAAACwAAAAAAgADAAACAoRfADs=")
 
 
@@ -257,9 +345,21 @@ def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
     jpeg = tf.io.encode_jpeg(noise(8, 12, 3), quality=100).numpy()
     plain = noise(8, 8, 3, seed=3)
     wide = np.arange(65536, step=1024, dtype=np.uint16).reshape(8, 8, 1)
-    kinds = [plain, noise(8, 8, 1), noise(8, 8, 2), noise(9, 9, 4), tf.io.encode_png(wide).numpy(), CMYK, jpeg,
-             with_exif(jpeg, 6, "<"), with_exif(jpeg, 3, ">"), GIF]
-    folder = make_folder({"train": {"a": kinds, "b": [plain]}, "test": {"a": [plain], "b": [plain]}})
+    kinds = [
+        plain,
+        noise(8, 8, 1),
+        noise(8, 8, 2),
+        noise(9, 9, 4),
+        tf.io.encode_png(wide).numpy(),
+        CMYK,
+        jpeg,
+        with_exif(jpeg, 6, "<"),
+        with_exif(jpeg, 3, ">"),
+        GIF,
+    ]
+    folder = make_folder(
+        {"train": {"a": kinds, "b": [plain]}, "test": {"a": [plain], "b": [plain]}}
+    )
     for name in ("notes.txt", "more.txt", "old.bmp"):
         with open(f"{folder}/train/a/{name}", "w") as f:
             f.write("x")
@@ -267,12 +367,18 @@ def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [
         "Not .jpg or .png, left alone: 2 .txt, 1 .bmp",
         "train: 11 images of 2×3 to 8×12 pixels; 3 grey; 2 with alpha (dropped); 1 of 16 bits; 1 CMYK; 2 turned upright",
-        "test: 2 images of 8×8 pixels"]
-    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+        "test: 2 images of 8×8 pixels",
+    ]
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
     on_disk = data.load("image_folder", folder, image_size=8)
     images, labels = on_disk.train.fetch(tf.range(11))
     np.testing.assert_array_equal(images, d.train.images)
-    got = dict(zip((os.path.relpath(p.decode(), folder) for p in on_disk.train.paths.numpy()), images.numpy().astype(int)))
+    got = dict(
+        zip(
+            (os.path.relpath(p.decode(), folder) for p in on_disk.train.paths.numpy()),
+            images.numpy().astype(int),
+        )
+    )
     of = lambda i: got[f"train/a/{i}.png"]
     np.testing.assert_array_equal(of(0), plain)
     np.testing.assert_array_equal(of(1), np.repeat(noise(8, 8, 1), 3, 2))
@@ -292,13 +398,21 @@ def test_portraits_turned_by_exif_are_of_one_size_with_those_that_are_not(make_f
 
 @pytest.mark.parametrize("limit", [0, 4 << 30])
 def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, monkeypatch, limit):
-    monkeypatch.setattr(sources, "MEMORY_LIMIT", limit)
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", limit)
     png, jpeg = tf.io.encode_png(noise(8, 8, 3)).numpy(), tf.io.encode_jpeg(noise(8, 8, 3)).numpy()
     bad = [b"", b"RIFF....WEBPVP8 ", png[:60], jpeg[:-40], jpeg[:30]]
-    folder = make_folder({"train": {"a": [*bad, png], "b": [png, noise(8, 8, 1)]}, "test": {"a": [jpeg], "b": [png, b"G"]}})
+    folder = make_folder(
+        {
+            "train": {"a": [*bad, png], "b": [png, noise(8, 8, 1)]},
+            "test": {"a": [jpeg], "b": [png, b"G"]},
+        }
+    )
     with pytest.raises(UserError, match="cannot be read .*--on_bad_image=skip") as refused:
         data.load("image_folder", folder)
-    assert all(name in str(refused.value) for name in (*(f"train/a/{i}.png" for i in range(5)), "test/b/1.png"))
+    assert all(
+        name in str(refused.value)
+        for name in (*(f"train/a/{i}.png" for i in range(5)), "test/b/1.png")
+    )
     capsys.readouterr()
     d = data.load("image_folder", folder, on_bad_image="skip")
     lines = capsys.readouterr().out.splitlines()
@@ -312,15 +426,23 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
 def test_a_class_without_a_readable_image_is_refused(make_folder):
     for images in ([b"x"], [tf.io.encode_png(noise(8, 8, 3)).numpy()[:60], b"y"]):
         folder = make_folder({"train": {"a": images, "b": [noise(8, 8, 3)]}, "test": ONE})
-        with pytest.raises(UserError, match="no image of a in train can be read, such as .*train/a/0.png"):
+        with pytest.raises(
+            UserError, match="no image of a in train can be read, such as .*train/a/0.png"
+        ):
             data.load("image_folder", folder, on_bad_image="skip")
         shutil.rmtree(folder)
     with pytest.raises(UserError, match="no image of a, b in train can be read"):
-        data.load("image_folder", make_folder({"train": {"a": [b""], "b": [b""]}, "test": ONE}), on_bad_image="skip")
+        data.load(
+            "image_folder",
+            make_folder({"train": {"a": [b""], "b": [b""]}, "test": ONE}),
+            on_bad_image="skip",
+        )
 
 
 def test_on_bad_image_goes_with_files_only():
-    with pytest.raises(UserError, match="--on_bad_image=skip does not go with --dataset=digits: it is for image_f"):
+    with pytest.raises(
+        UserError, match="--on_bad_image=skip does not go with --dataset=digits: it is for image_f"
+    ):
         data.load("digits", on_bad_image="skip")
 
 
@@ -339,24 +461,40 @@ def test_image_size_cuts_the_middle_and_resizes(make_folder):
 ONE = {"a": [noise(8, 8, 3)], "b": [noise(8, 8, 3)]}
 
 
-@pytest.mark.parametrize("splits, text", [
-    ({"train": {"a": [b"not an image"], "b": [noise(8, 8, 3)]}, "test": ONE}, "train/a/0.png cannot be read"),
-    ({"train": ONE, "test": {"a": [tf.io.encode_png(noise(8, 8, 3)).numpy()[:60]], "b": [noise(8, 8, 3)]}},
-     "test/a/0.png cannot be read"),
-    ({"train": {"a": [noise(8, 8, 3)]}, "test": {"a": [noise(8, 8, 3)]}}, "1 class"),
-    ({"train": ONE}, "has splits train: it needs train and test"),
-    ({"train": ONE, "test": {"a": []}}, "has splits train"),
-    ({"train": {"a": []}}, "has no images"),
-    ({"train": ONE, "test": {**ONE, "c": [noise(8, 8, 3)]}}, "has no image of c in train"),
-    ({}, "is not there"),
-])
+@pytest.mark.parametrize(
+    "splits, text",
+    [
+        (
+            {"train": {"a": [b"not an image"], "b": [noise(8, 8, 3)]}, "test": ONE},
+            "train/a/0.png cannot be read",
+        ),
+        (
+            {
+                "train": ONE,
+                "test": {
+                    "a": [tf.io.encode_png(noise(8, 8, 3)).numpy()[:60]],
+                    "b": [noise(8, 8, 3)],
+                },
+            },
+            "test/a/0.png cannot be read",
+        ),
+        ({"train": {"a": [noise(8, 8, 3)]}, "test": {"a": [noise(8, 8, 3)]}}, "1 class"),
+        ({"train": ONE}, "has splits train: it needs train and test"),
+        ({"train": ONE, "test": {"a": []}}, "has splits train"),
+        ({"train": {"a": []}}, "has no images"),
+        ({"train": ONE, "test": {**ONE, "c": [noise(8, 8, 3)]}}, "has no image of c in train"),
+        ({}, "is not there"),
+    ],
+)
 def test_folders_that_cannot_be_used(make_folder, splits, text):
     with pytest.raises(UserError, match=text):
         data.load("image_folder", make_folder(splits))
 
 
 def test_hidden_names_do_not_count_and_classes_without_test_images_are_named(make_folder, capsys):
-    folder = make_folder({"train": {**ONE, "c": [noise(8, 8, 3)], ".checkpoints": [noise(8, 8, 3)]}, "test": ONE})
+    folder = make_folder(
+        {"train": {**ONE, "c": [noise(8, 8, 3)], ".checkpoints": [noise(8, 8, 3)]}, "test": ONE}
+    )
     os.rename(f"{folder}/train/.checkpoints/0.png", f"{folder}/train/a/._0.png")
     d = data.load("image_folder", folder)
     assert d.classes == ("a", "b", "c") and len(d.train) == 3
@@ -378,18 +516,25 @@ def test_an_image_that_is_no_longer_there_is_named(make_folder):
 
 
 def test_names_of_data_sets():
-    for arguments, text in ((("cifar11",), "Did you mean cifar1"), (("image_folder",), "needs --data_dir"),
-                            (("digits", "/"), "does not go with"), (("cifar10", "/nowhere"), "is not there"),
-                            (("imdb_reviews",), "not for image classification")):
+    for arguments, text in (
+        (("cifar11",), "Did you mean cifar1"),
+        (("image_folder",), "needs --data_dir"),
+        (("digits", "/"), "does not go with"),
+        (("cifar10", "/nowhere"), "is not there"),
+        (("imdb_reviews",), "not for image classification"),
+    ):
         with pytest.raises(UserError, match=text):
             data.load(*arguments)
 
 
 def test_tensorflow_datasets_by_name():
     import tensorflow_datasets as tfds
+
     with tfds.testing.mock_data(num_examples=20):
         d = data.load("cifar100")
-        assert d.image_shape == (32, 32, 3) and len(d.classes) == 100 and len(d.train) == 20 and d.flip
+        assert (
+            d.image_shape == (32, 32, 3) and len(d.classes) == 100 and len(d.train) == 20 and d.flip
+        )
         assert not data.load("mnist").flip
 
 
@@ -397,33 +542,56 @@ def test_tensorflow_datasets_by_name():
 def imagenet(tmp_path):
     """A folder with imagenet2012 as tensorflow-datasets prepares it: images of several sizes, test images without labels."""
     import tensorflow_datasets as tfds
-    features = tfds.features.FeaturesDict({
-        "image": tfds.features.Image(encoding_format="jpeg"), "file_name": tfds.features.Text(),
-        "label": tfds.features.ClassLabel(num_classes=1000)})
-    examples = lambda labels: [(i, {"image": noise(20 + i, 30 - i, 3, seed=i), "file_name": str(i), "label": label})
-                               for i, label in enumerate(labels)]
+
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(encoding_format="jpeg"),
+            "file_name": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(num_classes=1000),
+        }
+    )
+    examples = lambda labels: [
+        (i, {"image": noise(20 + i, 30 - i, 3, seed=i), "file_name": str(i), "label": label})
+        for i, label in enumerate(labels)
+    ]
     tfds.dataset_builders.store_as_tfds_dataset(
-        "imagenet2012", "5.1.0", features, data_dir=tmp_path,
-        split_datasets={"train": examples(range(20)), "validation": examples(range(6)), "test": examples([-1] * 6)})
+        "imagenet2012",
+        "5.1.0",
+        features,
+        data_dir=tmp_path,
+        split_datasets={
+            "train": examples(range(20)),
+            "validation": examples(range(6)),
+            "test": examples([-1] * 6),
+        },
+    )
     return str(tmp_path)
 
 
 def test_imagenet_streams_resumes_and_is_shared_by_workers(imagenet, monkeypatch):
     kept = data.load("imagenet2012", imagenet, image_size=16)
-    monkeypatch.setattr(sources, "MEMORY_LIMIT", 0)
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
     d = data.load("imagenet2012", imagenet, image_size=16)
-    assert isinstance(d.train, sources.Stream) and isinstance(kept.train, sources.Arrays) and d.mean == kept.mean
+    assert (
+        isinstance(d.train, storage.Stream)
+        and isinstance(kept.train, storage.Arrays)
+        and d.mean == kept.mean
+    )
     assert len(d.train) == 20 and d.classes[0] == "n01440764"
     # The test images of ImageNet have no labels.
     for images in (d, kept):
-        assert sorted(np.concatenate([y for _, y in data.test_batches(images, 4)])) == list(range(6))
+        assert sorted(np.concatenate([y for _, y in data.test_batches(images, 4)])) == list(
+            range(6)
+        )
     dataset = data.train_batches(d, 6, 3, seed=1)
     whole, again = ([(v.numpy(), y.numpy()) for v, y in dataset] for _ in range(2))
     assert len(whole) == 9 and same(whole, again)
     assert same(whole[4:], batches(d, 6, 3, seed=1, start=4))
-    assert same(whole, joined(d, 6, 3, seed=1)) and same(whole[4:], joined(d, 6, 3, seed=1, start=4, n=3))
+    assert same(whole, joined(d, 6, 3, seed=1)) and same(
+        whole[4:], joined(d, 6, 3, seed=1, start=4, n=3)
+    )
     assert not same(whole, batches(d, 6, 3, seed=2))
-    epochs = [np.concatenate([y for _, y in whole[i:i + 3]]) for i in (0, 3)]
+    epochs = [np.concatenate([y for _, y in whole[i : i + 3]]) for i in (0, 3)]
     assert len(set(epochs[0])) == 18 and not np.array_equal(*epochs)
 
 
@@ -435,21 +603,25 @@ def test_a_worker_decodes_only_its_part_of_a_stream():
         return tf.fill([8, 8, 3], tf.cast(image, tf.uint8))
 
     records = tf.data.Dataset.from_tensor_slices((np.arange(24), np.arange(24)))
-    stream = sources.Stream(records, 24, decode)
+    stream = storage.Stream(records, 24, decode)
     d = data.ImageData("big", ("a", "b"), (8, 8, 3), stream, stream, (0.0,) * 3, (1.0,) * 3)
     seen = np.concatenate([y for _, y in batches(d, 8, 1, start=1, shard=(1, 2))])
     assert len(seen) == 8 and sorted(decoded) == sorted(seen)
 
 
 def test_sets_fetched_by_hand_say_so(tmp_path):
-    with pytest.raises(UserError, match="has to be fetched by hand. With .*manual as manual_dir: .*ILSVRC2012_img_"):
+    with pytest.raises(
+        UserError, match="has to be fetched by hand. With .*manual as manual_dir: .*ILSVRC2012_img_"
+    ):
         data.load("imagenet2012", str(tmp_path), image_size=32)
     assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_set_without_network_is_refused_soon(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "_reachable", lambda url: False)
-    with pytest.raises(UserError, match=r"cifar-100-binary.tar.gz in .*manual, or take --dataset=digits"):
+    with pytest.raises(
+        UserError, match=r"cifar-100-binary.tar.gz in .*manual, or take --dataset=digits"
+    ):
         data.load("cifar100", str(tmp_path))
     assert os.listdir(tmp_path) == []
 
@@ -465,18 +637,30 @@ def test_an_address_that_does_not_answer_is_given_up():
 def tiny_imagenet(tmp_path):
     """A folder as the archive of Tiny ImageNet unpacks, of three classes; two have the same first word."""
     root = tmp_path / "tiny-imagenet-200"
-    words = {"n3": "crane", "n1": "goldfish, Carassius auratus", "n2": "crane, machine", "n9": "not used"}
+    words = {
+        "n3": "crane",
+        "n1": "goldfish, Carassius auratus",
+        "n2": "crane, machine",
+        "n9": "not used",
+    }
     (root / "val" / "images").mkdir(parents=True)
     (root / "wnids.txt").write_text("n3\nn1\nn2\n")
     (root / "words.txt").write_text("".join(f"{wnid}\t{text}\n" for wnid, text in words.items()))
-    jpeg = lambda shade, channels: tf.io.encode_jpeg(np.full((64, 64, channels), shade, np.uint8)).numpy()
+    jpeg = lambda shade, channels: tf.io.encode_jpeg(
+        np.full((64, 64, channels), shade, np.uint8)
+    ).numpy()
     for k, wnid in enumerate(("n3", "n1", "n2")):
         (root / "train" / wnid / "images").mkdir(parents=True)
         for i in range(3):
-            (root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG").write_bytes(jpeg(50 * k + i, 1 if i == 2 else 3))
+            (root / "train" / wnid / "images" / f"{wnid}_{i}.JPEG").write_bytes(
+                jpeg(50 * k + i, 1 if i == 2 else 3)
+            )
         (root / "val" / "images" / f"val_{k}.JPEG").write_bytes(jpeg(50 * k, 3))
-    (root / "val" / "val_annotations.txt").write_text("".join(
-        f"val_{k}.JPEG\t{wnid}\t0\t32\t44\t62\n" for k, wnid in enumerate(("n3", "n1", "n2"))))
+    (root / "val" / "val_annotations.txt").write_text(
+        "".join(
+            f"val_{k}.JPEG\t{wnid}\t0\t32\t44\t62\n" for k, wnid in enumerate(("n3", "n1", "n2"))
+        )
+    )
     return root
 
 
@@ -492,10 +676,14 @@ def test_tiny_imagenet(tiny_imagenet, capsys):
     assert data.load("tiny_imagenet", str(tiny_imagenet), image_size=32).image_shape == (32, 32, 3)
 
 
-@pytest.mark.parametrize("missing", ["wnids.txt", "words.txt", "train/n1", "val/val_annotations.txt"])
+@pytest.mark.parametrize(
+    "missing", ["wnids.txt", "words.txt", "train/n1", "val/val_annotations.txt"]
+)
 def test_what_is_missing_of_tiny_imagenet_is_named(tiny_imagenet, missing):
     os.rename(tiny_imagenet / missing, tiny_imagenet.parent / "away")
-    with pytest.raises(UserError, match=f"{missing}.*: No such file.*give the folder tiny-imagenet-200 of") as e:
+    with pytest.raises(
+        UserError, match=f"{missing}.*: No such file.*give the folder tiny-imagenet-200 of"
+    ) as e:
         data.load("tiny_imagenet", str(tiny_imagenet))
     assert "\n" not in str(e.value)
 
@@ -506,7 +694,11 @@ def test_tiny_imagenet_that_is_damaged(tiny_imagenet):
     with pytest.raises(UserError, match="val_1.JPEG cannot be read"):
         load()
     annotations = tiny_imagenet / "val" / "val_annotations.txt"
-    for text, said in (("val_0.JPEG\tn7\n", "does not list 'n7'"), ("val_0.JPEG\n", "fewer than 2"), ("", "0 validation")):
+    for text, said in (
+        ("val_0.JPEG\tn7\n", "does not list 'n7'"),
+        ("val_0.JPEG\n", "fewer than 2"),
+        ("", "0 validation"),
+    ):
         annotations.write_text(text)
         with pytest.raises(UserError, match=said):
             load()

@@ -1,9 +1,9 @@
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
 from tensorflow import keras
 
-import oracle
 from tf_pcl.ema import Shadow
 from tf_pcl.networks import resnet8
 
@@ -19,7 +19,10 @@ def test_shadow_follows_the_recursion_and_leaves_statistics_alone():
         for w in source.weights:
             w.assign_add(tf.random.normal(w.shape, seed=g))
         ema.update(oracle.phi(g, 0.7))
-        want = [oracle.phi(g, 0.7) * t + (1 - oracle.phi(g, 0.7)) * s.numpy() for t, s in zip(want, source.trainable_weights)]
+        want = [
+            oracle.phi(g, 0.7) * t + (1 - oracle.phi(g, 0.7)) * s.numpy()
+            for t, s in zip(want, source.trainable_weights)
+        ]
     for w, expected in zip(shadow.trainable_weights, want):
         np.testing.assert_allclose(w.numpy(), expected, atol=1e-5)
     for w, before in zip(shadow.non_trainable_weights, statistics):

@@ -1,4 +1,5 @@
 """The architecture: who imports whom, and that the training step lives once."""
+
 import ast
 import pathlib
 import re
@@ -6,11 +7,12 @@ import re
 PACKAGE = pathlib.Path(__file__).parent.parent / "tf_pcl"
 # A module imports only from layers before its own; modules of one layer stand side by side.
 LAYERS = [
-    {"errors", "addons"},
-    {"losses", "relations", "schedules", "ema", "optimizer", "data", "networks"},
+    {"errors", "compat"},
+    {"losses", "schedules", "ema", "optimizer", "data", "surgery"},
+    {"networks"},
     {"methods"},
-    {"training"},
     {"options"},
+    {"training"},
 ]
 # What may be used within a layer.
 SIDE_BY_SIDE = {("optimizer", "schedules")}
@@ -29,7 +31,11 @@ def imported(path):
         if isinstance(node, ast.ImportFrom) and node.module == "tf_pcl":
             yield from (alias.name for alias in node.names)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names]
+            names = (
+                [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else [a.name for a in node.names]
+            )
             yield from (name.split(".")[1] for name in names if name.startswith("tf_pcl."))
 
 
@@ -39,13 +45,19 @@ def test_every_module_imports_only_what_stands_before_it():
     for path, part in modules():
         for other in imported(path):
             seen += 1
-            assert other == part or level[other] < level[part] or (part, other) in SIDE_BY_SIDE, f"{path} imports {other}"
+            assert other == part or level[other] < level[part] or (part, other) in SIDE_BY_SIDE, (
+                f"{path} imports {other}"
+            )
     assert seen > 20
 
 
 def test_one_training_step_and_one_reader_of_flags():
-    steps = [path.name for path, _ in modules() for node in ast.walk(ast.parse(path.read_text()))
-             if isinstance(node, ast.FunctionDef) and node.name in ("train_step", "test_step")]
+    steps = [
+        path.name
+        for path, _ in modules()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name in ("train_step", "test_step")
+    ]
     assert steps == ["distiller.py", "distiller.py"]
     assert [path.name for path, _ in modules() if "FLAGS" in path.read_text()] == ["options.py"]
 
@@ -57,10 +69,13 @@ def test_only_public_keras():
 
 def test_a_method_is_named_in_its_file_and_the_table_alone():
     from tf_pcl.methods import METHODS
+
     for path, part in modules():
         if part == "methods" and path.stem in (*METHODS, "__init__"):
             continue
         # The default of --method is named once; "one" is a word of the language too.
         text = path.read_text().replace('method: str = _flag("pcl"', "")
         for name in METHODS:
-            assert not re.search(rf'"{name}"' if name == "one" else rf"\b{name}\b", text), f"{path} knows {name}"
+            assert not re.search(rf'"{name}"' if name == "one" else rf"\b{name}\b", text), (
+                f"{path} knows {name}"
+            )

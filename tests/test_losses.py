@@ -1,8 +1,8 @@
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
 
-import oracle
 from tf_pcl import losses
 
 rng = np.random.RandomState(0)
@@ -10,13 +10,17 @@ Z, Q, Y = 4 * rng.randn(16, 10), 4 * rng.randn(16, 10), rng.randint(0, 10, 16)
 
 
 def test_cross_entropy():
-    assert losses.cross_entropy(Y, tf.constant(Z, tf.float32)).numpy() == pytest.approx(oracle.ce(Y, Z), rel=1e-5)
+    assert losses.cross_entropy(Y, tf.constant(Z, tf.float32)).numpy() == pytest.approx(
+        oracle.ce(Y, Z), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("T", [1.0, 3.0, 20.0])
 def test_distillation(T):
     got = losses.distillation(tf.constant(Q, tf.float32), tf.constant(Z, tf.float32), T).numpy()
-    assert got == pytest.approx(T**2 * oracle.kl(oracle.softmax(Q, T), oracle.softmax(Z, T)), rel=1e-5)
+    assert got == pytest.approx(
+        T**2 * oracle.kl(oracle.softmax(Q, T), oracle.softmax(Z, T)), rel=1e-5
+    )
 
 
 def test_distillation_of_equal_logits_is_zero_and_extremes_are_finite():

@@ -1,4 +1,5 @@
 """What every method must keep, over all registered methods and two tiny networks."""
+
 import collections
 import functools
 import graphlib
@@ -6,13 +7,14 @@ import graphlib
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import CLASSES, SHAPE, TINY
 from tensorflow import keras
 
-from conftest import CLASSES, SHAPE, TINY, noise
 from tf_pcl import data, networks
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller
-from tf_pcl.training import export, strategy as strategies
+from tf_pcl.training import export
+from tf_pcl.training import strategy as strategies
 from tf_pcl.training.checkpoints import Checkpoints
 
 EVERY = [(m, n) for m in METHODS for n in TINY]
@@ -20,10 +22,14 @@ EVERY = [(m, n) for m in METHODS for n in TINY]
 
 def last_stage(method, network, preprocess=None):
     """The model of a method's last stage around networks that the function `network` builds, none of them trained yet."""
+
     def make(cls, given, **arguments):
         built = lambda one: one if isinstance(one, keras.Model) else network(SHAPE, CLASSES)
-        return cls([built(one) for one in given] if isinstance(given, list) else built(given), preprocess=preprocess,
-                   **arguments)
+        return cls(
+            [built(one) for one in given] if isinstance(given, list) else built(given),
+            preprocess=preprocess,
+            **arguments,
+        )
 
     models = []
     for stage in METHODS[method].stages(make, "target"):
@@ -39,7 +45,7 @@ def build(method, network, epochs=4, steps_per_epoch=5, optimizer=None, **kwargs
 
 
 def batch(model, digits, size=32):
-    return next(iter(data.train_batches(digits, size, 1, views=model.views)))
+    return next(iter(data.train_batches(digits, size, 1, views=model.num_views)))
 
 
 @pytest.mark.parametrize("method, network", EVERY)
@@ -55,16 +61,26 @@ def test_contract(method, network, digits, tmp_path):
         total = tf.add_n(list(terms.values()))
     frozen = [w for t in model.untrained for w in t.trainable_weights]
     gradients = tape.gradient(total, model.trainable_weights + frozen)
-    trained, none = gradients[:len(model.trainable_weights)], gradients[len(model.trainable_weights):]
+    trained, none = (
+        gradients[: len(model.trainable_weights)],
+        gradients[len(model.trainable_weights) :],
+    )
     for weight, gradient in zip(model.trainable_weights, trained):
         assert gradient is not None and np.abs(gradient).max() > 0, weight.name
-    assert not {id(w) for w in frozen} & {id(w) for w in model.trainable_weights} and none == [None] * len(frozen)
+    assert not {id(w) for w in frozen} & {id(w) for w in model.trainable_weights} and none == [
+        None
+    ] * len(frozen)
     assert set(terms) <= set(model.terms) and set(student) | set(teacher) <= set(model.exits)
-    assert set(model.all_exits(views[:, 0])) == set(model.exits) and model.deployed_exit in student | teacher
+    assert (
+        set(model.all_exits(views[:, 0])) == set(model.exits)
+        and model.deployed_exit in student | teacher
+    )
 
     # The loss falls under fit, on one batch over and over, and the error of every exit is reported.
     one = tf.data.Dataset.from_tensors((views, labels)).repeat(24)
-    history = model.fit(one, epochs=2, steps_per_epoch=12, validation_data=data.test_batches(digits, 100), verbose=0).history
+    history = model.fit(
+        one, epochs=2, steps_per_epoch=12, validation_data=data.test_batches(digits, 100), verbose=0
+    ).history
     assert history["loss/ce"][1] < 0.95 * history["loss/ce"][0]
     assert {f"val_error/{name}" for name in model.exits} <= set(history)
     assert model.step.numpy() == 24
@@ -72,8 +88,9 @@ def test_contract(method, network, digits, tmp_path):
     # The deployed network: the target network's parameters, the deployed exit's answers.
     images = digits.test.first(20)
     deployed = model.deployed()
-    assert sum(np.prod(w.shape) for w in deployed.trainable_weights) == \
-        sum(np.prod(w.shape) for w in TINY[network](SHAPE, CLASSES).trainable_weights)
+    assert sum(np.prod(w.shape) for w in deployed.trainable_weights) == sum(
+        np.prod(w.shape) for w in TINY[network](SHAPE, CLASSES).trainable_weights
+    )
     expected = model.all_exits(tf.constant(images))[model.deployed_exit].logits
     np.testing.assert_allclose(deployed(images), expected, atol=1e-5)
     np.testing.assert_allclose(model.predict(images, verbose=0), expected, atol=1e-5)
@@ -102,17 +119,24 @@ def optimized_graph(model, batches, folder):
     with tf.summary.create_file_writer(str(folder)).as_default():
         tf.summary.trace_export("step", step=0)
     (event_file,) = folder.iterdir()
-    graphs = [graph.post_optimization_graph for event in tf.compat.v1.train.summary_iterator(str(event_file))
-              for value in event.summary.value
-              for graph in tf.compat.v1.RunMetadata.FromString(value.tensor.string_val[0]).function_graphs]
+    graphs = [
+        graph.post_optimization_graph
+        for event in tf.compat.v1.train.summary_iterator(str(event_file))
+        for value in event.summary.value
+        for graph in tf.compat.v1.RunMetadata.FromString(value.tensor.string_val[0]).function_graphs
+    ]
     return max(graphs, key=lambda graph: len(graph.node))
 
 
-@pytest.mark.parametrize("method", [m for m, cls in METHODS.items() if cls.after_step is not Distiller.after_step])
+@pytest.mark.parametrize(
+    "method", [m for m, cls in METHODS.items() if cls.after_step is not Distiller.after_step]
+)
 def test_no_weight_is_read_while_it_is_written(method, digits, tmp_path):
     """Whoever reads a variable and whoever writes it stand in an order: one can be reached from the other."""
     model = build(method, "resnet8", epochs=1)
-    graph = optimized_graph(model, data.train_batches(digits, 32, 1, views=model.views), tmp_path)
+    graph = optimized_graph(
+        model, data.train_batches(digits, 32, 1, views=model.num_views), tmp_path
+    )
     node = lambda name: name.lstrip("^").split(":")[0]
     inputs = {n.name: {node(i) for i in n.input} for n in graph.node}
     before = {}
@@ -120,7 +144,12 @@ def test_no_weight_is_read_while_it_is_written(method, digits, tmp_path):
         before[name] = set().union(*({i} | before[i] for i in inputs[name]))
     reads, writes = collections.defaultdict(list), collections.defaultdict(list)
     for n in graph.node:
-        if n.op in ("ReadVariableOp", "AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp"):
+        if n.op in (
+            "ReadVariableOp",
+            "AssignVariableOp",
+            "AssignAddVariableOp",
+            "AssignSubVariableOp",
+        ):
             (reads if n.op == "ReadVariableOp" else writes)[node(n.input[0])].append(n.name)
     pairs = [(r, w) for variable in writes for r in reads[variable] for w in writes[variable]]
     assert len(pairs) > len(model.trainable_weights)
@@ -130,15 +159,25 @@ def test_no_weight_is_read_while_it_is_written(method, digits, tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
     # The BatchNorm of a method's own modules must see both replicas' images here, as the one replica does.
-    monkeypatch.setattr(keras.layers, "BatchNormalization",
-                        functools.partial(keras.layers.BatchNormalization, synchronized=True))
+    monkeypatch.setattr(
+        keras.layers,
+        "BatchNormalization",
+        functools.partial(keras.layers.BatchNormalization, synchronized=True),
+    )
 
     def trained(strategy, steps=5):
         with strategy.scope():
             model = build(method, "without_norm")
-        batches = lambda shard: data.train_batches(digits, 32, 1, views=model.views, shard=shard)
-        history = model.fit(strategies.distribute(strategy, batches), epochs=1, steps_per_epoch=steps, verbose=0,
-                            validation_data=data.test_batches(digits, 90)).history
+        batches = lambda shard: data.train_batches(
+            digits, 32, 1, views=model.num_views, shard=shard
+        )
+        history = model.fit(
+            strategies.distribute(strategy, batches),
+            epochs=1,
+            steps_per_epoch=steps,
+            verbose=0,
+            validation_data=data.test_batches(digits, 90),
+        ).history
         return [w.numpy() for w in model.weights], history
 
     weights, history = trained(tf.distribute.get_strategy())
@@ -157,7 +196,9 @@ def test_mixed_precision(method, precision, digits):
     keras.mixed_precision.set_global_policy(precision)
     # The CPU computes convolutions in float16 slowly: the smaller network.
     model = build(method, "resnet8" if precision == "mixed_bfloat16" else "without_norm")
-    assert isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer) == (precision == "mixed_float16")
+    assert isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer) == (
+        precision == "mixed_float16"
+    )
     views, labels = batch(model, digits)
     one = tf.data.Dataset.from_tensors((views, labels)).repeat()
     losses = model.fit(one, epochs=2, steps_per_epoch=10, verbose=0).history["loss/ce"]
@@ -180,38 +221,66 @@ def test_jit_compile(method, digits):
 def test_a_networks_own_regularizers_count(method, digits):
     def network(input_shape, num_classes):
         images = keras.Input(input_shape)
-        x = keras.layers.Conv2D(4, 3, name="stage_1", kernel_regularizer=keras.regularizers.L2(0.5))(images)
-        x = keras.layers.Conv2D(4, 3, name="stage_2", kernel_regularizer=keras.regularizers.L2(0.5))(x)
-        return keras.Model(images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x)))
+        x = keras.layers.Conv2D(
+            4, 3, name="stage_1", kernel_regularizer=keras.regularizers.L2(0.5)
+        )(images)
+        x = keras.layers.Conv2D(
+            4, 3, name="stage_2", kernel_regularizer=keras.regularizers.L2(0.5)
+        )(x)
+        return keras.Model(
+            images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x))
+        )
 
     model = last_stage(method, network)
     model.compile(epochs=1, steps_per_epoch=1)
     trained = {id(w) for w in model.trainable_weights}
-    want = sum(0.5 * np.sum(np.square(layer.kernel.numpy())) for layer in model.submodules
-               if getattr(layer, "kernel_regularizer", None) and id(layer.kernel) in trained)
-    assert model.train_step(batch(model, digits))["loss/regularization"].numpy() == pytest.approx(want, rel=1e-4)
+    want = sum(
+        0.5 * np.sum(np.square(layer.kernel.numpy()))
+        for layer in model.submodules
+        if getattr(layer, "kernel_regularizer", None) and id(layer.kernel) in trained
+    )
+    assert model.train_step(batch(model, digits))["loss/regularization"].numpy() == pytest.approx(
+        want, rel=1e-4
+    )
 
 
 def test_defaults_are_those_of_the_papers():
-    of = {name: cls.settings() for name, cls in METHODS.items()}
+    of = {name: cls.parameters() for name, cls in METHODS.items()}
     temperatures = dict(ban=1, byot=3, cl=2, ctsl_mkt=4, dml=1, ffl=3, kd=3, okddip=3, one=3, pcl=3)
-    assert {name: settings["temperature"] for name, settings in of.items() if "temperature" in settings} == temperatures
-    assert {name: settings["distill_weight"] for name, settings in of.items() if "distill_weight" in settings} == dict.fromkeys(
-        ("ffl", "okddip", "one", "pcl"), 1)
-    assert of["cl"]["distill_share"] == 0.5 and of["byot"]["distill_share"] == 0.3 and of["byot"]["hint_weight"] == 0.03
-    assert [of["ctsl_mkt"][f"{name}_weight"] for name in ("ce", "collaboration", "self", "angle", "mutual")] == [1, 1, 1, 2, 1]
+    assert {
+        name: settings["temperature"] for name, settings in of.items() if "temperature" in settings
+    } == temperatures
+    assert {
+        name: settings["distill_weight"]
+        for name, settings in of.items()
+        if "distill_weight" in settings
+    } == dict.fromkeys(("ffl", "okddip", "one", "pcl"), 1)
+    assert (
+        of["cl"]["distill_share"] == 0.5
+        and of["byot"]["distill_share"] == 0.3
+        and of["byot"]["hint_weight"] == 0.03
+    )
+    assert [
+        of["ctsl_mkt"][f"{name}_weight"]
+        for name in ("ce", "collaboration", "self", "angle", "mutual")
+    ] == [1, 1, 1, 2, 1]
     assert of["ban"]["generations"] == 3
     stages = {name: METHODS[name].stages(None, "target") for name in METHODS}
     assert [stage.network for stage in stages["kd"]] == ["resnet110", "target"]
     assert [stage.name for stage in stages["ctsl_mkt"]] == ["peer_1", "peer_2", "together"]
-    peers = {name: build(name, "without_norm").exits for name in ("pcl", "dml", "cl", "one", "ffl", "okddip")}
+    peers = {
+        name: build(name, "without_norm").exits
+        for name in ("pcl", "dml", "cl", "one", "ffl", "okddip")
+    }
     assert all(sum(name.startswith("peer_") for name in exits) == 3 for exits in peers.values())
 
 
 def test_any_keras_optimizer_and_plain_images(digits):
     """In a notebook: another optimizer, a data set of (images, labels) of the user's own."""
     model = build("baseline", "resnet8", optimizer=keras.optimizers.Adam(1e-3))
-    own = tf.data.Dataset.from_tensor_slices((digits.train.images[:64], digits.train.labels[:64])).batch(32)
+    own = tf.data.Dataset.from_tensor_slices(
+        (digits.train.images[:64], digits.train.labels[:64])
+    ).batch(32)
     history = model.fit(own, epochs=2, verbose=0).history
     assert history["loss"][1] < history["loss"][0]
     assert set(model.evaluate(own, verbose=0, return_dict=True)) == {"error/peer_1"}

@@ -1,11 +1,12 @@
 """The single-stage methods beside PCL against their equations, in NumPy float64."""
+
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
+from conftest import CLASSES, SHAPE, noise, without_norm
 from tensorflow import keras
 
-import oracle
-from conftest import CLASSES, SHAPE, noise, without_norm
 from tf_pcl import networks
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
@@ -21,11 +22,15 @@ def three_stages(input_shape, num_classes):
     images = x = keras.Input(input_shape)
     for stage in (1, 2, 3):
         x = keras.layers.Conv2D(16, 3, padding="same", activation="relu", name=f"stage_{stage}")(x)
-    return keras.Model(images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x)))
+    return keras.Model(
+        images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x))
+    )
 
 
 def build(method, network=without_norm, **kwargs):
-    model = METHODS[method](network(SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]), **kwargs)
+    model = METHODS[method](
+        network(SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]), **kwargs
+    )
     model.compile(epochs=EPOCHS, steps_per_epoch=STEPS)
     return model
 
@@ -51,12 +56,16 @@ def one(z, w, share):
 def ffl(z, w, share):
     peers = [j for j in z if j != "ensemble"]
     average = np.mean([z[j] for j in peers], axis=0)
-    return dict.fromkeys(z, 1.0), [("fused", w, z["ensemble"], j) for j in peers] + [("average", w, average, "ensemble")]
+    return dict.fromkeys(z, 1.0), [("fused", w, z["ensemble"], j) for j in peers] + [
+        ("average", w, average, "ensemble")
+    ]
 
 
 def byot(z, w, share):
     shallow = [i for i in z if i != "deepest"]
-    return {**dict.fromkeys(shallow, 1 - share), "deepest": 1.0}, [("deepest", share, z["deepest"], i) for i in shallow]
+    return {**dict.fromkeys(shallow, 1 - share), "deepest": 1.0}, [
+        ("deepest", share, z["deepest"], i) for i in shallow
+    ]
 
 
 def okddip_targets(z, f, w_q, w_k):
@@ -73,7 +82,9 @@ def okddip_targets(z, f, w_q, w_k):
 def okddip(z, w, f, w_q, w_k):
     targets = okddip_targets(z, f, w_q, w_k)
     average = np.mean([z[j] for j in targets], axis=0)
-    return dict.fromkeys(z, 1.0), [("personal", w, targets[i], i) for i in targets] + [("group", w, average, "leader")]
+    return dict.fromkeys(z, 1.0), [("personal", w, targets[i], i) for i in targets] + [
+        ("group", w, average, "leader")
+    ]
 
 
 def losses(z, weights, lessons, T):
@@ -87,7 +98,9 @@ def losses(z, weights, lessons, T):
 
 def gradients(z, weights, lessons, T):
     """{exit: gradient to its logits} with teachers that are constants: T² KL(q ‖ p^T(z)) has T (p − q) / B."""
-    to = {name: weights[name] * (oracle.softmax(z[name]) - np.eye(CLASSES)[LABELS]) / B for name in z}
+    to = {
+        name: weights[name] * (oracle.softmax(z[name]) - np.eye(CLASSES)[LABELS]) / B for name in z
+    }
     for _, weight, teacher, pupil in lessons:
         to[pupil] += weight * T * (oracle.softmax(z[pupil], T) - oracle.softmax(teacher, T)) / B
     return to
@@ -96,27 +109,47 @@ def gradients(z, weights, lessons, T):
 def exits(names, d=16, seed=1):
     """Logits and features {name: array} in float64, and the Exits of variables that hold them."""
     rng = np.random.RandomState(seed)
-    z, f = ({name: scale * rng.randn(B, n) for name in names} for scale, n in ((3.0, CLASSES), (0.5, d)))
-    return z, f, {name: Exit(*(tf.Variable(x[name], dtype=tf.float32) for x in (z, f))) for name in names}
+    z, f = (
+        {name: scale * rng.randn(B, n) for name in names} for scale, n in ((3.0, CLASSES), (0.5, d))
+    )
+    return (
+        z,
+        f,
+        {name: Exit(*(tf.Variable(x[name], dtype=tf.float32) for x in (z, f))) for name in names},
+    )
 
 
 def peers(m, *more):
     return [*(f"peer_{j + 1}" for j in range(m)), *more]
 
 
-@pytest.mark.parametrize("equations, names, T, share, kwargs, step", [
-    (dml, peers(2), 1.0, None, {"peers": 2}, 0), (dml, peers(4), 3.0, None, {"peers": 4, "temperature": 3.0}, 0),
-    (cl, peers(3), 2.0, 0.5, {}, 0), (cl, peers(2), 5.0, 0.2, {"peers": 2, "temperature": 5.0, "distill_share": 0.2}, 0),
-    (one, peers(3, "ensemble"), 3.0, None, {}, 37),
-    (one, peers(2, "ensemble"), 2.0, None, {"peers": 2, "temperature": 2.0}, 200),
-    (ffl, peers(3, "ensemble"), 3.0, None, {}, 37),
-    (ffl, peers(4, "ensemble"), 1.0, None, {"peers": 4, "temperature": 1.0}, 0),
-    (byot, ["exit_1", "deepest"], 3.0, 0.3, {}, 0),
-    (byot, ["exit_1", "exit_2", "deepest"], 1.0, 0.8,
-     {"network": three_stages, "temperature": 1.0, "distill_share": 0.8, "hint_weight": 0.5}, 0)])
-def test_loss_and_the_gradient_that_is_cut_at_every_teacher(equations, names, T, share, kwargs, step):
+@pytest.mark.parametrize(
+    "equations, names, T, share, kwargs, step",
+    [
+        (dml, peers(2), 1.0, None, {"peers": 2}, 0),
+        (dml, peers(4), 3.0, None, {"peers": 4, "temperature": 3.0}, 0),
+        (cl, peers(3), 2.0, 0.5, {}, 0),
+        (cl, peers(2), 5.0, 0.2, {"peers": 2, "temperature": 5.0, "distill_share": 0.2}, 0),
+        (one, peers(3, "ensemble"), 3.0, None, {}, 37),
+        (one, peers(2, "ensemble"), 2.0, None, {"peers": 2, "temperature": 2.0}, 200),
+        (ffl, peers(3, "ensemble"), 3.0, None, {}, 37),
+        (ffl, peers(4, "ensemble"), 1.0, None, {"peers": 4, "temperature": 1.0}, 0),
+        (byot, ["exit_1", "deepest"], 3.0, 0.3, {}, 0),
+        (
+            byot,
+            ["exit_1", "exit_2", "deepest"],
+            1.0,
+            0.8,
+            {"network": three_stages, "temperature": 1.0, "distill_share": 0.8, "hint_weight": 0.5},
+            0,
+        ),
+    ],
+)
+def test_loss_and_the_gradient_that_is_cut_at_every_teacher(
+    equations, names, T, share, kwargs, step
+):
     model = build(equations.__name__, **kwargs)
-    assert list(model.exits) == names and model.views == 1
+    assert list(model.exits) == names and model.num_views == 1
     model.step.assign(step)
     z, f, student = exits(names)
     # α = 80 of 300 epochs, 8 of 30.
@@ -128,11 +161,15 @@ def test_loss_and_the_gradient_that_is_cut_at_every_teacher(equations, names, T,
     if equations is byot:
         hint_weight = kwargs.get("hint_weight", 0.03)
         to_last = {name: f[name] - f["deepest"] for name in names[:-1]}
-        want["hint"] = hint_weight * sum(np.mean(np.sum(apart**2, axis=1)) for apart in to_last.values())
+        want["hint"] = hint_weight * sum(
+            np.mean(np.sum(apart**2, axis=1)) for apart in to_last.values()
+        )
     assert set(terms) == set(want) == set(model.terms)
     for term in want:
         assert terms[term].numpy() == pytest.approx(want[term], rel=1e-5), term
-    logits, features = tape.gradient(total, [{name: e[i] for name, e in student.items()} for i in (0, 1)])
+    logits, features = tape.gradient(
+        total, [{name: e[i] for name, e in student.items()} for i in (0, 1)]
+    )
     for name, expected in gradients(z, weights, lessons, T).items():
         np.testing.assert_allclose(logits[name], expected, atol=1e-6, err_msg=name)
     if equations is byot:
@@ -143,10 +180,16 @@ def test_loss_and_the_gradient_that_is_cut_at_every_teacher(equations, names, T,
 
 @pytest.mark.parametrize("weight", ["distill_weight", "rampup_epochs"])
 def test_ramp_up_can_be_set(weight):
-    for method, names in (("one", peers(3, "ensemble")), ("ffl", peers(3, "ensemble")), ("okddip", peers(3, "leader"))):
+    for method, names in (
+        ("one", peers(3, "ensemble")),
+        ("ffl", peers(3, "ensemble")),
+        ("okddip", peers(3, "leader")),
+    ):
         plain, other = build(method), build(method, **{weight: 5.0})
         w = oracle.omega(2.0, 8.0)
-        w_other = oracle.omega(2.0, 8.0, 5.0) if weight == "distill_weight" else oracle.omega(2.0, 5.0)
+        w_other = (
+            oracle.omega(2.0, 8.0, 5.0) if weight == "distill_weight" else oracle.omega(2.0, 5.0)
+        )
         if method == "okddip":
             other.query.set_weights(plain.query.get_weights())
             other.key.set_weights(plain.key.get_weights())
@@ -189,10 +232,16 @@ def test_okddip_attention_targets_and_the_gradient_through_them(m, d, T, step):
         assert terms[term].numpy() == pytest.approx(want[term], rel=1e-5), term
 
     # The whole gradient, through targets and attention, against differences of the equations.
-    variables = [model.query.kernel, model.key.kernel, *(x for name in peers(m, "leader") for x in student[name][:2])]
+    variables = [
+        model.query.kernel,
+        model.key.kernel,
+        *(x for name in peers(m, "leader") for x in student[name][:2]),
+    ]
     got = tape.gradient(loss, variables)
     assert got[-1] is None, "the leader's feature takes no part in attention"
-    for array, gradient in zip([w_q, w_k, *(x[name] for name in peers(m, "leader") for x in (z, f))], got[:-1]):
+    for array, gradient in zip(
+        [w_q, w_k, *(x[name] for name in peers(m, "leader") for x in (z, f))], got[:-1]
+    ):
         assert np.abs(gradient).max() > 1e-4
         for index in zip(*(rng.randint(0, n, 4) for n in array.shape)):
             at, ends = array[index], []
@@ -212,8 +261,18 @@ def test_cl_rescales_the_gradient_into_the_trunk_alone():
         with tf.GradientTape() as tape:
             z = [e.logits for e in forward(views, True).values()]
             total = tf.reduce_sum(pull * tf.stack(z))
-        got.append((z, *tape.gradient(total, [model.peers.trunk.trainable_weights, [
-            w for branch in model.peers.branches for w in branch.trainable_weights]])))
+        got.append(
+            (
+                z,
+                *tape.gradient(
+                    total,
+                    [
+                        model.peers.trunk.trainable_weights,
+                        [w for branch in model.peers.branches for w in branch.trainable_weights],
+                    ],
+                ),
+            )
+        )
     (z, trunk, branches), (plain_z, plain_trunk, plain_branches) = got
     np.testing.assert_array_equal(z, plain_z)
     for a, b in zip(trunk, plain_trunk):
@@ -230,10 +289,19 @@ def shaken(module, seed=3):
     """Gives a module random weights, statistics too, and returns them by layer."""
     rng = np.random.RandomState(seed)
     for layer in module.layers:
-        layer.set_weights([
-            rng.randn(*w.shape) / np.sqrt(np.prod(w.shape[:-1])) if w.ndim > 1 else rng.uniform(0.5, 1.5, w.shape)
-            for w in layer.get_weights()])
-    return [[w.astype(np.float64) for w in layer.get_weights()] for layer in module.layers if layer.weights]
+        layer.set_weights(
+            [
+                rng.randn(*w.shape) / np.sqrt(np.prod(w.shape[:-1]))
+                if w.ndim > 1
+                else rng.uniform(0.5, 1.5, w.shape)
+                for w in layer.get_weights()
+            ]
+        )
+    return [
+        [w.astype(np.float64) for w in layer.get_weights()]
+        for layer in module.layers
+        if layer.weights
+    ]
 
 
 def convolve(x, kernel, stride=1):
@@ -244,7 +312,7 @@ def convolve(x, kernel, stride=1):
     out = np.zeros((len(x), *(-(-n // stride) for n in sides), kernel.shape[-1]))
     for i in range(out.shape[1]):
         for j in range(out.shape[2]):
-            patch = x[:, i * stride:i * stride + k, j * stride:j * stride + k]
+            patch = x[:, i * stride : i * stride + k, j * stride : j * stride + k]
             out[:, i, j] = np.einsum("bhwc,hwcn->bn", patch, kernel)
     return out
 
@@ -265,7 +333,7 @@ def test_one_gate_and_ensemble(training):
     student = model.students(views, training)
     g = oracle.softmax(norm_relu(low.mean((1, 2)) @ kernel, norm, training))
     z = [student[name].logits.numpy() for name in peers(3)]
-    want = sum(g[:, j:j + 1] * z[j] for j in range(3))
+    want = sum(g[:, j : j + 1] * z[j] for j in range(3))
     np.testing.assert_allclose(student["ensemble"].logits, want, rtol=1e-5, atol=1e-5)
 
 
@@ -275,12 +343,16 @@ def test_ffl_fusion(training):
     (depthwise,), norm_1, (pointwise,), norm_2, (kernel, bias) = shaken(model.fusion)
     assert depthwise.shape == (3, 3, 3 * 64, 1) and pointwise.shape == (1, 1, 3 * 64, 64)
     student = model.students(tf.constant(noise(8, 1, *SHAPE)), training)
-    maps = np.concatenate([student[name].feature_map for name in peers(3)], axis=-1).astype(np.float64)
+    maps = np.concatenate([student[name].feature_map for name in peers(3)], axis=-1).astype(
+        np.float64
+    )
     for name, kept in zip(peers(3), np.split(maps, 3, axis=-1)):
         np.testing.assert_allclose(kept.mean((1, 2)), student[name].features, rtol=1e-4, atol=1e-5)
     x = norm_relu(convolve(maps, depthwise * np.eye(3 * 64)), norm_1, training)
     x = norm_relu(convolve(x, pointwise), norm_2, training)
-    np.testing.assert_allclose(student["ensemble"].logits, x.mean((1, 2)) @ kernel + bias, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        student["ensemble"].logits, x.mean((1, 2)) @ kernel + bias, rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -292,7 +364,9 @@ def test_byot_exits_stand_after_each_stage_but_the_last(training):
     student = model.students(tf.constant(images[:, None]), training)
     assert student["deepest"].features.shape == (8, 64)
     for i, (*convs_and_norms, (kernel, bias)) in enumerate(weights):
-        to_stage = keras.Model(model.network.input, model.network.get_layer(f"stage_{i + 1}").output)
+        to_stage = keras.Model(
+            model.network.input, model.network.get_layer(f"stage_{i + 1}").output
+        )
         x = to_stage(model.preprocess(images), training=training).numpy().astype(np.float64)
         strides = [1, *[2] * (2 - i), 1]
         for stride, (conv,), norm in zip(strides, convs_and_norms[::2], convs_and_norms[1::2]):
@@ -313,7 +387,9 @@ def test_ffl_fusion_module_decays_less():
     for w, b in zip(weights, before):
         decay = 1e-5 if id(w) in of_fusion else 5e-4
         # One Nesterov step from rest: w − lr · (1 + μ) · wd · w.
-        np.testing.assert_allclose(b - w.numpy(), 0.1 * 1.9 * decay * b, rtol=0.05, atol=1e-7, err_msg=w.name)
+        np.testing.assert_allclose(
+            b - w.numpy(), 0.1 * 1.9 * decay * b, rtol=0.05, atol=1e-7, err_msg=w.name
+        )
 
 
 def seeded(input_shape, num_classes):
@@ -321,8 +397,12 @@ def seeded(input_shape, num_classes):
     images = x = keras.Input(input_shape)
     for stage in (1, 2):
         initial = keras.initializers.GlorotUniform(seed=stage)
-        x = keras.layers.Conv2D(8, 3, activation="relu", kernel_initializer=initial, name=f"stage_{stage}")(x)
-    return keras.Model(images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x)))
+        x = keras.layers.Conv2D(
+            8, 3, activation="relu", kernel_initializer=initial, name=f"stage_{stage}"
+        )(x)
+    return keras.Model(
+        images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x))
+    )
 
 
 @pytest.mark.parametrize("method", SINGLE_STAGE)
@@ -331,7 +411,9 @@ def test_logits_in_low_precision_are_compared_in_float32(method):
     model = build(method, seeded)
     logs = model.train_step((tf.constant(noise(B, *SHAPE)), tf.constant(LABELS)))
     assert all(np.isfinite(value) and value.dtype == tf.float32 for value in logs.values())
-    assert {e.logits.dtype for e in model.all_exits(tf.constant(noise(2, *SHAPE))).values()} == {tf.float32}
+    assert {e.logits.dtype for e in model.all_exits(tf.constant(noise(2, *SHAPE))).values()} == {
+        tf.float32
+    }
 
 
 def test_dml_networks_begin_apart_and_share_nothing():
@@ -339,7 +421,9 @@ def test_dml_networks_begin_apart_and_share_nothing():
     networks_of = list(model.networks.values())
     first = [network.get_weights()[0] for network in networks_of]
     assert np.abs(first[0] - first[1]).max() > 0.01 < np.abs(first[1] - first[2]).max()
-    assert len({id(w) for network in networks_of for w in network.weights}) == 3 * len(networks_of[0].weights)
+    assert len({id(w) for network in networks_of for w in network.weights}) == 3 * len(
+        networks_of[0].weights
+    )
 
 
 @pytest.mark.parametrize("method", SINGLE_STAGE)
@@ -350,7 +434,9 @@ def test_loss_falls_and_the_target_network_is_deployed(method, digits):
     terms = []
     for _ in range(6):
         model.reset_metrics()
-        terms.append(model.train_step((tf.constant(images), tf.constant(labels)))["loss/ce"].numpy())
+        terms.append(
+            model.train_step((tf.constant(images), tf.constant(labels)))["loss/ce"].numpy()
+        )
     assert np.isfinite(terms).all() and terms[-1] < 0.9 * terms[0]
 
     count = lambda m: sum(np.prod(w.shape) for w in m.trainable_weights)
@@ -375,12 +461,26 @@ def without_stages(input_shape, num_classes):
     return keras.Model(images, keras.layers.Dense(num_classes)(x), name="without_stages")
 
 
-@pytest.mark.parametrize("method, network, kwargs, text", [
-    *((method, without_norm, {"peers": 1}, "--peers=1: .* at least 2 peers") for method in SINGLE_STAGE if method != "byot"),
-    ("one", dense, {}, r"\(None, 8\) where --split_at cuts it, not a feature map"),
-    ("ffl", dense, {}, "'dense' has no feature map"), ("ffl", without_stages, {"split_at": "conv"}, "no feature map"),
-    ("byot", dense, {}, "'dense' has stage_1, stage_2: .* with a feature map"),
-    ("byot", without_stages, {}, "'without_stages' has no layer stage_1, .* two stages or more")])
+@pytest.mark.parametrize(
+    "method, network, kwargs, text",
+    [
+        *(
+            (method, without_norm, {"peers": 1}, "--peers=1: .* at least 2 peers")
+            for method in SINGLE_STAGE
+            if method != "byot"
+        ),
+        ("one", dense, {}, r"\(None, 8\) where --split_at cuts it, not a feature map"),
+        ("ffl", dense, {}, "'dense' has no feature map"),
+        ("ffl", without_stages, {"split_at": "conv"}, "no feature map"),
+        ("byot", dense, {}, "'dense' has stage_1, stage_2: .* with a feature map"),
+        (
+            "byot",
+            without_stages,
+            {},
+            "'without_stages' has no layer stage_1, .* two stages or more",
+        ),
+    ],
+)
 def test_what_a_network_lacks_is_named(method, network, kwargs, text):
     with pytest.raises(UserError, match=text) as e:
         build(method, network, **kwargs)

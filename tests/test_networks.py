@@ -4,14 +4,14 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorflow import keras
-
 from conftest import noise, rescaled, without_norm
+from tensorflow import keras
 from test_zoo import flop
-from tf_pcl import methods, networks
+
+from tf_pcl import methods, networks, surgery
 from tf_pcl.errors import UserError
-from tf_pcl.networks.split import DEFAULT_TRUNK_SHARE
 from tf_pcl.options import Options
+from tf_pcl.surgery.cuts import DEFAULT_TRUNK_SHARE
 from tf_pcl.training import export, run
 
 
@@ -28,12 +28,19 @@ def residual_toy(input_shape=(8, 8, 3), num_classes=5):
     return keras.Model(images, keras.layers.Dense(num_classes, name="logits")(d), name="toy")
 
 
-@pytest.mark.parametrize("name, classes, parameters", [
-    ("resnet32", 100, 472_756), ("resnet8", 10, 78_042), ("resnet14", 10, 175_258), ("resnet20", 10, 272_474)])
+@pytest.mark.parametrize(
+    "name, classes, parameters",
+    [
+        ("resnet32", 100, 472_756),
+        ("resnet8", 10, 78_042),
+        ("resnet14", 10, 175_258),
+        ("resnet20", 10, 272_474),
+    ],
+)
 def test_parameter_counts(name, classes, parameters):
     network = networks.build(name, (32, 32, 3), classes)
     assert count(network) == parameters
-    trunk, branch = networks.split(network)
+    trunk, branch = surgery.split(network)
     assert count(trunk) + count(branch) == parameters
     assert trunk.output_shape[1:] == (16, 16, 32)
 
@@ -42,7 +49,7 @@ def test_parameter_counts(name, classes, parameters):
 def test_trunk_and_branch_compute_what_the_network_does(build):
     network = build((8, 8, 1), 10)
     x = tf.constant(noise(5, 8, 8, 1), tf.float32)
-    trunk, branch = networks.split(network)
+    trunk, branch = surgery.split(network)
     got = branch(trunk(x))
     logits = got["logits"] if build is networks.resnet8 else tf.nn.softmax(got["logits"])
     np.testing.assert_allclose(logits, network(x), atol=1e-5)
@@ -50,51 +57,64 @@ def test_trunk_and_branch_compute_what_the_network_does(build):
     # A copy: the original stays as it is.
     trunk.layers[1].kernel.assign_add(tf.ones_like(trunk.layers[1].kernel))
     assert not np.allclose(branch(trunk(x))["logits"], got["logits"])
-    again = networks.split(network)
+    again = surgery.split(network)
     np.testing.assert_allclose(again[1](again[0](x))["logits"], got["logits"], atol=1e-5)
 
 
 def test_cut_points_lie_outside_residual_blocks():
-    points = networks.cut_points(residual_toy())
+    points = surgery.cut_points(residual_toy())
     assert {"a", "features"} < set(points) and not {"b", "c", "images", "logits"} & set(points)
-    points = networks.cut_points(networks.resnet8((8, 8, 1), 10))
+    points = surgery.cut_points(networks.resnet8((8, 8, 1), 10))
     assert {"stage_1", "stage_2", "stage_3"} < set(points)
-    assert len(points) == 3 + 2 * 3 + 1, "stem of three layers, each block's sum and ReLU, features; nothing inside a block"
+    assert len(points) == 3 + 2 * 3 + 1, (
+        "stem of three layers, each block's sum and ReLU, features; nothing inside a block"
+    )
 
 
 def test_every_cut_point_cuts_and_every_other_layer_is_refused_with_the_points_named():
     network = residual_toy()
     x = tf.constant(noise(2, 8, 8, 3), tf.float32)
-    points = [name for name in networks.cut_points(network) if name != "features"]
+    points = [name for name in surgery.cut_points(network) if name != "features"]
     for layer in network.layers:
         if layer.name in points:
-            trunk, branch = networks.split(network, layer.name)
+            trunk, branch = surgery.split(network, layer.name)
             np.testing.assert_allclose(branch(trunk(x))["logits"], network(x), rtol=1e-4)
-            assert networks.clone(branch)(trunk(x))["features"].shape == (2, 4)
+            assert surgery.clone(branch)(trunk(x))["features"].shape == (2, 4)
         else:
             with pytest.raises(UserError, match=re.escape("possible: " + ", ".join(points))):
-                networks.split(network, layer.name)
+                surgery.split(network, layer.name)
 
 
 def test_a_network_of_keras_applications():
     network = networks.build("applications.MobileNetV2", (32, 32, 3), 7)
-    assert sum(networks.costs(network).values()) == pytest.approx(flop(network), rel=1e-3)
-    name, share = networks.propose_cut(network)
+    assert sum(surgery.costs(network).values()) == pytest.approx(flop(network), rel=1e-3)
+    name, share = surgery.propose_cut(network)
     assert name == "block_12_add" and 0.6 < share <= DEFAULT_TRUNK_SHARE
-    trunk, branch = networks.split(network)
+    trunk, branch = surgery.split(network)
     assert trunk.output_names == [name] and count(trunk) + count(branch) == count(network)
-    norms = [layer for model in (trunk, branch) for layer in model.layers if isinstance(layer, keras.layers.BatchNormalization)]
+    norms = [
+        layer
+        for model in (trunk, branch)
+        for layer in model.layers
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
     assert len(norms) == 52 and {layer.momentum for layer in norms} == {0.9}
-    assert branch.output_shape == {"features": (None, 1280), "logits": (None, 7), "feature_map": (None, 1, 1, 1280)}
+    assert branch.output_shape == {
+        "features": (None, 1280),
+        "logits": (None, 7),
+        "feature_map": (None, 1, 1, 1280),
+    }
     assert not networks.standardises_itself(network)
-    assert networks.standardises_itself(keras.Sequential([keras.Input((8, 8, 1)), rescaled((8, 8, 1), 3)]))
+    assert networks.standardises_itself(
+        keras.Sequential([keras.Input((8, 8, 1)), rescaled((8, 8, 1), 3)])
+    )
 
 
 def test_clones_of_seeded_layers_differ_by_salt():
     images = keras.Input((4,))
     x = keras.layers.Dense(3, kernel_initializer=keras.initializers.GlorotUniform(seed=1))(images)
     network = keras.Model(images, x)
-    one, same, other = (networks.clone(network, salt=s).get_weights()[0] for s in (0, 0, 1))
+    one, same, other = (surgery.clone(network, salt=s).get_weights()[0] for s in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - other).max() > 0.01
 
@@ -135,9 +155,15 @@ ENDS = {
     "flatten": lambda x: Dense(5)(Flatten()(x)),
     "mean of tf": lambda x: Dense(5)(tf.reduce_mean(x, [1, 2])),
     "convolution": lambda x: Flatten()(Conv2D(5, 1)(pool(x, keepdims=True))),
-    "convolution, two layers": lambda x: tf.nn.softmax(Flatten()(Conv2D(5, 1)(Conv2D(9, 1)(pool(x, keepdims=True))))),
-    "convolution, fused": lambda x: keras.layers.Reshape([5])(Conv2D(5, 1, activation="softmax")(pool(x, keepdims=True))),
-    "convolution, then mean": lambda x: keras.layers.Softmax()(pool(Conv2D(5, 1, use_bias=False)(x))),
+    "convolution, two layers": lambda x: tf.nn.softmax(
+        Flatten()(Conv2D(5, 1)(Conv2D(9, 1)(pool(x, keepdims=True))))
+    ),
+    "convolution, fused": lambda x: keras.layers.Reshape([5])(
+        Conv2D(5, 1, activation="softmax")(pool(x, keepdims=True))
+    ),
+    "convolution, then mean": lambda x: keras.layers.Softmax()(
+        pool(Conv2D(5, 1, use_bias=False)(x))
+    ),
     "dense, then mean": lambda x: pool(Dense(5)(x)),
 }
 
@@ -148,9 +174,13 @@ def test_ends_that_give_logits(end):
     for layer in network.layers:  # Biases other than 0.
         layer.set_weights([w + 0.1 * noise(*w.shape) / 255 for w in layer.get_weights()])
     x = tf.constant(noise(3, 8, 8, 3) / 255, tf.float32)
-    trunk, branch = networks.split(network, "first")
+    trunk, branch = surgery.split(network, "first")
     got = branch(trunk(x))
-    want = probabilities(network, x) if end not in ("log-softmax", "log-softmax fused") else tf.exp(network(x))
+    want = (
+        probabilities(network, x)
+        if end not in ("log-softmax", "log-softmax fused")
+        else tf.exp(network(x))
+    )
     np.testing.assert_allclose(tf.nn.softmax(got["logits"]), want, atol=1e-6)
     assert np.abs(np.sum(got["logits"], -1) - 1).max() > 1e-3, "logits, not probabilities"
     assert count(trunk) + count(branch) == count(network)
@@ -160,23 +190,30 @@ def test_ends_that_give_logits(end):
     assert got["features"].shape.rank == 2 and got["feature_map"].shape == (3, 4, 4, 6)
 
 
-@pytest.mark.parametrize("end, text", [
-    (lambda x: keras.layers.Activation("sigmoid")(vector(x)), "applies sigmoid"),
-    (lambda x: tf.sigmoid(vector(x)), "applies sigmoid"),
-    (lambda x: keras.layers.Softmax()(Dense(5, activation="softmax")(pool(x))), "applies softmax"),
-    (lambda x: keras.layers.Softmax()(vector(x) / 2.0), "truediv"),
-    (lambda x: keras.layers.Lambda(lambda z: tf.nn.softmax(z))(vector(x)), "Lambda"),
-    (lambda x: keras.layers.Dropout(0.1)(vector(x)), "Dropout"),
-    (lambda x: pool(Conv2D(5, 1, activation="relu")(x)), "applies relu .* before the average"),
-    (lambda x: pool(keras.layers.Softmax()(Conv2D(5, 1)(x))), "Softmax"),
-    (lambda x: pool(Conv2D(5, 3)(x)), r"kernel \(3, 3\)"),
-    (lambda x: keras.layers.GlobalMaxPooling2D()(Conv2D(5, 1)(x)), "GlobalMaxPooling2D"),
-    (lambda x: Flatten()(Conv2D(5, 1)(x)), "Flatten"),
-    (lambda x: keras.layers.Conv1D(5, 1)(Dense(5)(keras.layers.Reshape((16, 6))(x))), "Conv1D"),
-    (lambda x: Dense(5)(keras.layers.Reshape((16, 6))(x)), "gives outputs")])
+@pytest.mark.parametrize(
+    "end, text",
+    [
+        (lambda x: keras.layers.Activation("sigmoid")(vector(x)), "applies sigmoid"),
+        (lambda x: tf.sigmoid(vector(x)), "applies sigmoid"),
+        (
+            lambda x: keras.layers.Softmax()(Dense(5, activation="softmax")(pool(x))),
+            "applies softmax",
+        ),
+        (lambda x: keras.layers.Softmax()(vector(x) / 2.0), "truediv"),
+        (lambda x: keras.layers.Lambda(lambda z: tf.nn.softmax(z))(vector(x)), "Lambda"),
+        (lambda x: keras.layers.Dropout(0.1)(vector(x)), "Dropout"),
+        (lambda x: pool(Conv2D(5, 1, activation="relu")(x)), "applies relu .* before the average"),
+        (lambda x: pool(keras.layers.Softmax()(Conv2D(5, 1)(x))), "Softmax"),
+        (lambda x: pool(Conv2D(5, 3)(x)), r"kernel \(3, 3\)"),
+        (lambda x: keras.layers.GlobalMaxPooling2D()(Conv2D(5, 1)(x)), "GlobalMaxPooling2D"),
+        (lambda x: Flatten()(Conv2D(5, 1)(x)), "Flatten"),
+        (lambda x: keras.layers.Conv1D(5, 1)(Dense(5)(keras.layers.Reshape((16, 6))(x))), "Conv1D"),
+        (lambda x: Dense(5)(keras.layers.Reshape((16, 6))(x)), "gives outputs"),
+    ],
+)
 def test_ends_that_give_none_are_refused_in_one_line(end, text):
     with pytest.raises(UserError, match=text) as e:
-        networks.split(small(end), "first")
+        surgery.split(small(end), "first")
     assert "\n" not in str(e.value)
 
 
@@ -190,15 +227,23 @@ def test_networks_that_cannot_serve_are_refused():
     class Own(keras.Model):
         pass
 
-    for network, text in ((sigmoid, "applies sigmoid"), (headless, "Dense layer"), (two, "2 outputs"), (Own(), "functional"),
-                          ([two, two], "2 networks were given"), (len, "must be a keras.Model")):
+    for network, text in (
+        (sigmoid, "applies sigmoid"),
+        (headless, "Dense layer"),
+        (two, "2 outputs"),
+        (Own(), "functional"),
+        ([two, two], "2 networks were given"),
+        (len, "must be a keras.Model"),
+    ):
         with pytest.raises(UserError, match=text):
-            networks.with_features(network)
+            surgery.with_features(network)
 
 
 def test_costs():
     images = keras.Input((8, 6, 3))
-    x = keras.layers.Conv2D(6, (3, 1), strides=2, padding="same", groups=3, name="grouped")(images)  # [4, 3, 6]
+    x = keras.layers.Conv2D(6, (3, 1), strides=2, padding="same", groups=3, name="grouped")(
+        images
+    )  # [4, 3, 6]
     x = keras.layers.DepthwiseConv2D(3, depth_multiplier=2, padding="same", name="depthwise")(x)
     x = keras.layers.SeparableConv2D(5, 3, padding="same", name="separable")(x)
     x = keras.layers.Conv2DTranspose(7, 2, strides=2, name="transposed")(x)  # [8, 6, 7]
@@ -206,34 +251,57 @@ def test_costs():
     x = twice(twice(x))
     x = keras.layers.Reshape((48, 7), name="tokens")(x)
     x = keras.layers.MultiHeadAttention(2, 3, name="attention")(x, x)
-    network = keras.Model(images, keras.layers.Dense(4, name="logits")(keras.layers.GlobalAveragePooling1D(name="pool")(x)))
-    want = {"grouped": 12 * 3 * 1 * 6, "depthwise": 12 * 9 * 12, "separable": 12 * (9 * 12 + 12 * 5),
-            "transposed": 12 * 4 * 5 * 7, "twice": 2 * 48 * 7 * 7, "tokens": 0, "attention": 48 * 4 * 7 * 6, "pool": 0,
-            "logits": 28}
-    assert networks.costs(network) == {name: 2 * adds for name, adds in want.items()}
+    network = keras.Model(
+        images,
+        keras.layers.Dense(4, name="logits")(keras.layers.GlobalAveragePooling1D(name="pool")(x)),
+    )
+    want = {
+        "grouped": 12 * 3 * 1 * 6,
+        "depthwise": 12 * 9 * 12,
+        "separable": 12 * (9 * 12 + 12 * 5),
+        "transposed": 12 * 4 * 5 * 7,
+        "twice": 2 * 48 * 7 * 7,
+        "tokens": 0,
+        "attention": 48 * 4 * 7 * 6,
+        "pool": 0,
+        "logits": 28,
+    }
+    assert surgery.costs(network) == {name: 2 * adds for name, adds in want.items()}
     # The same inside another model, whose own size is open.
-    inner = keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(5, 3, name="inside")], name="inner")
-    outer = keras.Sequential([keras.Input((8, 8, 3)), inner, Flatten(name="flat"), Dense(2, name="out")])
-    assert networks.costs(outer) == {"inside": 2 * 36 * 27 * 5, "flat": 0, "out": 2 * 180 * 2}
+    inner = keras.Sequential(
+        [keras.Input((None, None, 3)), keras.layers.Conv2D(5, 3, name="inside")], name="inner"
+    )
+    outer = keras.Sequential(
+        [keras.Input((8, 8, 3)), inner, Flatten(name="flat"), Dense(2, name="out")]
+    )
+    assert surgery.costs(outer) == {"inside": 2 * 36 * 27 * 5, "flat": 0, "out": 2 * 180 * 2}
 
 
 def test_proposed_cuts():
     network = residual_toy()
-    costs = networks.costs(network)
+    costs = surgery.costs(network)
     total = sum(costs.values())
-    assert networks.propose_cut(network) == ("a", pytest.approx(costs["a"] / total))
-    assert networks.split(network)[0].output_names == ["a"]
-    assert networks.propose_cut(network, 0.999)[0] == "tf.__operators__.add", "the last before the feature"
-    with pytest.raises(UserError, match="--trunk_share=0.1: .* first be cut after layer a, .* give at least 0.43") as e:
-        networks.propose_cut(network, 0.1)
-    assert networks.propose_cut(network, 0.43)[0] == "a" and "\n" not in str(e.value)
+    assert surgery.propose_cut(network) == ("a", pytest.approx(costs["a"] / total))
+    assert surgery.split(network)[0].output_names == ["a"]
+    assert surgery.propose_cut(network, 0.999)[0] == "tf.__operators__.add", (
+        "the last before the feature"
+    )
+    with pytest.raises(
+        UserError, match="--trunk_share=0.1: .* first be cut after layer a, .* give at least 0.43"
+    ) as e:
+        surgery.propose_cut(network, 0.1)
+    assert surgery.propose_cut(network, 0.43)[0] == "a" and "\n" not in str(e.value)
     # The default share is that of the tables' ResNets: the same cut with it as before their last stage.
     resnet = networks.resnet20((32, 32, 3), 10)
-    assert networks.propose_cut(resnet)[0] == networks.propose_cut(resnet, DEFAULT_TRUNK_SHARE)[0] == "stage_2"
+    assert (
+        surgery.propose_cut(resnet)[0]
+        == surgery.propose_cut(resnet, DEFAULT_TRUNK_SHARE)[0]
+        == "stage_2"
+    )
     # A share that is given goes before the stages.
-    assert networks.propose_cut(resnet, 0.4)[0] == "stage_1"
+    assert surgery.propose_cut(resnet, 0.4)[0] == "stage_1"
     with pytest.raises(UserError, match="cannot be cut anywhere"):
-        networks.split(keras.Sequential([keras.Input((8, 8, 3)), Flatten(), Dense(5)]))
+        surgery.split(keras.Sequential([keras.Input((8, 8, 3)), Flatten(), Dense(5)]))
 
 
 def nested(base, *front, **call):
@@ -248,26 +316,36 @@ def nested(base, *front, **call):
 def base_model(size=8):
     images = keras.Input((size, size, 3))
     a = keras.layers.BatchNormalization(name="norm")(Conv2D(4, 3, padding="same", name="a")(images))
-    return keras.Model(images, Conv2D(6, 3, name="b")(keras.layers.Add(name="sum")([a, a * 2.0])), name="base")
+    return keras.Model(
+        images, Conv2D(6, 3, name="b")(keras.layers.Add(name="sum")([a, a * 2.0])), name="base"
+    )
 
 
 def test_a_model_in_the_network_is_cut_inside():
     base = base_model(None)
     # Its statistics stay as they are where it was called so, and a name that comes twice gets a number.
     network = nested(base, keras.layers.Rescaling(1 / 255), Conv2D(3, 1, name="a"), training=False)
-    whole = networks.with_features(network)
-    assert networks.cut_points(whole) == ["rescaling", "a", "a_2", "norm", "sum", "b", whole.layers[-2].name]
+    whole = surgery.with_features(network)
+    assert surgery.cut_points(whole) == [
+        "rescaling",
+        "a",
+        "a_2",
+        "norm",
+        "sum",
+        "b",
+        whole.layers[-2].name,
+    ]
     x = tf.constant(noise(3, 8, 8, 3), tf.float32)
     for training in (False, True):
         np.testing.assert_allclose(whole(x, training=training)["logits"], network(x), atol=1e-5)
-    trunk, branch = networks.split(network, "norm")
+    trunk, branch = surgery.split(network, "norm")
     np.testing.assert_allclose(branch(trunk(x))["logits"], network(x), atol=1e-5)
     assert count(trunk) + count(branch) == count(network) and trunk.output_shape == (None, 8, 8, 4)
     # Called twice, its weights are still one set.
     images = keras.Input((8, 8, 3))
     network = keras.Model(images, vector(keras.layers.Add()([base(images), base(images / 2.0)])))
-    whole = networks.with_features(network)
-    assert count(whole) == count(network) and "b" not in networks.cut_points(whole)
+    whole = surgery.with_features(network)
+    assert count(whole) == count(network) and "b" not in surgery.cut_points(whole)
     np.testing.assert_allclose(whole(x)["logits"], network(x), atol=1e-4)
 
 
@@ -301,13 +379,23 @@ def test_what_a_layer_knows_beside_its_weights_is_copied():
     def double(x):
         return 2.0 * x
 
-    network = nested(small(lambda x: x), statistics, keras.layers.Lambda(double), keras.layers.Lambda(lambda x: x + 1.0),
-                     Conv2D(3, 1, activation=double))
+    network = nested(
+        small(lambda x: x),
+        statistics,
+        keras.layers.Lambda(double),
+        keras.layers.Lambda(lambda x: x + 1.0),
+        Conv2D(3, 1, activation=double),
+    )
     x = tf.constant(noise(3, 8, 8, 3), tf.float32)
-    np.testing.assert_allclose(networks.with_features(network)(x)["logits"], network(x), rtol=1e-5)
-    fresh = networks.clone(network)
+    np.testing.assert_allclose(surgery.with_features(network)(x)["logits"], network(x), rtol=1e-5)
+    fresh = surgery.clone(network)
     np.testing.assert_allclose(fresh.get_layer("statistics")(x), statistics(x))
-    assert np.abs(fresh.get_layer("first").kernel - network.get_layer("small").get_layer("first").kernel).max() > 0.01
+    assert (
+        np.abs(
+            fresh.get_layer("first").kernel - network.get_layer("small").get_layer("first").kernel
+        ).max()
+        > 0.01
+    )
 
 
 class Block(keras.layers.Layer):
@@ -315,11 +403,20 @@ class Block(keras.layers.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.parts = [Conv2D(6, 1), keras.layers.BatchNormalization(), Conv2D(6, 1), keras.layers.BatchNormalization()]
+        self.parts = [
+            Conv2D(6, 1),
+            keras.layers.BatchNormalization(),
+            Conv2D(6, 1),
+            keras.layers.BatchNormalization(),
+        ]
 
     def call(self, x, training=None):
         for part in self.parts:
-            x = part(x, training=training) if isinstance(part, keras.layers.BatchNormalization) else part(x)
+            x = (
+                part(x, training=training)
+                if isinstance(part, keras.layers.BatchNormalization)
+                else part(x)
+            )
         return x
 
 
@@ -328,15 +425,20 @@ def test_layers_within_a_layer():
     block = network.get_layer("block")
     for i, layer in enumerate(block.parts):
         layer.set_weights([w + 0.1 * (i + 1) for w in layer.get_weights()])
-    assert networks.costs(network)["block"] == 2 * 2 * 16 * 36
+    assert surgery.costs(network)["block"] == 2 * 2 * 16 * 36
     block.parts[0].trainable = block.parts[1].trainable = False
     x = tf.constant(noise(3, 8, 8, 3) / 255, tf.float32)
     for training in (False, True):
-        whole = networks.with_features(network)
-        np.testing.assert_allclose(whole(x, training=training)["logits"], network(x, training=training), atol=1e-5)
-    fresh = networks.clone(network).get_layer("block")
+        whole = surgery.with_features(network)
+        np.testing.assert_allclose(
+            whole(x, training=training)["logits"], network(x, training=training), atol=1e-5
+        )
+    fresh = surgery.clone(network).get_layer("block")
     assert [part.trainable for part in fresh.parts] == [False, False, True, True]
-    same = [np.array_equal(a.get_weights()[0], b.get_weights()[0]) for a, b in zip(block.parts, fresh.parts)]
+    same = [
+        np.array_equal(a.get_weights()[0], b.get_weights()[0])
+        for a, b in zip(block.parts, fresh.parts)
+    ]
     assert same == [True, True, False, False]
 
 
@@ -357,7 +459,11 @@ class Sub(keras.Model):
     def __init__(self, kind):
         super().__init__(name="sub")
         self.kind, self.convolutions = kind, [Conv2D(4, 3, name="s1"), Conv2D(4, 3, name="s2")]
-        self.norm, self.dropout, self.dense = keras.layers.BatchNormalization(), keras.layers.Dropout(0.5), Dense(5)
+        self.norm, self.dropout, self.dense = (
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.5),
+            Dense(5),
+        )
         if kind == "weight":
             self.own = tf.Variable(2.0, name="own")
 
@@ -376,15 +482,18 @@ class Sub(keras.Model):
 
 def test_networks_in_other_forms_become_functional(two_replicas):
     x = tf.constant(noise(16, 8, 8, 3), tf.float32)
-    sequential = keras.Sequential([Conv2D(4, 3), Conv2D(4, 3), keras.layers.GlobalAveragePooling2D(), Dense(5)])
+    sequential = keras.Sequential(
+        [Conv2D(4, 3), Conv2D(4, 3), keras.layers.GlobalAveragePooling2D(), Dense(5)]
+    )
     subclassed, opened = Sub("plain"), small(vector, (None, None, 3))
     for network in (sequential, subclassed, opened):
-        model = networks.functional(network, (8, 8, 3))
+        model = surgery.functional(network, (8, 8, 3))
         assert model.input_shape == (None, 8, 8, 3)
         np.testing.assert_allclose(model(x), network(x), atol=1e-5)
-        trunk, branch = networks.split(model)
+        trunk, branch = surgery.split(model)
         np.testing.assert_allclose(branch(trunk(x))["logits"], network(x), atol=1e-5)
         assert count(trunk) + count(branch) == count(network)
+
     # A model with a graph of layers that computes something else is none of these.
     class Doubled(keras.Model):
         def call(self, x, training=None):
@@ -392,34 +501,48 @@ def test_networks_in_other_forms_become_functional(two_replicas):
 
     images = keras.Input((8, 8, 3))
     network = Doubled(images, vector(images))
-    np.testing.assert_allclose(networks.functional(network)(x), network(x))
-    assert count(networks.functional(network)) == count(network)
+    np.testing.assert_allclose(surgery.functional(network)(x), network(x))
+    assert count(surgery.functional(network)) == count(network)
     # BatchNorm and dropout work in training.
-    model = networks.functional(subclassed, (8, 8, 3))
+    model = surgery.functional(subclassed, (8, 8, 3))
     before = subclassed.norm.moving_mean.numpy()
     assert np.abs(model(x, training=True) - model(x, training=True)).max() > 0
     assert np.abs(subclassed.norm.moving_mean - before).max() > 0
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    assert networks.split(networks.functional(Sub("plain"), (8, 8, 3)))[1].output["logits"].dtype == tf.float32
+    assert (
+        surgery.split(surgery.functional(Sub("plain"), (8, 8, 3)))[1].output["logits"].dtype
+        == tf.float32
+    )
     plain = small(vector)
-    assert networks.functional(plain, (8, 8, 3)) is plain
+    assert surgery.functional(plain, (8, 8, 3)) is plain
     with two_replicas.scope():
-        assert networks.functional(Sub("plain"), (8, 8, 3)).output_shape == (None, 5)
+        assert surgery.functional(Sub("plain"), (8, 8, 3)).output_shape == (None, 5)
 
 
 def test_forms_that_cannot_serve_are_refused_in_one_line():
-    images, integers, flat = keras.Input((8, 8, 3)), keras.Input((8, 8, 3), dtype="uint8"), keras.Input((4,))
+    images, integers, flat = (
+        keras.Input((8, 8, 3)),
+        keras.Input((8, 8, 3), dtype="uint8"),
+        keras.Input((4,)),
+    )
     with_loss = small(vector)
     with_loss.add_loss(tf.reduce_mean(with_loss.layers[1].output))
     for network, text in [
-            (Sub("weight"), "outside of its layers .own"), (Sub("phase"), "if training"), (Sub("tensor"), "cannot be made"),
-            (small(vector, (8, 8, 1)), r"takes images \(8, 8, 1\); those of the data set are \(8, 8, 3\)"),
-            (keras.Model([images, integers], vector(images)), "2 inputs"), (with_loss, "add_loss"),
-            (keras.Model(integers, vector(keras.layers.Rescaling(1 / 255)(integers))), "uint8"),
-            (keras.Model(flat, Dense(5)(flat)), r"\(None, 4\)"),
-            (small(lambda x: vector(Scaled(tf.nn.relu)(x))), "Scaled.* cannot be copied .* get_config")]:
+        (Sub("weight"), "outside of its layers .own"),
+        (Sub("phase"), "if training"),
+        (Sub("tensor"), "cannot be made"),
+        (
+            small(vector, (8, 8, 1)),
+            r"takes images \(8, 8, 1\); those of the data set are \(8, 8, 3\)",
+        ),
+        (keras.Model([images, integers], vector(images)), "2 inputs"),
+        (with_loss, "add_loss"),
+        (keras.Model(integers, vector(keras.layers.Rescaling(1 / 255)(integers))), "uint8"),
+        (keras.Model(flat, Dense(5)(flat)), r"\(None, 4\)"),
+        (small(lambda x: vector(Scaled(tf.nn.relu)(x))), "Scaled.* cannot be copied .* get_config"),
+    ]:
         with pytest.raises(UserError, match=text) as e:
-            networks.with_features(networks.functional(network, (8, 8, 3)))
+            surgery.with_features(surgery.functional(network, (8, 8, 3)))
         assert "\n" not in str(e.value)
 
 
@@ -440,8 +563,10 @@ def test_weights_from_a_file(form, inner, tmp_path):
         return nested(base_model()) if inner and classes == 5 else small(end)
 
     source, network = build(5), build(5)
-    loaded, fresh = networks.load_weights(network, saved(source, form, tmp_path))
-    assert loaded == [*(("a", "norm", "b") if inner else ("first", "second")), "logits"] and not fresh
+    loaded, fresh = surgery.load_weights(network, saved(source, form, tmp_path))
+    assert (
+        loaded == [*(("a", "norm", "b") if inner else ("first", "second")), "logits"] and not fresh
+    )
     for a, b in zip(source.get_weights(), network.get_weights()):
         np.testing.assert_array_equal(a, b)
 
@@ -450,14 +575,21 @@ def test_weights_from_a_file(form, inner, tmp_path):
 def test_a_classifier_of_other_classes_stays_fresh(form, tmp_path):
     source, network = small(lambda x: Dense(7, name="logits")(pool(x))), small(vector)
     before = network.get_weights()
-    assert networks.load_weights(network, saved(source, form, tmp_path)) == (["first", "second"], ["logits"])
+    assert surgery.load_weights(network, saved(source, form, tmp_path)) == (
+        ["first", "second"],
+        ["logits"],
+    )
     for a, b in zip(source.get_weights()[:-2], network.get_weights()[:-2]):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(network.get_weights()[-2], before[-2])
     # The peers have all that was loaded, and classifiers of their own.
-    for peers in (methods.PCL(network, split_at="first", peers=2).student.branches,
-                  methods.DML(network, peers=2).networks.values()):
-        one, two = ([peer.get_layer(name).kernel.numpy() for name in ("second", "logits")] for peer in peers)
+    for peers in (
+        methods.PCL(network, split_at="first", peers=2).student.branches,
+        methods.DML(network, peers=2).networks.values(),
+    ):
+        one, two = (
+            [peer.get_layer(name).kernel.numpy() for name in ("second", "logits")] for peer in peers
+        )
         np.testing.assert_array_equal(one[0], source.get_layer("second").kernel)
         np.testing.assert_array_equal(two[0], one[0])
         assert np.abs(one[1] - two[1]).max() > 0.01
@@ -465,15 +597,22 @@ def test_a_classifier_of_other_classes_stays_fresh(form, tmp_path):
 
 def test_weights_by_order_without_a_top_and_of_a_run(tmp_path):
     source, network = small(vector, first="x", second="y"), small(vector)
-    assert not networks.load_weights(network, saved(source, ".h5", tmp_path))[1]
+    assert not surgery.load_weights(network, saved(source, ".h5", tmp_path))[1]
     np.testing.assert_array_equal(network.get_layer("second").kernel, source.get_layer("y").kernel)
     headless = keras.Model(network.input, network.get_layer("second").output)
-    assert networks.load_weights(small(vector), saved(headless, ".h5", tmp_path)) == (["first", "second"], ["logits"])
-    deployed = methods.PCL(network, split_at="first", preprocess=networks.standardise([9.0] * 3, [9.0] * 3)).deployed()
+    assert surgery.load_weights(small(vector), saved(headless, ".h5", tmp_path)) == (
+        ["first", "second"],
+        ["logits"],
+    )
+    deployed = methods.PCL(
+        network, split_at="first", preprocess=networks.standardise([9.0] * 3, [9.0] * 3)
+    ).deployed()
     export.export(deployed, "abcde", str(tmp_path / "run" / "export"))
     again = small(vector)
-    assert not networks.load_weights(again, str(tmp_path / "run"))[1]
-    np.testing.assert_array_equal(again.get_layer("first").kernel, network.get_layer("first").kernel)
+    assert not surgery.load_weights(again, str(tmp_path / "run"))[1]
+    np.testing.assert_array_equal(
+        again.get_layer("first").kernel, network.get_layer("first").kernel
+    )
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -483,11 +622,17 @@ def test_files_that_do_not_fit_are_refused_in_one_line(form, tmp_path):
     path = saved(nested(base_model()), form, tmp_path)
     (tmp_path / "damaged").mkdir()
     damaged = saved(network, form, tmp_path / "damaged")
-    for part in [f for f in (tmp_path / "damaged").rglob("*") if f.suffix in (".h5", ".keras", ".data-00000-of-00001")]:
+    for part in [
+        f
+        for f in (tmp_path / "damaged").rglob("*")
+        if f.suffix in (".h5", ".keras", ".data-00000-of-00001")
+    ]:
         part.write_bytes(part.read_bytes()[:1000])
     for given in (path, damaged, str(tmp_path / "absent.h5"), str(tmp_path / "damaged" / "none")):
-        with pytest.raises(UserError, match="--weights=.*(cannot be (loaded|read)|no such file)") as e:
-            networks.load_weights(network, given)
+        with pytest.raises(
+            UserError, match="--weights=.*(cannot be (loaded|read)|no such file)"
+        ) as e:
+            surgery.load_weights(network, given)
         assert "\n" not in str(e.value)
         for a, b in zip(before, network.get_weights()):
             np.testing.assert_array_equal(a, b)
@@ -497,15 +642,20 @@ def test_a_run_says_what_it_decided(digits, tmp_path):
     network, notes = "test_networks:plain", {}
     path = saved(plain((8, 8, 1), 7), ".h5", tmp_path)
     model = run.around(digits, methods.PCL, network, weights={network: path}, notes=notes, peers=2)
-    assert list(notes) == [f"--weights={path}: 2 layers loaded, not logits; peers' own classifiers start afresh",
-                           "no --split_at: the peers share the network up to layer first, 27 % of its forward cost"]
+    assert list(notes) == [
+        f"--weights={path}: 2 layers loaded, not logits; peers' own classifiers start afresh",
+        "no --split_at: the peers share the network up to layer first, 27 % of its forward cost",
+    ]
     assert model.student.trunk.output_names == ["first"]
     settings = Options(method="pcl", trunk_share=0.4)
     around = functools.partial(run.around, digits)
-    stage, = methods.PCL.stages(around, "resnet8", **run.method_arguments(methods.PCL, settings))
+    (stage,) = methods.PCL.stages(around, "resnet8", **run.method_arguments(methods.PCL, settings))
     assert stage.build([]).student.trunk.output_names == ["stage_1"]
-    for wrong, text in ((dict(trunk_share=0.5, split_at="first"), "--trunk_share"), (dict(trunk_share=0.0), "more than 0"),
-                        (dict(network="resnet8,resnet14", weights="x.h5", method="dml"), "one network")):
+    for wrong, text in (
+        (dict(trunk_share=0.5, split_at="first"), "--trunk_share"),
+        (dict(trunk_share=0.0), "more than 0"),
+        (dict(network="resnet8,resnet14", weights="x.h5", method="dml"), "one network"),
+    ):
         with pytest.raises(UserError, match=text):
             Options(**wrong)
     with pytest.raises(UserError, match="--trunk_share does not go with --method=dml"):
@@ -519,7 +669,9 @@ def plain(input_shape, num_classes):
 def test_weights_of_keras_applications_come_with_their_scale_of_images(digits):
     images = noise(2, 32, 32, 3)
     got = networks.preprocessing("applications.VGG16", (32, 32, 3))(images)
-    np.testing.assert_allclose(got, keras.applications.vgg16.preprocess_input(images.astype(np.float32)), atol=1e-4)
+    np.testing.assert_allclose(
+        got, keras.applications.vgg16.preprocess_input(images.astype(np.float32)), atol=1e-4
+    )
     assert networks.preprocessing("resnet8", (32, 32, 3)) is None
 
 
@@ -536,18 +688,24 @@ def test_names(tmp_path, monkeypatch):
         "    model = build(input_shape, num_classes)\n"
         "    model.trainable = False\n"
         "    return model\n"
-        "constant = 3\n")
+        "constant = 3\n"
+    )
     (tmp_path / "my_broken.py").write_text("import torch_of_another_planet\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert networks.build("my_models:build", (8, 8, 1), 3).output_shape == (None, 3)
-    for name, text in (("resnet31", "Did you mean resnet32"), ("applications.MobilNetV2", "Did you mean MobileNetV2"),
-                       ("nowhere:build", "No module named 'nowhere'"), ("my_models:absent", "absent"),
-                       ("my_models:wrong", "returned int"), ("my_models:constant", "is int"),
-                       ("my_models:failing", "my_models:failing cannot be built .* AttributeError.*nothing"),
-                       ("my_models:frozen", "no trainable weights"),
-                       ("my_broken:build", "my_broken:build cannot be imported: .*torch_of_another_planet"),
-                       ("applications.NAME", "Allowed|is not known"),
-                       ("applications.VGG16", "cannot be built for images")):
+    for name, text in (
+        ("resnet31", "Did you mean resnet32"),
+        ("applications.MobilNetV2", "Did you mean MobileNetV2"),
+        ("nowhere:build", "No module named 'nowhere'"),
+        ("my_models:absent", "absent"),
+        ("my_models:wrong", "returned int"),
+        ("my_models:constant", "is int"),
+        ("my_models:failing", "my_models:failing cannot be built .* AttributeError.*nothing"),
+        ("my_models:frozen", "no trainable weights"),
+        ("my_broken:build", "my_broken:build cannot be imported: .*torch_of_another_planet"),
+        ("applications.NAME", "Allowed|is not known"),
+        ("applications.VGG16", "cannot be built for images"),
+    ):
         with pytest.raises(UserError, match=text):
             networks.build(name, (8, 8, 1), 3)
 

@@ -1,9 +1,9 @@
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
 from tensorflow import keras
 
-import oracle
 from tf_pcl.optimizer import SGD, recipe
 
 rng = np.random.RandomState(0)
@@ -25,7 +25,9 @@ def test_recipe_scales_with_the_length_of_training():
     optimizer = recipe(epochs=20, steps_per_epoch=10)
     assert optimizer.coupled_decay == 5e-4 and optimizer.momentum == 0.9 and optimizer.nesterov
     rate = optimizer._learning_rate
-    np.testing.assert_allclose([float(rate(s)) for s in (0, 99, 100, 149, 150)], [0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6)
+    np.testing.assert_allclose(
+        [float(rate(s)) for s in (0, 99, 100, 149, 150)], [0.1, 0.1, 0.01, 0.01, 0.001], rtol=1e-6
+    )
 
 
 def test_config_makes_the_same_optimizer():

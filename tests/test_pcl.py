@@ -1,11 +1,12 @@
 """PCL against its equations."""
+
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
+from conftest import CLASSES, SHAPE, noise, without_norm
 from tensorflow import keras
 
-import oracle
-from conftest import CLASSES, SHAPE, noise, without_norm
 from tf_pcl import networks
 from tf_pcl.errors import UserError
 from tf_pcl.methods.distiller import Exit
@@ -29,7 +30,9 @@ def exits(names, seed):
 LABELS = rng.randint(0, CLASSES, B)
 
 
-@pytest.mark.parametrize("m, T, step", [(2, 3.0, 0), (3, 3.0, 37), (3, 1.0, 79), (4, 5.0, 80), (3, 3.0, 250)])
+@pytest.mark.parametrize(
+    "m, T, step", [(2, 3.0, 0), (3, 3.0, 37), (3, 1.0, 79), (4, 5.0, 80), (3, 3.0, 250)]
+)
 def test_loss(m, T, step):
     model = build(without_norm, peers=m, temperature=T)
     model.step.assign(step)
@@ -61,10 +64,16 @@ def test_ablations():
         return model, {k: v.numpy() for k, v in model.loss_terms(LABELS, given, teacher).items()}
 
     w = oracle.omega(4.0, 8.0)
-    paper = oracle.pcl(LABELS, z, z_e[0], exits([f"mean_{n}" for n in [*names, "ensemble"]], 2)[0][:3], 3.0, w)
+    paper = oracle.pcl(
+        LABELS, z, z_e[0], exits([f"mean_{n}" for n in [*names, "ensemble"]], 2)[0][:3], 3.0, w
+    )
 
     model, got = terms(ensemble_teacher="none")
-    assert set(got) == {"ce", "mean"} and "ensemble" not in model.exits and "mean_ensemble" not in model.exits
+    assert (
+        set(got) == {"ce", "mean"}
+        and "ensemble" not in model.exits
+        and "mean_ensemble" not in model.exits
+    )
     assert got["ce"] == pytest.approx(sum(oracle.ce(LABELS, x) for x in z), rel=1e-5)
 
     model, got = terms(peer_teacher="none")
@@ -81,7 +90,7 @@ def test_ablations():
     model, got = terms(distill_weight=0.5)
     assert got["mean"] == pytest.approx(0.5 * paper[2], rel=1e-5)
 
-    assert build(without_norm, views="shared").views == 1 and build(without_norm).views == 3
+    assert build(without_norm, views="shared").num_views == 1 and build(without_norm).num_views == 3
 
 
 def test_ensemble_is_a_classifier_of_the_features_or_the_mean_of_the_logits():
@@ -95,7 +104,9 @@ def test_ensemble_is_a_classifier_of_the_features_or_the_mean_of_the_logits():
     np.testing.assert_allclose(out["ensemble"].logits, want, atol=1e-4)
     model = build(ensemble_teacher="logits")
     out = model.students(views, False)
-    np.testing.assert_allclose(out["ensemble"].logits, np.mean([out[f"peer_{j}"].logits for j in (1, 2, 3)], 0), atol=1e-5)
+    np.testing.assert_allclose(
+        out["ensemble"].logits, np.mean([out[f"peer_{j}"].logits for j in (1, 2, 3)], 0), atol=1e-5
+    )
 
 
 def test_peers_begin_apart_and_see_their_own_views():
@@ -105,17 +116,21 @@ def test_peers_begin_apart_and_see_their_own_views():
     own = model.students(tf.constant(views), False)
     assert np.abs(one["peer_1"].logits - one["peer_2"].logits).max() > 1e-3
     for j in range(3):
-        alone = model.students(tf.constant(views[:, j:j + 1]), False)[f"peer_{j + 1}"].logits
+        alone = model.students(tf.constant(views[:, j : j + 1]), False)[f"peer_{j + 1}"].logits
         np.testing.assert_allclose(own[f"peer_{j + 1}"].logits, alone, atol=1e-4)
         np.testing.assert_allclose(model.student.target(j)(views[:, j]), alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("kwargs, updates", [
-    ({"ema_decay": 0.6}, [oracle.phi(g, 0.6) for g in range(1, 13)]),
-    # 300 steps in all: the average spans 1 % of them, β = 1 − 1/3.
-    ({}, [oracle.phi(g, 2 / 3) for g in range(1, 13)]),
-    # 10 steps an epoch: one update, φ(1) = 0, at the end of the first.
-    ({"ema_every": "epoch"}, [1.0] * 9 + [0.0, 1.0, 1.0])])
+@pytest.mark.parametrize(
+    "kwargs, updates",
+    [
+        ({"ema_decay": 0.6}, [oracle.phi(g, 0.6) for g in range(1, 13)]),
+        # 300 steps in all: the average spans 1 % of them, β = 1 − 1/3.
+        ({}, [oracle.phi(g, 2 / 3) for g in range(1, 13)]),
+        # 10 steps an epoch: one update, φ(1) = 0, at the end of the first.
+        ({"ema_every": "epoch"}, [1.0] * 9 + [0.0, 1.0, 1.0]),
+    ],
+)
 def test_mean_teacher_is_the_average_of_the_weights(kwargs, updates):
     model = build(**kwargs)
     batch = (tf.constant(noise(8, 3, *SHAPE)), tf.constant(LABELS[:8]))
@@ -125,7 +140,9 @@ def test_mean_teacher_is_the_average_of_the_weights(kwargs, updates):
     step = tf.function(model.train_step)
     for phi in updates:
         step(batch)
-        want = [phi * t + (1 - phi) * s.numpy() for t, s in zip(want, model.student.trainable_weights)]
+        want = [
+            phi * t + (1 - phi) * s.numpy() for t, s in zip(want, model.student.trainable_weights)
+        ]
         for w, expected in zip(model.mean.trainable_weights, want):
             np.testing.assert_allclose(w.numpy(), expected, atol=2e-5)
 
@@ -133,7 +150,9 @@ def test_mean_teacher_is_the_average_of_the_weights(kwargs, updates):
 def test_mean_teacher_keeps_statistics_of_its_own_passes():
     model = build()
     views = tf.constant(noise(8, 3, *SHAPE))
-    statistics = lambda group: [w.numpy() for w in group.trunk.layers if hasattr(w, "moving_mean") for w in [w.moving_mean]]
+    statistics = lambda group: [
+        w.numpy() for w in group.trunk.layers if hasattr(w, "moving_mean") for w in [w.moving_mean]
+    ]
     for weight in model.mean.trunk.trainable_weights:
         weight.assign_add(0.1 * tf.random.normal(weight.shape))
     before = statistics(model.mean)
@@ -147,7 +166,11 @@ def test_high_capacity_network_is_the_mean_ensemble():
     model = build(deploy="ensemble")
     images = noise(5, *SHAPE)
     assert model.deployed_exit == "mean_ensemble"
-    np.testing.assert_allclose(model.deployed()(images), model.all_exits(tf.constant(images))["mean_ensemble"].logits, atol=1e-4)
+    np.testing.assert_allclose(
+        model.deployed()(images),
+        model.all_exits(tf.constant(images))["mean_ensemble"].logits,
+        atol=1e-4,
+    )
     assert len(model.deployed().trainable_weights) == len(model.mean.trainable_weights)
 
 
@@ -159,9 +182,16 @@ def test_schedules_are_reported():
     assert float(values["ema_decay"]) == pytest.approx(oracle.phi(40, 2 / 3), rel=1e-5)
 
 
-@pytest.mark.parametrize("kwargs, text", [
-    ({"peers": 1}, "at least 2 peers"), ({"ema_every": "steps"}, "Did you mean step"), ({"views": "both"}, "own, shared"),
-    ({"deploy": "ensemble", "ensemble_teacher": "none"}, "no ensemble to deploy"), ({"split_at": "stage_9"}, "stage_2")])
+@pytest.mark.parametrize(
+    "kwargs, text",
+    [
+        ({"peers": 1}, "at least 2 peers"),
+        ({"ema_every": "steps"}, "Did you mean step"),
+        ({"views": "both"}, "own, shared"),
+        ({"deploy": "ensemble", "ensemble_teacher": "none"}, "no ensemble to deploy"),
+        ({"split_at": "stage_9"}, "stage_2"),
+    ],
+)
 def test_what_cannot_be(kwargs, text):
     with pytest.raises(UserError, match=text):
         build(without_norm, **kwargs)

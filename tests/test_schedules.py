@@ -1,7 +1,7 @@
 import numpy as np
+import oracle
 import pytest
 
-import oracle
 from tf_pcl import schedules
 from tf_pcl.errors import UserError
 from tf_pcl.options import Options
@@ -9,7 +9,9 @@ from tf_pcl.options import Options
 
 @pytest.mark.parametrize("epoch", [0, 0.5, 3, 39.99, 79.999, 80, 150, 300])
 def test_ramp_up(epoch):
-    assert schedules.ramp_up(epoch, 80, 2.0).numpy() == pytest.approx(oracle.omega(epoch, 80, 2.0), rel=1e-5)
+    assert schedules.ramp_up(epoch, 80, 2.0).numpy() == pytest.approx(
+        oracle.omega(epoch, 80, 2.0), rel=1e-5
+    )
 
 
 def test_ramp_up_of_no_epochs_is_the_fixed_weight():

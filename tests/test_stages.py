@@ -1,19 +1,22 @@
 """Methods of several stages: their equations in NumPy float64, and the stages as a run goes through them."""
+
 import json
 import shutil
 
 import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
+from conftest import CLASSES, SHAPE, noise, other, without_norm
 from tensorflow import keras
 
-import oracle
-from conftest import CLASSES, SHAPE, noise, other, without_norm
-from tf_pcl import methods, networks, relations
+from tf_pcl import losses as losses_module
+from tf_pcl import methods, networks
 from tf_pcl.errors import UserError
 from tf_pcl.methods.distiller import Exit
 from tf_pcl.options import Options
-from tf_pcl.training import export, files, run
+from tf_pcl.training import export, run
+from tf_pcl.training import workdir as workdirs
 
 B = 8
 RNG = np.random.RandomState(0)
@@ -61,25 +64,50 @@ def ctsl_mkt(z, f, z_alone, alpha, beta, gamma, beta_1, beta_2, t, own=None):
     m, terms = len(z), dict.fromkeys(("ce", "mutual", "self", "distance", "angle"), 0.0)
     for k in range(m):
         terms["ce"] += alpha * oracle.ce(LABELS, own_z[k])
-        terms["self"] += gamma * t**2 * oracle.kl(oracle.softmax(z_alone[k], t), oracle.softmax(own_z[k], t))
+        terms["self"] += (
+            gamma * t**2 * oracle.kl(oracle.softmax(z_alone[k], t), oracle.softmax(own_z[k], t))
+        )
         for j in set(range(m)) - {k}:
-            terms["mutual"] += beta * beta_2 / (m - 1) * oracle.kl(oracle.softmax(z[j]), oracle.softmax(own_z[k]))
+            terms["mutual"] += (
+                beta * beta_2 / (m - 1) * oracle.kl(oracle.softmax(z[j]), oracle.softmax(own_z[k]))
+            )
             terms["distance"] += beta / (m - 1) * huber(distances(f[j]), distances(own_f[k]))
             terms["angle"] += beta * beta_1 / (m - 1) * huber(angles(f[j]), angles(own_f[k]))
     return terms
 
 
-@pytest.mark.parametrize("kwargs, widths", [
-    ({}, (6, 6)),
-    (dict(ce_weight=0.5, collaboration_weight=0.7, self_weight=0.3, angle_weight=3.0, mutual_weight=0.2, temperature=2.0),
-     (4, 7, 5))])
+@pytest.mark.parametrize(
+    "kwargs, widths",
+    [
+        ({}, (6, 6)),
+        (
+            dict(
+                ce_weight=0.5,
+                collaboration_weight=0.7,
+                self_weight=0.3,
+                angle_weight=3.0,
+                mutual_weight=0.2,
+                temperature=2.0,
+            ),
+            (4, 7, 5),
+        ),
+    ],
+)
 def test_ctsl_mkt_loss_and_gradients(kwargs, widths):
     m, rng = len(widths), np.random.RandomState(1)
     model = methods.CTSLMKT([without_norm(SHAPE, CLASSES) for _ in widths], **kwargs)
     z, z_alone = 2 * rng.randn(2, m, B, CLASSES)
     f = [rng.randn(B, d) for d in widths]
-    weights = [kwargs.get(f"{name}_weight", default) for name, default in (
-        ("ce", 1.0), ("collaboration", 1.0), ("self", 1.0), ("angle", 2.0), ("mutual", 1.0))]
+    weights = [
+        kwargs.get(f"{name}_weight", default)
+        for name, default in (
+            ("ce", 1.0),
+            ("collaboration", 1.0),
+            ("self", 1.0),
+            ("angle", 2.0),
+            ("mutual", 1.0),
+        )
+    ]
     t = kwargs.get("temperature", 4.0)
     names = [f"peer_{k + 1}" for k in range(m)]
     student = {name: exit_of(z[k], f[k]) for k, name in enumerate(names)}
@@ -92,9 +120,15 @@ def test_ctsl_mkt_loss_and_gradients(kwargs, widths):
     for name in want:
         assert terms[name].numpy() == pytest.approx(want[name], rel=1e-5), name
     # The gradient against differences of the equations in which all that teaches stays where it is.
-    gradients = tape.gradient(total, [*(student[n].logits for n in names), *(student[n].features for n in names),
-                                      *(e.logits for e in teacher.values())])
-    assert gradients[2 * m:] == [None] * m
+    gradients = tape.gradient(
+        total,
+        [
+            *(student[n].logits for n in names),
+            *(student[n].features for n in names),
+            *(e.logits for e in teacher.values()),
+        ],
+    )
+    assert gradients[2 * m :] == [None] * m
     own = [a.copy() for a in z], [a.copy() for a in f]
     for array, gradient in zip([*own[0], *own[1]], gradients):
         for index in zip(*(rng.randint(0, n, 4) for n in array.shape)):
@@ -109,8 +143,10 @@ def test_ctsl_mkt_loss_and_gradients(kwargs, widths):
 @pytest.mark.parametrize("scale, shift", [(1.0, 0.0), (0.01, 30.0)])
 def test_relations_of_few_images(scale, shift):
     f = np.float32(shift + scale * np.random.RandomState(3).randn(6, 5))
-    np.testing.assert_allclose(relations.distances(f), distances(np.float64(f)), atol=1e-4)
-    np.testing.assert_allclose(relations.angles(f), angles(np.float64(f)), atol=1e-4)
+    np.testing.assert_allclose(
+        losses_module.pairwise_distances(f), distances(np.float64(f)), atol=1e-4
+    )
+    np.testing.assert_allclose(losses_module.triplet_angles(f), angles(np.float64(f)), atol=1e-4)
 
 
 @pytest.mark.parametrize("kinds", [1, 3])
@@ -118,7 +154,7 @@ def test_relations_of_identical_images_are_finite_and_so_are_their_gradients(kin
     values = np.float32(np.random.RandomState(4).rand(kinds, 16) * 3)
     f = tf.Variable(values[np.arange(B) % kinds])
     with tf.GradientTape() as tape:
-        d, a = relations.distances(f), relations.angles(f)
+        d, a = losses_module.pairwise_distances(f), losses_module.triplet_angles(f)
         loss = tf.reduce_sum(tf.square(d - 0.3)) + tf.reduce_sum(tf.square(a - 0.3))
     assert np.isfinite(d).all() and np.isfinite(a).all()
     gradient = tape.gradient(loss, f).numpy()
@@ -134,11 +170,15 @@ def test_the_angles_hold_no_vector_for_every_triple():
     def step(f):
         with tf.GradientTape() as tape:
             tape.watch(f)
-            a = relations.angles(f)
+            a = losses_module.triplet_angles(f)
             loss = tf.reduce_mean(keras.losses.huber(tf.zeros_like(a), a))
         return tape.gradient(loss, f)
 
-    sizes = [out.shape.num_elements() or 0 for op in step.get_concrete_function().graph.get_operations() for out in op.outputs]
+    sizes = [
+        out.shape.num_elements() or 0
+        for op in step.get_concrete_function().graph.get_operations()
+        for out in op.outputs
+    ]
     assert max(sizes) == b**3
 
 
@@ -153,7 +193,9 @@ def test_kd_loss_and_gradient():
     assert terms["ce"].numpy() == pytest.approx(oracle.ce(LABELS, z), rel=1e-5)
     assert terms["teacher"].numpy() == pytest.approx(2.5**2 * oracle.kl(q, p), rel=1e-5)
     got, none = tape.gradient(total, [student["student"].logits, teacher["teacher"].logits])
-    np.testing.assert_allclose(got, (oracle.softmax(z) - np.eye(CLASSES)[LABELS] + 2.5 * (p - q)) / B, atol=1e-6)
+    np.testing.assert_allclose(
+        got, (oracle.softmax(z) - np.eye(CLASSES)[LABELS] + 2.5 * (p - q)) / B, atol=1e-6
+    )
     assert none is None
     assert methods.KD(without_norm(SHAPE, CLASSES), teacher=raw(1)).temperature == 3
 
@@ -163,11 +205,18 @@ def test_ban_generations_and_their_ensemble():
     model = methods.BAN(without_norm(SHAPE, CLASSES), ancestors=ancestors)
     images = tf.constant(noise(B, *SHAPE))
     exits = model.all_exits(images)
-    assert list(model.exits) == ["generation_2", "generation_0", "generation_1", "ensemble"] and set(exits) == set(model.exits)
+    assert list(model.exits) == [
+        "generation_2",
+        "generation_0",
+        "generation_1",
+        "ensemble",
+    ] and set(exits) == set(model.exits)
     p = [oracle.softmax(exits[f"generation_{k}"].logits) for k in range(3)]
     for k in (0, 1):
         np.testing.assert_allclose(exits[f"generation_{k}"].logits, ancestors[k](images), atol=1e-6)
-    np.testing.assert_allclose(tf.nn.softmax(exits["ensemble"].logits), np.mean(p, axis=0), atol=1e-6)
+    np.testing.assert_allclose(
+        tf.nn.softmax(exits["ensemble"].logits), np.mean(p, axis=0), atol=1e-6
+    )
     # In training the parent alone is asked.
     student, teacher = model.students(images[:, None], True), model.teachers(images[:, None], True)
     assert list(teacher) == ["generation_1"]
@@ -183,8 +232,11 @@ def test_ban_generations_and_their_ensemble():
 def test_a_frozen_teacher_does_not_change():
     network = lambda: networks.resnet8(SHAPE, CLASSES)
     before = methods.Baseline(network()).deployed()
-    for model in (methods.KD(network(), teacher=before), methods.BAN(network(), ancestors=[before]),
-                  methods.CTSLMKT([network(), network()])):
+    for model in (
+        methods.KD(network(), teacher=before),
+        methods.BAN(network(), ancestors=[before]),
+        methods.CTSLMKT([network(), network()]),
+    ):
         model.compile(epochs=1, steps_per_epoch=2)
         frozen = [w for teacher in model.untrained for w in teacher.weights]
         before = [w.numpy() for w in frozen]
@@ -228,16 +280,31 @@ def ban(tmp_path_factory):
 def test_every_stage_leaves_what_a_run_leaves(ban):
     workdir, results = ban
     for i, folder in enumerate([workdir / "1-generation_0", workdir / "2-generation_1", workdir]):
-        for name in ("results.json", "metrics.csv", "checkpoints/ckpt-4.index", "tensorboard/train", "tensorboard/test",
-                     "export/saved_model/1/saved_model.pb", "export/labels.txt"):
+        for name in (
+            "results.json",
+            "metrics.csv",
+            "checkpoints/ckpt-4.index",
+            "tensorboard/train",
+            "tensorboard/test",
+            "export/saved_model/1/saved_model.pb",
+            "export/labels.txt",
+        ):
             assert (folder / name).exists(), folder / name
         of_stage = json.loads((folder / "results.json").read_text())
-        assert of_stage["stage"] == of_stage["deployed"] == f"generation_{i}" and of_stage["network"] == QUICK["network"]
+        assert (
+            of_stage["stage"] == of_stage["deployed"] == f"generation_{i}"
+            and of_stage["network"] == QUICK["network"]
+        )
         # What a generation erred when it was trained is what it errs as an ancestor.
-        assert results["error"][f"generation_{i}"] == pytest.approx(of_stage["deployed_error"], abs=1e-3)
+        assert results["error"][f"generation_{i}"] == pytest.approx(
+            of_stage["deployed_error"], abs=1e-3
+        )
         assert len(list((folder / "tensorboard" / "train").iterdir())) == 1
-    assert results["wall_seconds"] > of_stage["wall_seconds"] - 1e-6 > json.loads(
-        (workdir / "1-generation_0/results.json").read_text())["wall_seconds"]
+    assert (
+        results["wall_seconds"]
+        > of_stage["wall_seconds"] - 1e-6
+        > json.loads((workdir / "1-generation_0/results.json").read_text())["wall_seconds"]
+    )
 
 
 def test_every_stage_begins_with_weights_of_its_own(tmp_path, monkeypatch):
@@ -257,13 +324,26 @@ def remove(folder, *patterns):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@pytest.mark.parametrize("lost, goes_on", [
-    # Within generation 1, before anything of generation 2.
-    (["2-generation_1/checkpoints/ckpt-4.*", "checkpoints", "export", "metrics.csv", "results.json"], [(1, 4), (2, 2)]),
-    # Between two stages.
-    (["checkpoints", "metrics.csv", "results.json", "tensorboard"], [(1, 4), (2, 4)]),
-    # After the last step.
-    (["export"], [(1, 4), (2, 4), (3, 4)])])
+@pytest.mark.parametrize(
+    "lost, goes_on",
+    [
+        # Within generation 1, before anything of generation 2.
+        (
+            [
+                "2-generation_1/checkpoints/ckpt-4.*",
+                "checkpoints",
+                "export",
+                "metrics.csv",
+                "results.json",
+            ],
+            [(1, 4), (2, 2)],
+        ),
+        # Between two stages.
+        (["checkpoints", "metrics.csv", "results.json", "tensorboard"], [(1, 4), (2, 4)]),
+        # After the last step.
+        (["export"], [(1, 4), (2, 4), (3, 4)]),
+    ],
+)
 def test_a_run_goes_on_from_any_stage(ban, lost, goes_on, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(ban[0], workdir)
@@ -276,13 +356,15 @@ def test_a_run_goes_on_from_any_stage(ban, lost, goes_on, tmp_path, capsys):
         assert f"stage {stage} of 3, generation_{stage - 1}{line}\n" in out
     for name, error in ban[1]["error"].items():
         assert results["error"][name] == pytest.approx(error, abs=1.0), name
-    assert [row["epoch"] for row in files.read_rows(str(workdir / "metrics.csv"))] == [1, 2]
+    assert [row["epoch"] for row in workdirs.read_rows(str(workdir / "metrics.csv"))] == [1, 2]
 
 
 @pytest.mark.parametrize("of", ["", "1-generation_0", "export/saved_model/1"])
 def test_kd_with_a_teacher_that_is_there(ban, of, tmp_path):
     workdir, before = ban
-    results = run.run(Options(**QUICK, method="kd", teacher=str(workdir / of), workdir=str(tmp_path / "run")))
+    results = run.run(
+        Options(**QUICK, method="kd", teacher=str(workdir / of), workdir=str(tmp_path / "run"))
+    )
     generation = "generation_0" if of.startswith("1") else "generation_2"
     assert results["error"]["teacher"] == pytest.approx(before["error"][generation], abs=1e-3)
     assert results["deployed"] == "student" and not list((tmp_path / "run").glob("1-*"))
@@ -290,32 +372,79 @@ def test_kd_with_a_teacher_that_is_there(ban, of, tmp_path):
 
 
 def test_different_networks_learn_together(tmp_path):
-    for method, exits in (("dml", {"peer_1", "peer_2"}), ("ctsl_mkt", {"peer_1", "peer_2", "alone_peer_1", "alone_peer_2"})):
-        results = run.run(Options(**{**QUICK, "network": "conftest:without_norm,conftest:other", "epochs": 1}, method=method,
-                                  workdir=str(tmp_path / method)))
-        count = lambda name: sum(int(np.prod(w.shape)) for w in name(SHAPE, CLASSES).trainable_weights)
-        assert results["network"] == "conftest:without_norm,conftest:other" and set(results["error"]) == exits
-        assert results["parameters"] == {"deployed": count(without_norm), "training": count(without_norm) + count(other)}
-    stages = [json.loads((tmp_path / "ctsl_mkt" / f / "results.json").read_text()) for f in ("1-peer_1", "2-peer_2")]
+    for method, exits in (
+        ("dml", {"peer_1", "peer_2"}),
+        ("ctsl_mkt", {"peer_1", "peer_2", "alone_peer_1", "alone_peer_2"}),
+    ):
+        results = run.run(
+            Options(
+                **{**QUICK, "network": "conftest:without_norm,conftest:other", "epochs": 1},
+                method=method,
+                workdir=str(tmp_path / method),
+            )
+        )
+        count = lambda name: sum(
+            int(np.prod(w.shape)) for w in name(SHAPE, CLASSES).trainable_weights
+        )
+        assert (
+            results["network"] == "conftest:without_norm,conftest:other"
+            and set(results["error"]) == exits
+        )
+        assert results["parameters"] == {
+            "deployed": count(without_norm),
+            "training": count(without_norm) + count(other),
+        }
+    stages = [
+        json.loads((tmp_path / "ctsl_mkt" / f / "results.json").read_text())
+        for f in ("1-peer_1", "2-peer_2")
+    ]
     assert [s["network"] for s in stages] == ["conftest:without_norm", "conftest:other"]
     assert [s["deployed"] for s in stages] == ["peer_1", "peer_2"]
 
 
-@pytest.mark.parametrize("settings, text", [
-    (dict(method="kd", image_size=12), r"for images \(8, 8, 1\), where 10 classes for images \(12, 12, 1\)"),
-    (dict(method="kd", teacher="/nowhere"), "/nowhere holds no SavedModel"),
-    (dict(method="kd", teacher_network="resnet8"), "--teacher_network does not go with --teacher"),
-    (dict(method="pcl"), "--teacher does not go with --method=pcl: it is for kd"),
-    (dict(method="kd", teacher=None, teacher_network="resnet9"), "Did you mean resnet"),
-    (dict(method="ban", teacher=None, generations=1), "at least 2"),
-    (dict(method="dml", teacher=None, network="resnet8,resnet14", peers=3), "--peers=3 does not go with 2 networks"),
-    (dict(method="ctsl_mkt", teacher=None, network="resnet8,resnet14", peers=3), "--peers=3 does not go with 2 networks"),
-    (dict(method="ctsl_mkt", teacher=None, peers=1), "at least 2 peers"),
-    (dict(method="pcl", teacher=None, network="resnet8,resnet14"), "2 networks were given: this method takes one"),
-    (dict(method="dml", teacher=None, network="resnet8,conftest:rescaled"), "some scale raw images themselves")])
-def test_what_does_not_go_together_is_refused_before_anything_is_written(ban, settings, text, tmp_path):
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (
+            dict(method="kd", image_size=12),
+            r"for images \(8, 8, 1\), where 10 classes for images \(12, 12, 1\)",
+        ),
+        (dict(method="kd", teacher="/nowhere"), "/nowhere holds no SavedModel"),
+        (
+            dict(method="kd", teacher_network="resnet8"),
+            "--teacher_network does not go with --teacher",
+        ),
+        (dict(method="pcl"), "--teacher does not go with --method=pcl: it is for kd"),
+        (dict(method="kd", teacher=None, teacher_network="resnet9"), "Did you mean resnet"),
+        (dict(method="ban", teacher=None, generations=1), "at least 2"),
+        (
+            dict(method="dml", teacher=None, network="resnet8,resnet14", peers=3),
+            "--peers=3 does not go with 2 networks",
+        ),
+        (
+            dict(method="ctsl_mkt", teacher=None, network="resnet8,resnet14", peers=3),
+            "--peers=3 does not go with 2 networks",
+        ),
+        (dict(method="ctsl_mkt", teacher=None, peers=1), "at least 2 peers"),
+        (
+            dict(method="pcl", teacher=None, network="resnet8,resnet14"),
+            "2 networks were given: this method takes one",
+        ),
+        (
+            dict(method="dml", teacher=None, network="resnet8,conftest:rescaled"),
+            "some scale raw images themselves",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_written(
+    ban, settings, text, tmp_path
+):
     with pytest.raises(UserError, match=text) as refused:
-        run.run(Options(**{**QUICK, "teacher": str(ban[0]), "workdir": str(tmp_path / "run"), **settings}))
+        run.run(
+            Options(
+                **{**QUICK, "teacher": str(ban[0]), "workdir": str(tmp_path / "run"), **settings}
+            )
+        )
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 

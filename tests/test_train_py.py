@@ -1,4 +1,5 @@
 """train.py as a process: killed, stopped, resumed, refused."""
+
 import csv
 import json
 import os
@@ -15,15 +16,36 @@ import tensorflow as tf
 
 ROOT = pathlib.Path(__file__).parent.parent
 # 22 steps an epoch.
-RUN = ["--dataset=digits", "--network=resnet8", "--batch_size=64", "--epochs=3", "--deterministic", "--checkpoint_every=5steps"]
+RUN = [
+    "--dataset=digits",
+    "--network=resnet8",
+    "--batch_size=64",
+    "--epochs=3",
+    "--deterministic",
+    "--checkpoint_every=5steps",
+]
 PCL = ["--method=pcl", "--peers=2"]
 
 
 def start(workdir, *flags, method=PCL):
-    command = [sys.executable, str(ROOT / "train.py"), *RUN, *method, f"--workdir={workdir}", *flags]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        *RUN,
+        *method,
+        f"--workdir={workdir}",
+        *flags,
+    ]
     # As a user starts it, without what the tests set.
     env = {name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"}
-    return subprocess.Popen(command, cwd=workdir.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen(
+        command,
+        cwd=workdir.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=env,
+    )
 
 
 def finish(workdir, *flags, **kwargs):
@@ -42,13 +64,19 @@ def wait_for_checkpoint(workdir, step, process):
 def final_weights(workdir, step=66):
     reader = tf.train.load_checkpoint(str(workdir / f"checkpoints/ckpt-{step}"))
     # Wall-clock times are no part of the state; everything that is stored must be the same.
-    return {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()
-            if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE")}
+    return {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        if name not in ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter/.ATTRIBUTES/VARIABLE_VALUE")
+    }
 
 
 def metrics(workdir):
     with open(workdir / "metrics.csv", newline="") as f:
-        return [{k: v for k, v in row.items() if k not in ("wall_seconds", "images_per_second")} for row in csv.DictReader(f)]
+        return [
+            {k: v for k, v in row.items() if k not in ("wall_seconds", "images_per_second")}
+            for row in csv.DictReader(f)
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -61,20 +89,42 @@ def undisturbed(tmp_path_factory):
 
 def test_a_run_leaves_what_the_contract_says(undisturbed):
     workdir, out = undisturbed
-    for path in ("flags.txt", "results.json", "metrics.csv", "checkpoints", "tensorboard/train", "tensorboard/test",
-                 "export/saved_model/1/saved_model.pb", "export/labels.txt"):
+    for path in (
+        "flags.txt",
+        "results.json",
+        "metrics.csv",
+        "checkpoints",
+        "tensorboard/train",
+        "tensorboard/test",
+        "export/saved_model/1/saved_model.pb",
+        "export/labels.txt",
+    ):
         assert (workdir / path).exists(), path
     results = json.loads((workdir / "results.json").read_text())
-    assert results["epochs"] == 3 and results["error"]["mean_peer_1"] == results["deployed_error"] < 60
+    assert (
+        results["epochs"] == 3 and results["error"]["mean_peer_1"] == results["deployed_error"] < 60
+    )
     assert f"{results['deployed_error']:.2f} %  (deployed)" in out
     assert re.findall(r" - (\S+): ", out) == ["loss", "error/peer_1", "val_error/mean_peer_1"] * 3
     assert len(metrics(workdir)) == 3
     # The flagfile repeats the run: here, in the same workdir, it finds it finished and trains nothing.
     before = (workdir / "metrics.csv").read_text()
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), f"--flagfile={workdir}/flags.txt", f"--workdir={workdir}"],
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "train.py"),
+            f"--flagfile={workdir}/flags.txt",
+            f"--workdir={workdir}",
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
-    assert (workdir / "metrics.csv").read_text() == before and "Epoch" not in done.stdout and "(deployed)" in done.stdout
+    assert (
+        (workdir / "metrics.csv").read_text() == before
+        and "Epoch" not in done.stdout
+        and "(deployed)" in done.stdout
+    )
 
 
 def test_killed_mid_epoch_and_resumed_is_bit_for_bit_the_same(undisturbed, tmp_path):
@@ -83,7 +133,10 @@ def test_killed_mid_epoch_and_resumed_is_bit_for_bit_the_same(undisturbed, tmp_p
     wait_for_checkpoint(workdir, 30, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert process.returncode == -signal.SIGKILL and not (workdir / "checkpoints/ckpt-66.index").exists()
+    assert (
+        process.returncode == -signal.SIGKILL
+        and not (workdir / "checkpoints/ckpt-66.index").exists()
+    )
     # The disk lost the end of the newest checkpoint.
     newest = max(workdir.glob("checkpoints/ckpt-*.index"), key=lambda p: int(p.stem.split("-")[1]))
     data = newest.with_name(newest.stem + ".data-00000-of-00001")
@@ -151,20 +204,42 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
         np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
 
 
-@pytest.mark.parametrize("flags, text", [
-    (["--methd=pcl"], "methd"), (["--epochs=many"], "epochs"), (["--strategy=both"], "auto"), (["pcl"], "not a flag"),
-    (["--lr_decay_epochs=a,b"], "such as 150,225"), (["--peers=1"], "at least 2")])
+@pytest.mark.parametrize(
+    "flags, text",
+    [
+        (["--methd=pcl"], "methd"),
+        (["--epochs=many"], "epochs"),
+        (["--strategy=both"], "auto"),
+        (["pcl"], "not a flag"),
+        (["--lr_decay_epochs=a,b"], "such as 150,225"),
+        (["--peers=1"], "at least 2"),
+    ],
+)
 def test_bad_input_is_one_line_and_status_2(flags, text, tmp_path):
     process = start(tmp_path / "run", *flags)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err.startswith("train.py: ") and err.count("\n") == 1 and text in err
+    assert (
+        process.returncode == 2
+        and err.startswith("train.py: ")
+        and err.count("\n") == 1
+        and text in err
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_help_names_every_flag_with_its_default():
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True
+    )
     text = " ".join(done.stdout.split())
-    for line in ("--method: how to train: ban, baseline, byot,", "target first. Names: resnet8,",
-                 "--distill_share: share of distillation in a student's loss,", "(byot: 0.3, cl: 0.5)",
-                 "--ema_every: <step|epoch>:", "(pcl: step)", "--[no]deterministic:", "(default: '1epoch')"):
+    for line in (
+        "--method: how to train: ban, baseline, byot,",
+        "target first. Names: resnet8,",
+        "--distill_share: share of distillation in a student's loss,",
+        "(byot: 0.3, cl: 0.5)",
+        "--ema_every: <step|epoch>:",
+        "(pcl: step)",
+        "--[no]deterministic:",
+        "(default: '1epoch')",
+    ):
         assert line in text, line

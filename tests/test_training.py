@@ -1,4 +1,5 @@
 """Checkpoints, records, export, workdirs and refusals, within this process."""
+
 import dataclasses
 import json
 import os
@@ -7,16 +8,16 @@ import pathlib
 import numpy as np
 import pytest
 import tensorflow as tf
-from absl import logging
+from conftest import CLASSES, SHAPE, noise, without_norm
 from tensorflow import keras
 
-from conftest import CLASSES, SHAPE, noise, without_norm
 from tf_pcl import networks
-from tf_pcl.data import photos
+from tf_pcl.data import image_files
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
 from tf_pcl.options import Options
-from tf_pcl.training import callbacks, export, files, run, strategy
+from tf_pcl.training import callbacks, export, run
+from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
 
 QUICK = dict(dataset="digits", network="resnet8", epochs=2, batch_size=256, train_examples=512)
@@ -66,14 +67,18 @@ def test_the_whole_state_is_in_a_checkpoint(tmp_path):
             np.testing.assert_array_equal(mine, its)
     assert other.step.numpy() == 3 and other.optimizer.iterations.numpy() == 3
     # The means of the epoch so far, too.
-    assert {k: float(v.result()) for k, v in model.mean_of.items()} == {k: float(v.result()) for k, v in other.mean_of.items()}
+    assert {k: float(v.result()) for k, v in model.mean_of.items()} == {
+        k: float(v.result()) for k, v in other.mean_of.items()
+    }
 
 
 def test_a_loss_that_is_no_number_is_not_saved(tmp_path):
     model = small_model()
     save = callbacks.Save(Checkpoints(model, str(tmp_path)), 1, 0, 10)
     save.set_model(model)
-    with pytest.raises(callbacks.Stopped, match="nan at step 1: not saved.*smaller --learning_rate"):
+    with pytest.raises(
+        callbacks.Stopped, match="nan at step 1: not saved.*smaller --learning_rate"
+    ):
         save.on_train_batch_end(0, {"loss": float("nan")})
     assert not list(tmp_path.iterdir())
 
@@ -81,21 +86,29 @@ def test_a_loss_that_is_no_number_is_not_saved(tmp_path):
 def test_rows_survive_a_round_trip(tmp_path):
     path = str(tmp_path / "metrics.csv")
     rows = [{"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 0.25, "val_error/peer_1": 30.5}]
-    assert files.read_rows(path) == []
-    files.write_rows(path, rows)
-    assert files.read_rows(path) == rows
+    assert workdirs.read_rows(path) == []
+    workdirs.write_rows(path, rows)
+    assert workdirs.read_rows(path) == rows
     assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "1,0.1,"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_saved_model_of_encoded_images_and_hub(channels, tmp_path):
     import tensorflow_hub as hub
-    model = METHODS["pcl"](networks.resnet8((8, 8, channels), CLASSES), peers=2,
-                           preprocess=networks.standardise([100.0] * channels, [50.0] * channels))
+
+    model = METHODS["pcl"](
+        networks.resnet8((8, 8, channels), CLASSES),
+        peers=2,
+        preprocess=networks.standardise([100.0] * channels, [50.0] * channels),
+    )
     deployed = model.deployed()
-    folder = export.export(deployed, [f"class {i}" for i in range(CLASSES)], str(tmp_path / "export"))
+    folder = export.export(
+        deployed, [f"class {i}" for i in range(CLASSES)], str(tmp_path / "export")
+    )
     assert pathlib.Path(folder).relative_to(tmp_path).as_posix() == "export/saved_model/1"
-    assert (tmp_path / "export/labels.txt").read_text().splitlines() == [f"class {i}" for i in range(CLASSES)]
+    assert (tmp_path / "export/labels.txt").read_text().splitlines() == [
+        f"class {i}" for i in range(CLASSES)
+    ]
     images = noise(4, 8, 8, channels)
     want = deployed(images).numpy()
     loaded = tf.saved_model.load(folder)
@@ -108,12 +121,18 @@ def test_saved_model_of_encoded_images_and_hub(channels, tmp_path):
     np.testing.assert_allclose(got["logits"], want, atol=1e-5)
     # A photo is cut square and resized as in training.
     large = noise(20, 31, channels)
-    got = loaded.signatures["serve_bytes"](image_bytes=tf.stack([tf.io.encode_png(large), encoded[0]]))["logits"]
-    np.testing.assert_allclose(got, [deployed(photos.resize(large, 8)[None])[0], want[0]], atol=1e-4)
+    got = loaded.signatures["serve_bytes"](
+        image_bytes=tf.stack([tf.io.encode_png(large), encoded[0]])
+    )["logits"]
+    np.testing.assert_allclose(
+        got, [deployed(image_files.resize(large, 8)[None])[0], want[0]], atol=1e-4
+    )
     np.testing.assert_allclose(keras.models.load_model(folder)(images), want, atol=1e-5)
     layer = hub.KerasLayer(folder, trainable=True)
     np.testing.assert_allclose(layer(tf.constant(images)), want, atol=1e-5)
-    assert sum(np.prod(w.shape) for w in layer.trainable_weights) == sum(np.prod(w.shape) for w in deployed.trainable_weights)
+    assert sum(np.prod(w.shape) for w in layer.trainable_weights) == sum(
+        np.prod(w.shape) for w in deployed.trainable_weights
+    )
 
 
 def test_a_saved_model_that_answers_otherwise_is_noticed(tmp_path):
@@ -126,21 +145,24 @@ def test_a_saved_model_that_answers_otherwise_is_noticed(tmp_path):
         export.check(folder, deployed, noise(4, *SHAPE))
 
 
-@pytest.mark.parametrize("settings, text", [
-    (dict(method="plc"), "Did you mean pcl"),
-    (dict(network="resnet33"), "Did you mean resnet32"),
-    (dict(dataset="cifr10"), "Did you mean cifar10"),
-    (dict(split_at="stage_7"), "stage_1.*stage_2"),
-    (dict(peers=1), "at least 2 peers"),
-    (dict(method="baseline", peers=3), "--peers does not go with --method=baseline"),
-    (dict(method="baseline", temperature=2.0), "--temperature does not go with"),
-    (dict(batch_size=10_000), "larger than the"),
-    (dict(train_examples=9999), "more than the 1437"),
-    (dict(dataset="image_folder", data_dir="/nowhere"), "is not there"),
-    (dict(strategy="multi_worker"), "TF_CONFIG"),
-    (dict(strategy="mirrored", batch_size=255), "multiple of 2"),
-    (dict(strategy="mirrored", jit_compile=True), "--jit_compile does not go with 2 replicas"),
-])
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (dict(method="plc"), "Did you mean pcl"),
+        (dict(network="resnet33"), "Did you mean resnet32"),
+        (dict(dataset="cifr10"), "Did you mean cifar10"),
+        (dict(split_at="stage_7"), "stage_1.*stage_2"),
+        (dict(peers=1), "at least 2 peers"),
+        (dict(method="baseline", peers=3), "--peers does not go with --method=baseline"),
+        (dict(method="baseline", temperature=2.0), "--temperature does not go with"),
+        (dict(batch_size=10_000), "larger than the"),
+        (dict(train_examples=9999), "more than the 1437"),
+        (dict(dataset="image_folder", data_dir="/nowhere"), "is not there"),
+        (dict(strategy="multi_worker"), "TF_CONFIG"),
+        (dict(strategy="mirrored", batch_size=255), "multiple of 2"),
+        (dict(strategy="mirrored", jit_compile=True), "--jit_compile does not go with 2 replicas"),
+    ],
+)
 def test_what_cannot_be_done_is_refused_before_anything_is_written(settings, text, tmp_path):
     with pytest.raises(UserError, match=text) as refused:
         run.run(Options(**{**QUICK, "workdir": str(tmp_path / "run"), **settings}))
@@ -148,13 +170,23 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(settings, tex
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("settings, text", [
-    (dict(epochs=0), "--epochs=0 is out of range: it must be at least 1"),
-    (dict(learning_rate=0.0), "more than 0"), (dict(learning_rate=float("nan")), "out of range"),
-    (dict(temperature=float("inf")), "finite and more than 0"), (dict(teacher=""), "--teacher= is empty"),
-    (dict(ema_decay=1.5), "at least 0 and at most 1"), (dict(precision="float64"), "Allowed: float32"),
-    (dict(lr_decay_epochs=(200, 100)), "increasing"), (dict(lr_decay_epochs=(400,)), "increasing"),
-    (dict(rampup_epochs=301), "more than --epochs"), (dict(cutout=3), "even"), (dict(image_size=-1), "at least 4")])
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        (dict(epochs=0), "--epochs=0 is out of range: it must be at least 1"),
+        (dict(learning_rate=0.0), "more than 0"),
+        (dict(learning_rate=float("nan")), "out of range"),
+        (dict(temperature=float("inf")), "finite and more than 0"),
+        (dict(teacher=""), "--teacher= is empty"),
+        (dict(ema_decay=1.5), "at least 0 and at most 1"),
+        (dict(precision="float64"), "Allowed: float32"),
+        (dict(lr_decay_epochs=(200, 100)), "increasing"),
+        (dict(lr_decay_epochs=(400,)), "increasing"),
+        (dict(rampup_epochs=301), "more than --epochs"),
+        (dict(cutout=3), "even"),
+        (dict(image_size=-1), "at least 4"),
+    ],
+)
 def test_values_out_of_range(settings, text):
     with pytest.raises(UserError, match=text):
         Options(**settings)
@@ -163,29 +195,44 @@ def test_values_out_of_range(settings, text):
 def test_workdirs(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="Not a directory"):
-        files.check_workdir(str(tmp_path / "file" / "run"), {}, set(), "auto")
+        workdirs.check_workdir(str(tmp_path / "file" / "run"), {}, set(), "auto")
     with pytest.raises(UserError, match="cannot be written"):
-        files.check_workdir("/proc/run", {}, set(), "auto")
+        workdirs.check_workdir("/proc/run", {}, set(), "auto")
     (tmp_path / "stage" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="checkpoints but no flags.txt"):
-        files.check_workdir(str(tmp_path / "stage"), {}, set(), "auto")
+        workdirs.check_workdir(str(tmp_path / "stage"), {}, set(), "auto")
     options = Options(**QUICK)
     settings, free = options.as_flags(), options.run_only()
-    files.check_workdir(str(tmp_path / "new"), settings, free, "auto")
+    workdirs.check_workdir(str(tmp_path / "new"), settings, free, "auto")
     (tmp_path / "flags.txt").write_text("".join(f"--{k}={v}\n" for k, v in settings.items()))
-    files.check_workdir(str(tmp_path), settings, free, "auto")
-    files.check_workdir(str(tmp_path), {**settings, "checkpoint_every": "7steps", "data_dir": "/moved"}, free, "auto")
-    with pytest.raises(UserError, match=r"--epochs=3 here, 2 there; --peers=4 here, \(unset\) there"):
-        files.check_workdir(str(tmp_path), {**settings, "epochs": "3", "peers": "4"}, free, "auto")
+    workdirs.check_workdir(str(tmp_path), settings, free, "auto")
+    workdirs.check_workdir(
+        str(tmp_path),
+        {**settings, "checkpoint_every": "7steps", "data_dir": "/moved"},
+        free,
+        "auto",
+    )
+    with pytest.raises(
+        UserError, match=r"--epochs=3 here, 2 there; --peers=4 here, \(unset\) there"
+    ):
+        workdirs.check_workdir(
+            str(tmp_path), {**settings, "epochs": "3", "peers": "4"}, free, "auto"
+        )
     with pytest.raises(UserError, match="holds a run already"):
-        files.check_workdir(str(tmp_path), settings, free, "never")
+        workdirs.check_workdir(str(tmp_path), settings, free, "never")
 
 
 def test_other_data_in_a_workdir_are_refused(tmp_path, make_folder):
     train = {"a": [noise(8, 8, 3)] * 6, "b": [noise(8, 8, 3, seed=1)] * 6}
     folder = make_folder({"train": train, "test": train})
-    settings = Options(dataset="image_folder", network="resnet8", method="baseline", epochs=1, batch_size=6,
-                       workdir=str(tmp_path / "run"))
+    settings = Options(
+        dataset="image_folder",
+        network="resnet8",
+        method="baseline",
+        epochs=1,
+        batch_size=6,
+        workdir=str(tmp_path / "run"),
+    )
     run.run(dataclasses.replace(settings, data_dir=folder))
     before = sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
     os.rename(folder, tmp_path / "moved")
@@ -198,36 +245,80 @@ def test_other_data_in_a_workdir_are_refused(tmp_path, make_folder):
 
 def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replicas, monkeypatch):
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: two_replicas)
-    results = run.run(Options(**{**QUICK, "strategy": "mirrored", "network": "resnet8", "workdir": str(tmp_path / "run")}))
+    results = run.run(
+        Options(
+            **{
+                **QUICK,
+                "strategy": "mirrored",
+                "network": "resnet8",
+                "workdir": str(tmp_path / "run"),
+            }
+        )
+    )
     assert results == json.loads((tmp_path / "run/results.json").read_text())
-    assert set(results) == {"method", "dataset", "network", "peers", "seed", "epochs", "steps", "deployed", "deployed_error",
-                            "best_deployed_error", "error", "parameters", "images_per_second", "wall_seconds", "settings",
-                            "versions"}
+    assert set(results) == {
+        "method",
+        "dataset",
+        "network",
+        "peers",
+        "seed",
+        "epochs",
+        "steps",
+        "deployed",
+        "deployed_error",
+        "best_deployed_error",
+        "error",
+        "parameters",
+        "images_per_second",
+        "wall_seconds",
+        "settings",
+        "versions",
+    }
     settings = results["settings"]
     assert settings["batch_size"] == QUICK["batch_size"] and settings["strategy"] == "mirrored"
     # The method's own defaults too; what another method takes, or has no value, is left out.
-    assert settings["temperature"] == 3.0 and settings["peers"] == 3 and not {"generations", "ema_decay"} & set(settings)
+    assert (
+        settings["temperature"] == 3.0
+        and settings["peers"] == 3
+        and not {"generations", "ema_decay"} & set(settings)
+    )
     assert results["deployed"] == "mean_peer_1" and results["steps"] == 4 and results["peers"] == 3
     assert results["parameters"]["deployed"] == sum(
-        int(np.prod(w.shape)) for w in networks.resnet8(SHAPE, CLASSES).trainable_weights)
+        int(np.prod(w.shape)) for w in networks.resnet8(SHAPE, CLASSES).trainable_weights
+    )
     tags = {split: events(tmp_path / "run/tensorboard" / split) for split in ("train", "test")}
-    assert {"loss", "loss/ce", "loss/ensemble", "loss/mean", "rampup", "ema_decay", "learning_rate", "images_per_second",
-            "error/peer_1", "diversity", "views"} <= set(tags["train"])
+    assert {
+        "loss",
+        "loss/ce",
+        "loss/ensemble",
+        "loss/mean",
+        "rampup",
+        "ema_decay",
+        "learning_rate",
+        "images_per_second",
+        "error/peer_1",
+        "diversity",
+        "views",
+    } <= set(tags["train"])
     assert {f"error/{name}" for name in results["error"]} | {"diversity"} == set(tags["test"])
     assert [step for step, _ in tags["test"]["error/ensemble"]] == [2, 4]
-    assert tags["test"]["error/mean_peer_1"][-1][1] == pytest.approx(results["deployed_error"], abs=1e-3)
+    assert tags["test"]["error/mean_peer_1"][-1][1] == pytest.approx(
+        results["deployed_error"], abs=1e-3
+    )
     out = capsys.readouterr().out
-    assert "mean_ensemble" in out and "export/saved_model/1" in out and "tensorboard --logdir" in out
+    assert (
+        "mean_ensemble" in out and "export/saved_model/1" in out and "tensorboard --logdir" in out
+    )
 
 
 def test_going_on_between_epochs_starts_the_epoch_s_means_afresh(tmp_path):
     settings = Options(**{**QUICK, "method": "baseline", "workdir": str(tmp_path)})
     run.run(settings)
-    whole = files.read_rows(str(tmp_path / "metrics.csv"))
+    whole = workdirs.read_rows(str(tmp_path / "metrics.csv"))
     for path in tmp_path.glob("checkpoints/ckpt-4.*"):
         path.unlink()
     run.run(settings)
-    again = files.read_rows(str(tmp_path / "metrics.csv"))
+    again = workdirs.read_rows(str(tmp_path / "metrics.csv"))
     assert [row["epoch"] for row in again] == [1, 2] and again[0] == whole[0]
     for name in ("loss", "error/peer_1", "val_error/peer_1"):
         assert again[1][name] == pytest.approx(whole[1][name], rel=1e-3), name
@@ -240,5 +331,7 @@ def events(folder):
         for event in tf.compat.v1.train.summary_iterator(str(path)):
             for value in event.summary.value:
                 tensor = tf.make_ndarray(value.tensor)
-                found.setdefault(value.tag, []).append((event.step, float(tensor) if tensor.ndim == 0 else None))
+                found.setdefault(value.tag, []).append(
+                    (event.step, float(tensor) if tensor.ndim == 0 else None)
+                )
     return found

@@ -1,11 +1,12 @@
 """The networks are those of the tables: exact parameter counts, forward cost, where the branch begins, any image size."""
+
 import functools
 
 import pytest
 import tensorflow as tf
 from tensorflow import keras
 
-from tf_pcl import networks
+from tf_pcl import networks, surgery
 
 CIFAR, IMAGENET = ((32, 32, 3), 100), ((224, 224, 3), 1000)
 # Images and classes, trainable parameters, GFLOP of one image's forward pass, the trunk's output.
@@ -22,7 +23,7 @@ TABLE = {
 }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(name):
     return networks.build(name, *TABLE[name][0])
 
@@ -34,11 +35,17 @@ def trainable(model):
 def flop(model):
     """2 × multiply-adds of convolutions and dense layers for one image, as TensorFlow's profiler counts its graph."""
     profiler = tf.compat.v1.profiler
-    graph = tf.function(model).get_concrete_function(tf.TensorSpec([1, *model.input_shape[1:]])).graph
-    options = profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation()).with_empty_output().build()
+    graph = (
+        tf.function(model).get_concrete_function(tf.TensorSpec([1, *model.input_shape[1:]])).graph
+    )
+    options = (
+        profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation())
+        .with_empty_output()
+        .build()
+    )
     node, total = profiler.profile(graph, cmd="op", options=options), 0
     while node.children:  # The view by operation is a chain.
-        node, = node.children
+        (node,) = node.children
         total += node.float_ops * (node.name in ("Conv2D", "DepthwiseConv2dNative", "MatMul"))
     return total
 
@@ -55,7 +62,7 @@ def test_forward_cost(name):
 
 @pytest.mark.parametrize("name", TABLE)
 def test_costs_agree_with_the_profiler(name):
-    costs = networks.costs(build(name))
+    costs = surgery.costs(build(name))
     assert sum(costs.values()) == pytest.approx(flop(build(name)), rel=1e-3)
     assert costs["logits"] == 2 * build(name).get_layer("logits").kernel.shape.num_elements()
 
@@ -63,7 +70,7 @@ def test_costs_agree_with_the_profiler(name):
 @pytest.mark.parametrize("name", TABLE)
 def test_the_branch_is_the_last_stage_and_all_after_it(name):
     _, parameters, _, low = TABLE[name]
-    trunk, branch = networks.split(build(name))
+    trunk, branch = surgery.split(build(name))
     assert trunk.output_shape[1:] == branch.input_shape[1:] == low
     assert trainable(trunk) + trainable(branch) == parameters
     assert trunk.count_params() + branch.count_params() == build(name).count_params()

@@ -4,10 +4,11 @@
 
 Names are imported when first used, so that what needs no TensorFlow (flags, help) does not wait for it.
 """
+
 import importlib
 
 __version__ = "0.1.0"
-__all__ = ["data", "methods", "networks", "losses", "optimizer", "schedules"]
+__all__ = ["data", "methods", "networks", "surgery", "losses", "optimizer", "schedules"]
 
 
 def __getattr__(name):

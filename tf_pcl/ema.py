@@ -17,7 +17,9 @@ class Shadow:
     def __init__(self, source, shadow):
         pairs = list(zip(source.weights, shadow.weights))
         if len(source.weights) != len(shadow.weights) or any(s.shape != t.shape for s, t in pairs):
-            raise ValueError("source and shadow have different weights: build both from the same network")
+            raise ValueError(
+                "source and shadow have different weights: build both from the same network"
+            )
         shadow.set_weights(source.get_weights())
         self.pairs = list(zip(source.trainable_weights, shadow.trainable_weights))
 

@@ -1,21 +1,75 @@
-"""What a user asked wrongly, said in one line."""
+"""Errors that say what came, what is allowed and what to do."""
+
 import difflib
+import re
+from collections.abc import Collection
+from typing import Any, Optional
 
 
 class UserError(ValueError):
-    """Something asked that cannot be done; its text says what came, what is allowed and what to do."""
+    """Raised when something was asked for that cannot be done.
+
+    The text names parameters of the library in backquotes, as in "`peers=1`: …". The command line
+    turns these into its flags with `as_flags`.
+
+    Args:
+      problem: one sentence that says what is wrong, what is allowed and what to do.
+      parameter: the name of the parameter at fault, if there is one.
+      value: the value that it was given.
+      allowed: what would have been accepted: a text or a collection of values.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        parameter: Optional[str] = None,
+        value: Any = None,
+        allowed: Any = None,
+    ):
+        self.parameter, self.value, self.allowed = parameter, value, allowed
+        super().__init__(f"`{parameter}={value}`: {problem}" if parameter else problem)
+
+    def as_flags(self, flags: Collection[str]) -> str:
+        """Returns the text on one line, with every backquoted parameter in `flags` written as a flag."""
+
+        def flag(match: "re.Match[str]") -> str:
+            return f"--{match[1]}{match[2] or ''}" if match[1] in flags else match[0]
+
+        return re.sub(r"`(\w+)(=[^`]*)?`", flag, " ".join(str(self).split()))
 
 
-def choose(what, name, allowed):
-    """Returns `name` if it is one of `allowed`; raises UserError with the nearest match otherwise."""
+class Stopped(Exception):
+    """Raised when a run ends before its last step; the text says why and what was saved."""
+
+
+def choose(what: str, name: Any, allowed: Collection[str], parameter: Optional[str] = None) -> Any:
+    """Returns `name` if it is one of `allowed`.
+
+    Args:
+      what: what the name stands for, such as "network"; used where no parameter is given.
+      name: what was asked for.
+      allowed: the names that exist.
+      parameter: the parameter that was given the name.
+
+    Raises:
+      UserError: if there is no such name; the text proposes the nearest one.
+    """
     if name in allowed:
         return name
     near = difflib.get_close_matches(str(name), list(allowed), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise UserError(f"{what} {name!r} is not known.{hint} Allowed: {', '.join(sorted(allowed))}.")
+    subject = "it is not known" if parameter else f"{what} {name!r} is not known"
+    raise UserError(
+        f"{subject}.{hint} Allowed: {', '.join(sorted(allowed))}.",
+        parameter=parameter,
+        value=name,
+        allowed=sorted(allowed),
+    )
 
 
-def one_line(error):
-    """What an exception says, with its type, in one line of at most 300 characters."""
+def one_line(error: BaseException) -> str:
+    """Returns an exception's type and text on one line of at most 300 characters."""
     text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}{'…' if len(text) > 300 else ''}" if text else type(error).__name__
+    name = type(error).__name__
+    return f"{name}: {text[:300]}{'…' if len(text) > 300 else ''}" if text else name

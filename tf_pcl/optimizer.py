@@ -1,8 +1,9 @@
 """The papers' SGD."""
+
 import tensorflow as tf
-from tensorflow import keras
 
 from tf_pcl import schedules
+from tf_pcl.compat import keras
 
 
 class SGD(keras.optimizers.Optimizer):
@@ -21,15 +22,23 @@ class SGD(keras.optimizers.Optimizer):
         set_decay gives their own.
     """
 
-    def __init__(self, learning_rate=0.1, momentum=0.9, nesterov=True, coupled_decay=5e-4, name="SGD", **kwargs):
+    def __init__(
+        self,
+        learning_rate=0.1,
+        momentum=0.9,
+        nesterov=True,
+        coupled_decay=5e-4,
+        name="SGD",
+        **kwargs,
+    ):
         super().__init__(name=name, **kwargs)
         self._learning_rate = self._build_learning_rate(learning_rate)
         self.momentum, self.nesterov, self.coupled_decay = momentum, nesterov, coupled_decay
-        self.own_decay = {}
+        self.decay_exceptions = {}
 
     def set_decay(self, weights, coupled_decay):
         """Gives these variables a coupled weight decay of their own, before the first step."""
-        self.own_decay.update({self._var_key(w): coupled_decay for w in weights})
+        self.decay_exceptions.update({self._var_key(w): coupled_decay for w in weights})
 
     def build(self, var_list):
         super().build(var_list)
@@ -41,13 +50,21 @@ class SGD(keras.optimizers.Optimizer):
         lr = tf.cast(self.learning_rate, variable.dtype)
         key = self._var_key(variable)
         velocity = self.velocities[self._index_dict[key]]
-        d = tf.convert_to_tensor(gradient) + self.own_decay.get(key, self.coupled_decay) * variable
+        d = (
+            tf.convert_to_tensor(gradient)
+            + self.decay_exceptions.get(key, self.coupled_decay) * variable
+        )
         velocity.assign(self.momentum * velocity + d)
         variable.assign_sub(lr * (d + self.momentum * velocity if self.nesterov else velocity))
 
     def get_config(self):
-        return {**super().get_config(), "learning_rate": self._serialize_hyperparameter(self._learning_rate),
-                "momentum": self.momentum, "nesterov": self.nesterov, "coupled_decay": self.coupled_decay}
+        return {
+            **super().get_config(),
+            "learning_rate": self._serialize_hyperparameter(self._learning_rate),
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "coupled_decay": self.coupled_decay,
+        }
 
 
 def recipe(epochs, steps_per_epoch, learning_rate=0.1, lr_decay_epochs=None, weight_decay=5e-4):
@@ -62,4 +79,7 @@ def recipe(epochs, steps_per_epoch, learning_rate=0.1, lr_decay_epochs=None, wei
     """
     if lr_decay_epochs is None:
         lr_decay_epochs = [share * epochs for share in schedules.PAPER_LR_DECAY]
-    return SGD(schedules.step_decay(learning_rate, lr_decay_epochs, steps_per_epoch), coupled_decay=weight_decay)
+    return SGD(
+        schedules.step_decay(learning_rate, lr_decay_epochs, steps_per_epoch),
+        coupled_decay=weight_decay,
+    )

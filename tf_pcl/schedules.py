@@ -1,6 +1,8 @@
 """What changes in the course of training: learning rate, ramp-up weight ω, EMA decay φ."""
+
 import tensorflow as tf
-from tensorflow import keras
+
+from tf_pcl.compat import keras
 
 # The tables train for 300 epochs; for another number their epochs keep their share of the whole.
 PAPER_RAMPUP = 80 / 300

@@ -4,14 +4,27 @@ A training batch is a pure function of (seed, step): its images are a stateless 
 drawn from stateless random numbers keyed by step and view. So a run goes on at any step without a stored iterator, two
 methods see the same images (and the same first view), and workers need not talk to each other.
 """
+
 import tensorflow as tf
 
-from tf_pcl.data import augment as augmentation
+from tf_pcl.data import augmentations
 from tf_pcl.errors import UserError, choose
 
 
-def train_batches(data, batch_size, epochs, *, views=1, seed=0, start=0, flip=None, augment=None, color_jitter=0,
-                  cutout=0, shard=(0, 1)):
+def train_batches(
+    data,
+    batch_size,
+    epochs,
+    *,
+    views=1,
+    seed=0,
+    start=0,
+    flip=None,
+    augment=None,
+    color_jitter=0,
+    cutout=0,
+    shard=(0, 1),
+):
     """Endless-looking but finite training data: `epochs` epochs of shuffled batches of augmented views.
 
     Args:
@@ -36,42 +49,63 @@ def train_batches(data, batch_size, epochs, *, views=1, seed=0, start=0, flip=No
     base = tf.constant([seed & 0x7FFFFFFF, 0x5EED], tf.int32)
     mirror = data.flip if flip is None else flip
     side = min(data.image_shape[:2])
-    inception = choose("--augment", augment or ("crop" if side <= 64 else "inception"), ("crop", "inception")) == "inception"
+    inception = (
+        choose(
+            "--augment", augment or ("crop" if side <= 64 else "inception"), ("crop", "inception")
+        )
+        == "inception"
+    )
 
     def augmented(step, images, labels):
         made = []
         for j in range(views):
-            key = augmentation.fold_in(base, 1, step, j)
+            key = augmentations.fold_in(base, 1, step, j)
             if inception:
-                view = augmentation.inception_crop(images, key, mirror, rows, batch_size)
+                view = augmentations.inception_crop(images, key, mirror, rows, batch_size)
             else:
-                view = augmentation.pad_crop_flip(images, key, max(1, round(side / 8)), mirror, rows, batch_size)
+                view = augmentations.pad_crop_flip(
+                    images, key, max(1, round(side / 8)), mirror, rows, batch_size
+                )
             if color_jitter:
-                view = augmentation.color_jitter(view, key, color_jitter, rows, batch_size)
+                view = augmentations.color_jitter(view, key, color_jitter, rows, batch_size)
             if cutout:
-                view = augmentation.cutout(view, key, cutout, rows, batch_size)
+                view = augmentations.cutout(view, key, cutout, rows, batch_size)
             made.append(view)
-        return tf.ensure_shape(tf.stack(made, 1), [rows.stop - rows.start, views, *data.image_shape]), labels
+        return tf.ensure_shape(
+            tf.stack(made, 1), [rows.stop - rows.start, views, *data.image_shape]
+        ), labels
 
     if data.train.random_access:
+
         def batch(step):
             epoch, k = step // steps, step % steps
             index = tf.random.experimental.index_shuffle(
-                k * batch_size + tf.range(batch_size, dtype=tf.int64)[rows], augmentation.fold_in(base, 0, epoch),
-                tf.constant(len(data.train) - 1, tf.int64))
+                k * batch_size + tf.range(batch_size, dtype=tf.int64)[rows],
+                augmentations.fold_in(base, 0, epoch),
+                tf.constant(len(data.train) - 1, tf.int64),
+            )
             return augmented(step, *data.train.fetch(index))
 
-        batches = tf.data.Dataset.range(start, epochs * steps).map(batch, num_parallel_calls=tf.data.AUTOTUNE)
+        batches = tf.data.Dataset.range(start, epochs * steps).map(
+            batch, num_parallel_calls=tf.data.AUTOTUNE
+        )
     else:
-        batches = data.train.batches(seed, epochs, batch_size, rows, start).enumerate(start).map(
-            lambda step, example: augmented(step, *example), num_parallel_calls=tf.data.AUTOTUNE)
+        batches = (
+            data.train.batches(seed, epochs, batch_size, rows, start)
+            .enumerate(start)
+            .map(
+                lambda step, example: augmented(step, *example), num_parallel_calls=tf.data.AUTOTUNE
+            )
+        )
     return batches.prefetch(2)
 
 
 def steps_per_epoch(data, batch_size):
     """Whole batches in the training images; UserError if there is none."""
     if batch_size > len(data.train):
-        raise UserError(f"--batch_size={batch_size} is larger than the {len(data.train)} training images of {data.name}")
+        raise UserError(
+            f"--batch_size={batch_size} is larger than the {len(data.train)} training images of {data.name}"
+        )
     return len(data.train) // batch_size
 
 
@@ -80,8 +114,10 @@ def test_batches(data, batch_size):
     if data.test.random_access:
         count = len(data.test)
         starts = tf.data.Dataset.range(0, count, batch_size)
-        batches = starts.map(lambda i: data.test.fetch(tf.range(i, tf.minimum(i + batch_size, count))),
-                             num_parallel_calls=tf.data.AUTOTUNE)
+        batches = starts.map(
+            lambda i: data.test.fetch(tf.range(i, tf.minimum(i + batch_size, count))),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
     else:
         batches = data.test.examples().batch(batch_size)
     options = tf.data.Options()

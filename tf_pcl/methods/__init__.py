@@ -1,4 +1,5 @@
 """The training methods: one file a method, one page of its paper."""
+
 from tf_pcl.methods.ban import BAN
 from tf_pcl.methods.baseline import Baseline
 from tf_pcl.methods.byot import BYOT

@@ -10,12 +10,14 @@ reported beside it (section 3.1).
 
 What the paper leaves open: the parent sees the child's view, in inference mode.
 """
+
 import tensorflow as tf
 
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit, Stage, from_raw_images
-from tf_pcl.networks import with_features
+from tf_pcl.methods.distiller import Distiller, Exit, Stage
+from tf_pcl.methods.peers import from_raw_images
+from tf_pcl.surgery import with_features
 
 
 class BAN(Distiller):
@@ -36,40 +38,67 @@ class BAN(Distiller):
         self.temperature = temperature
         self.network = with_features(network)
         self.ancestors = list(ancestors)
-        *self.ancestor_names, self.deployed_exit = [f"generation_{k}" for k in range(len(ancestors) + 1)]
-        self.exits = (self.deployed_exit, *self.ancestor_names, *(["ensemble"] if ancestors else []))
+        *self.ancestor_names, self.deployed_exit = [
+            f"generation_{k}" for k in range(len(ancestors) + 1)
+        ]
+        self.exits = (
+            self.deployed_exit,
+            *self.ancestor_names,
+            *(["ensemble"] if ancestors else []),
+        )
 
     @classmethod
     def stages(cls, make, network, generations=3, **arguments):
         """A stage for each of the `generations` ≥ 2, generation 0 among them."""
         if generations < 2:
-            raise UserError(f"--generations={generations}: there must be at least 2, the first of which is not taught")
-        return [Stage(f"generation_{k}", network, lambda trained: make(
-            cls, network, ancestors=[one.deployed() for one in trained], **arguments)) for k in range(generations)]
+            raise UserError(
+                f"--generations={generations}: there must be at least 2, the first of which is not taught"
+            )
+        return [
+            Stage(
+                f"generation_{k}",
+                network,
+                lambda trained: make(
+                    cls, network, ancestors=[one.deployed() for one in trained], **arguments
+                ),
+            )
+            for k in range(generations)
+        ]
 
     @property
     def untrained(self):
         return self.ancestors
 
     def students(self, views, training):
-        return {self.deployed_exit: Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
+        return {
+            self.deployed_exit: Exit(
+                **self.network(self.preprocess(views[:, 0]), training=training)
+            )
+        }
 
     def teachers(self, views, training):
         asked = list(zip(self.ancestor_names, self.ancestors))
         # Only the parent teaches; the others are there for the ensemble.
-        return {name: Exit(ancestor(views[:, 0], training=False)) for name, ancestor in (asked[-1:] if training else asked)}
+        return {
+            name: Exit(ancestor(views[:, 0], training=False))
+            for name, ancestor in (asked[-1:] if training else asked)
+        }
 
     def all_exits(self, images):
         exits = super().all_exits(images)
         if self.ancestors:
-            exits["ensemble"] = Exit(tf.math.log(sum(tf.nn.softmax(e.logits) for e in exits.values()) / len(exits)))
+            exits["ensemble"] = Exit(
+                tf.math.log(sum(tf.nn.softmax(e.logits) for e in exits.values()) / len(exits))
+            )
         return exits
 
     def loss_terms(self, labels, student, teacher):
         z = student[self.deployed_exit].logits
         terms = {"ce": cross_entropy(labels, z)}
         if teacher:
-            terms["parent"] = distillation(teacher[self.ancestor_names[-1]].logits, z, self.temperature)
+            terms["parent"] = distillation(
+                teacher[self.ancestor_names[-1]].logits, z, self.temperature
+            )
         return terms
 
     def deployed(self):

@@ -1,7 +1,9 @@
 """The target network trained alone, with cross-entropy: what every method is compared with."""
+
 from tf_pcl.losses import cross_entropy
-from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images
-from tf_pcl.networks import with_features
+from tf_pcl.methods.distiller import Distiller, Exit
+from tf_pcl.methods.peers import from_raw_images
+from tf_pcl.surgery import with_features
 
 
 class Baseline(Distiller):
@@ -21,7 +23,11 @@ class Baseline(Distiller):
         self.exits, self.deployed_exit = (exit_name,), exit_name
 
     def students(self, views, training):
-        return {self.deployed_exit: Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
+        return {
+            self.deployed_exit: Exit(
+                **self.network(self.preprocess(views[:, 0]), training=training)
+            )
+        }
 
     def loss_terms(self, labels, student, teacher):
         return {"ce": cross_entropy(labels, student[self.deployed_exit].logits)}

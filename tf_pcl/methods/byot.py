@@ -16,15 +16,16 @@ What the paper leaves open: F is the vector that a fully connected layer classif
 conv to d/4 → for each stage that follows, 3×3 conv with stride 2 → 1×1 conv to d → global average pooling, with BN and ReLU
 after each convolution.
 """
-import tensorflow as tf
-from tensorflow import keras
-from tensorflow.keras import layers
 
+import tensorflow as tf
+
+from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images
-from tf_pcl.networks import stage_names, with_features
+from tf_pcl.methods.distiller import Distiller, Exit
+from tf_pcl.methods.peers import from_raw_images
 from tf_pcl.networks.blocks import conv_norm_relu
+from tf_pcl.surgery import section_names, with_features
 
 
 class BYOT(Distiller):
@@ -42,35 +43,52 @@ class BYOT(Distiller):
     terms = ("ce", "deepest", "hint")
     deployed_exit = "deepest"
 
-    def __init__(self, network, *, temperature=3.0, distill_share=0.3, hint_weight=0.03, preprocess=None):
+    def __init__(
+        self, network, *, temperature=3.0, distill_share=0.3, hint_weight=0.03, preprocess=None
+    ):
         super().__init__(preprocess)
-        self.temperature, self.distill_share, self.hint_weight = temperature, distill_share, hint_weight
+        self.temperature, self.distill_share, self.hint_weight = (
+            temperature,
+            distill_share,
+            hint_weight,
+        )
         whole = with_features(network)
-        maps = [whole.get_layer(name).output for name in stage_names(whole)[:-1]]
+        maps = [whole.get_layer(name).output for name in section_names(whole)[:-1]]
         if not maps or any(x.shape.rank != 4 for x in maps):
-            raise UserError(f"network {network.name!r} has {', '.join(stage_names(whole)) or 'no layer stage_1, stage_2, …'}: "
-                            "byot puts an exit after each stage but the last, so name the last layers of two stages or more "
-                            "stage_1, stage_2, …, each but the last with a feature map [batch, height, width, channels]")
+            raise UserError(
+                f"network {network.name!r} has {', '.join(section_names(whole)) or 'no layer stage_1, stage_2, …'}: "
+                "byot puts an exit after each stage but the last, so name the last layers of two stages or more "
+                "stage_1, stage_2, …, each but the last with a feature map [batch, height, width, channels]"
+            )
         self.shallow_names = [f"exit_{i + 1}" for i in range(len(maps))]
         self.exits = (*self.shallow_names, self.deployed_exit)
-        self.network = keras.Model(whole.input, {**whole.output, **dict(zip(self.shallow_names, maps))}, name=whole.name)
+        self.network = keras.Model(
+            whole.input, {**whole.output, **dict(zip(self.shallow_names, maps))}, name=whole.name
+        )
         d, classes = whole.output_shape["features"][-1], whole.output_shape["logits"][-1]
-        self.shallow = [shallow_exit(x.shape[1:], len(maps) - i, d, classes, name)
-                        for i, (x, name) in enumerate(zip(maps, self.shallow_names))]
+        self.shallow = [
+            shallow_exit(x.shape[1:], len(maps) - i, d, classes, name)
+            for i, (x, name) in enumerate(zip(maps, self.shallow_names))
+        ]
 
     def students(self, views, training):
         outputs = dict(self.network(self.preprocess(views[:, 0]), training=training))
-        exits = {name: Exit(**classify(outputs.pop(name), training=training))
-                 for name, classify in zip(self.shallow_names, self.shallow)}
+        exits = {
+            name: Exit(**classify(outputs.pop(name), training=training))
+            for name, classify in zip(self.shallow_names, self.shallow)
+        }
         return {**exits, "deepest": Exit(**outputs)}
 
     def loss_terms(self, labels, student, teacher):
         alpha, last = self.distill_share, student["deepest"]
         shallow = [student[name] for name in self.shallow_names]
         return {
-            "ce": (1 - alpha) * sum(cross_entropy(labels, e.logits) for e in shallow) + cross_entropy(labels, last.logits),
-            "deepest": alpha * sum(distillation(last.logits, e.logits, self.temperature) for e in shallow),
-            "hint": self.hint_weight * sum(squared_distance(e.features, tf.stop_gradient(last.features)) for e in shallow),
+            "ce": (1 - alpha) * sum(cross_entropy(labels, e.logits) for e in shallow)
+            + cross_entropy(labels, last.logits),
+            "deepest": alpha
+            * sum(distillation(last.logits, e.logits, self.temperature) for e in shallow),
+            "hint": self.hint_weight
+            * sum(squared_distance(e.features, tf.stop_gradient(last.features)) for e in shallow),
         }
 
     def deployed(self):
@@ -87,7 +105,11 @@ def shallow_exit(map_shape, halvings, width, classes, name):
     """A keras.Model from a stage's feature map [B, *map_shape] to {"features": [B, width], "logits": float32 [B, classes]},
     whose bottleneck halves the map's sides `halvings` times."""
     x = stage = keras.Input(map_shape)
-    for filters, size, strides in [(max(1, width // 4), 1, 1), *[(max(1, width // 4), 3, 2)] * halvings, (width, 1, 1)]:
+    for filters, size, strides in [
+        (max(1, width // 4), 1, 1),
+        *[(max(1, width // 4), 3, 2)] * halvings,
+        (width, 1, 1),
+    ]:
         x = conv_norm_relu(x, filters, size, strides)
     features = layers.GlobalAveragePooling2D()(x)
     logits = layers.Dense(classes, dtype="float32")(features)

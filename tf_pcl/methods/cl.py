@@ -12,11 +12,13 @@ the gradient by 1/m backward. Deployed is head 1.
 
 What the paper leaves open: a single fork, at `split_at`; the heads see one view of each image.
 """
+
 import tensorflow as tf
 
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Peers, peer_names
-from tf_pcl.networks import split
+from tf_pcl.methods.distiller import Distiller
+from tf_pcl.methods.peers import Peers, peer_names
+from tf_pcl.surgery import split
 
 
 class CL(Distiller):
@@ -34,7 +36,16 @@ class CL(Distiller):
     terms = ("ce", "consensus")
     deployed_exit = "peer_1"
 
-    def __init__(self, network, *, split_at=None, peers=3, temperature=2.0, distill_share=0.5, preprocess=None):
+    def __init__(
+        self,
+        network,
+        *,
+        split_at=None,
+        peers=3,
+        temperature=2.0,
+        distill_share=0.5,
+        preprocess=None,
+    ):
         super().__init__(preprocess)
         self.temperature, self.distill_share = temperature, distill_share
         self.exits = peer_names(peers)
@@ -49,8 +60,8 @@ class CL(Distiller):
         consensus = [(sum(z) - z_h) / (len(z) - 1) for z_h in z]
         return {
             "ce": (1 - self.distill_share) * sum(cross_entropy(labels, z_h) for z_h in z),
-            "consensus": self.distill_share * sum(
-                distillation(c_h, z_h, self.temperature) for c_h, z_h in zip(consensus, z)),
+            "consensus": self.distill_share
+            * sum(distillation(c_h, z_h, self.temperature) for c_h, z_h in zip(consensus, z)),
         }
 
     def deployed(self):
@@ -59,6 +70,7 @@ class CL(Distiller):
 
 def rescaled(x, factor):
     """`x` as it is; the gradient through it is multiplied by `factor`."""
+
     @tf.custom_gradient
     def fork(x):
         return tf.identity(x), lambda gradient: factor * gradient

@@ -18,15 +18,16 @@ Deployed is network 1.
 Chosen here: the values of the weights and of t; with more than two networks, the mean over all k' ≠ k; the
 frozen copies see the same view, in inference mode; each stage is trained by the whole recipe.
 """
+
 import itertools
 
 import tensorflow as tf
 
 from tf_pcl.errors import UserError
-from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.losses import cross_entropy, distillation, pairwise_distances, triplet_angles
 from tf_pcl.methods.baseline import Baseline
-from tf_pcl.methods.distiller import Distiller, Exit, Stage, check_peers, from_raw_images, peer_names, whole_networks
-from tf_pcl.relations import angles, distances
+from tf_pcl.methods.distiller import Distiller, Exit, Stage
+from tf_pcl.methods.peers import check_peers, from_raw_images, peer_names, whole_networks
 
 
 class CTSLMKT(Distiller):
@@ -44,11 +45,23 @@ class CTSLMKT(Distiller):
     terms = ("ce", "mutual", "self", "distance", "angle")
     deployed_exit = "peer_1"
 
-    def __init__(self, network, *, temperature=4.0, ce_weight=1.0, collaboration_weight=1.0, self_weight=1.0,
-                 angle_weight=2.0, mutual_weight=1.0, preprocess=None):
+    def __init__(
+        self,
+        network,
+        *,
+        temperature=4.0,
+        ce_weight=1.0,
+        collaboration_weight=1.0,
+        self_weight=1.0,
+        angle_weight=2.0,
+        mutual_weight=1.0,
+        preprocess=None,
+    ):
         super().__init__(preprocess)
         if not isinstance(network, (list, tuple)):
-            raise UserError("ctsl_mkt takes a list of networks that were trained before, one for each peer")
+            raise UserError(
+                "ctsl_mkt takes a list of networks that were trained before, one for each peer"
+            )
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = ce_weight, collaboration_weight, self_weight
         self.beta_1, self.beta_2 = angle_weight, mutual_weight
@@ -58,12 +71,28 @@ class CTSLMKT(Distiller):
     @classmethod
     def stages(cls, make, network, peers=None, **arguments):
         """The training of each network alone, and that of all together; `peers` is 2 unless given."""
-        several = network if isinstance(network, (list, tuple)) else [network] * (2 if peers is None else peers)
+        several = (
+            network
+            if isinstance(network, (list, tuple))
+            else [network] * (2 if peers is None else peers)
+        )
         check_peers(several, peers)
-        alone = [Stage(name, one, lambda trained, one=one, name=name: make(Baseline, one, exit_name=name))
-                 for name, one in zip(peer_names(len(several)), several)]
-        return [*alone, Stage("together", network, lambda trained: make(
-            cls, [peer.network for peer in trained[:len(several)]], **arguments))]
+        alone = [
+            Stage(
+                name, one, lambda trained, one=one, name=name: make(Baseline, one, exit_name=name)
+            )
+            for name, one in zip(peer_names(len(several)), several)
+        ]
+        return [
+            *alone,
+            Stage(
+                "together",
+                network,
+                lambda trained: make(
+                    cls, [peer.network for peer in trained[: len(several)]], **arguments
+                ),
+            ),
+        ]
 
     @property
     def untrained(self):
@@ -71,26 +100,40 @@ class CTSLMKT(Distiller):
 
     def students(self, views, training):
         images = self.preprocess(views[:, 0])
-        return {name: Exit(**network(images, training=training)) for name, network in self.networks.items()}
+        return {
+            name: Exit(**network(images, training=training))
+            for name, network in self.networks.items()
+        }
 
     def teachers(self, views, training):
         images = self.preprocess(views[:, 0])
-        return {f"alone_{name}": Exit(**network(images, training=False)) for name, network in self.alone.items()}
+        return {
+            f"alone_{name}": Exit(**network(images, training=False))
+            for name, network in self.alone.items()
+        }
 
     def loss_terms(self, labels, student, teacher):
         z = [student[name].logits for name in self.networks]
         z_alone = [teacher[f"alone_{name}"].logits for name in self.networks]
         features = [of_all_replicas(student[name].features) for name in self.networks]
-        d, a = [distances(f) for f in features], [angles(f) for f in features]
+        d, a = [pairwise_distances(f) for f in features], [triplet_angles(f) for f in features]
         m = len(z)
         return {
             "ce": self.alpha * sum(cross_entropy(labels, z_k) for z_k in z),
-            "mutual": self.beta * self.beta_2 / (m - 1) * sum(
-                distillation(z[j], z[k]) for k in range(m) for j in range(m) if j != k),
-            "self": self.gamma * sum(distillation(own, z_k, self.temperature) for own, z_k in zip(z_alone, z)),
+            "mutual": self.beta
+            * self.beta_2
+            / (m - 1)
+            * sum(distillation(z[j], z[k]) for k in range(m) for j in range(m) if j != k),
+            "self": self.gamma
+            * sum(distillation(own, z_k, self.temperature) for own, z_k in zip(z_alone, z)),
             # Every pair once, with the loss of both directions.
-            "distance": self.beta / (m - 1) * sum(itertools.starmap(mutual_huber, itertools.combinations(d, 2))),
-            "angle": self.beta * self.beta_1 / (m - 1) * sum(itertools.starmap(mutual_huber, itertools.combinations(a, 2))),
+            "distance": self.beta
+            / (m - 1)
+            * sum(itertools.starmap(mutual_huber, itertools.combinations(d, 2))),
+            "angle": self.beta
+            * self.beta_1
+            / (m - 1)
+            * sum(itertools.starmap(mutual_huber, itertools.combinations(a, 2))),
         }
 
     def deployed(self):
@@ -111,5 +154,9 @@ def mutual_huber(x, y):
 def of_all_replicas(features):
     """The features [B, d] of the global batch from those of a replica, so that all its images are related to each other."""
     context = tf.distribute.get_replica_context()
-    # A handle of its own, as in relations.angles.
-    return context.all_gather(features, axis=0) if context.num_replicas_in_sync > 1 else tf.identity(features)
+    # A handle of its own, as in losses_module.triplet_angles.
+    return (
+        context.all_gather(features, axis=0)
+        if context.num_replicas_in_sync > 1
+        else tf.identity(features)
+    )

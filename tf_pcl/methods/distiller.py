@@ -1,15 +1,14 @@
 """What all methods share: the training step, the test step, metrics, the step counter."""
+
 import inspect
 import itertools
 import typing
 
 import tensorflow as tf
-from tensorflow import keras
 
 from tf_pcl import optimizer as optimizers
 from tf_pcl import schedules
-from tf_pcl.errors import UserError
-from tf_pcl.networks import clone, with_features
+from tf_pcl.compat import keras
 
 
 class Exit(typing.NamedTuple):
@@ -37,7 +36,7 @@ class Stage(typing.NamedTuple):
 class Distiller(keras.Model):
     """A training method around a target network. Subclasses give its equations; the steps live here alone.
 
-    A subclass builds its networks in `__init__`, sets `views`, `terms`, `exits` and `deployed_exit`, and defines
+    A subclass builds its networks in `__init__`, sets `num_views`, `terms`, `exits` and `deployed_exit`, and defines
     `students`, `loss_terms`, `deployed` and, where the method has them, `teachers` and `after_step`.
 
     Train with Keras's own compile and fit on batches of (views uint8 [B, m, H, W, C], labels int [B]); images [B, H, W, C]
@@ -45,7 +44,7 @@ class Distiller(keras.Model):
     replica's images, divided by the number of replicas.
 
     Attributes:
-      views: how many augmented views of an image the method trains on.
+      num_views: how many augmented views of an image the method trains on.
       terms: names of the loss terms.
       exits: names of all predictions, trained ones first; `error/NAME` is the error in percent.
       deployed_exit: the name of the prediction that `deployed()` gives.
@@ -53,15 +52,22 @@ class Distiller(keras.Model):
       step: int64, training steps done.
     """
 
-    views = 1
+    num_views = 1
     rampup_epochs = distill_weight = None
 
     def __init__(self, preprocess=None, name=None):
         super().__init__(name=name)
         # Without a layer of its own, the cast to float that it would make.
-        self.preprocess = preprocess or keras.layers.Activation("linear", dtype="float32", name="as_they_are")
-        self.step = tf.Variable(0, dtype=tf.int64, trainable=False, name="step",
-                                aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA)
+        self.preprocess = preprocess or keras.layers.Activation(
+            "linear", dtype="float32", name="as_they_are"
+        )
+        self.step = tf.Variable(
+            0,
+            dtype=tf.int64,
+            trainable=False,
+            name="step",
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+        )
 
     # What a method defines.
 
@@ -78,7 +84,7 @@ class Distiller(keras.Model):
         return [Stage("", network, lambda trained: make(cls, network, **arguments))]
 
     @classmethod
-    def settings(cls):
+    def parameters(cls):
         """{name: default} of what the constructor and `stages` take."""
         taken = {**inspect.signature(cls).parameters, **inspect.signature(cls.stages).parameters}
         return {name: parameter.default for name, parameter in taken.items()}
@@ -89,7 +95,7 @@ class Distiller(keras.Model):
         return []
 
     @property
-    def own_decay(self):
+    def decay_exceptions(self):
         """[(weights, weight decay)] of the weights that do not take the recipe's."""
         return []
 
@@ -132,11 +138,18 @@ class Distiller(keras.Model):
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         optimizer = optimizer or optimizers.recipe(epochs, steps_per_epoch)
         if isinstance(optimizer, optimizers.SGD):
-            for weights, decay in self.own_decay:
+            for weights, decay in self.decay_exceptions:
                 optimizer.set_decay(weights, decay)
         super().compile(optimizer=optimizer, **kwargs)
-        self.mean_of = {name: keras.metrics.Mean(name) for name in (
-            "loss", *(f"loss/{t}" for t in (*self.terms, "regularization")), "diversity", *(f"error/{e}" for e in self.exits))}
+        self.mean_of = {
+            name: keras.metrics.Mean(name)
+            for name in (
+                "loss",
+                *(f"loss/{t}" for t in (*self.terms, "regularization")),
+                "diversity",
+                *(f"error/{e}" for e in self.exits),
+            )
+        }
 
     @property
     def metrics(self):
@@ -169,7 +182,11 @@ class Distiller(keras.Model):
 
     def ramp_up(self):
         """ω at the current step; α, unless given, is 80 of 300 epochs, scaled to the run."""
-        rampup_epochs = schedules.PAPER_RAMPUP * self.epochs if self.rampup_epochs is None else self.rampup_epochs
+        rampup_epochs = (
+            schedules.PAPER_RAMPUP * self.epochs
+            if self.rampup_epochs is None
+            else self.rampup_epochs
+        )
         return schedules.ramp_up(self.fractional_epoch, rampup_epochs, self.distill_weight)
 
     def train_step(self, data):
@@ -189,7 +206,9 @@ class Distiller(keras.Model):
         self.optimizer.minimize(scaled, self.trainable_weights, tape=tape)
         self.after_step(self.step + 1)
         self.step.assign_add(1)
-        return self._report({"loss": total, **{f"loss/{k}": v for k, v in terms.items()}}, labels, student)
+        return self._report(
+            {"loss": total, **{f"loss/{k}": v for k, v in terms.items()}}, labels, student
+        )
 
     def test_step(self, data):
         images, labels = data
@@ -197,7 +216,12 @@ class Distiller(keras.Model):
 
     def _regularization(self):
         """The penalties of layers with a regularizer of their own (keras kernel_regularizer), teachers left out."""
-        penalties = [loss for layer in self.layers if not any(layer is t for t in self.untrained) for loss in layer.losses]
+        penalties = [
+            loss
+            for layer in self.layers
+            if not any(layer is t for t in self.untrained)
+            for loss in layer.losses
+        ]
         return {"regularization": sum(penalties)} if penalties else {}
 
     def _report(self, losses, labels, exits):
@@ -213,89 +237,3 @@ class Distiller(keras.Model):
         for name, value in values.items():
             self.mean_of[name].update_state(value)
         return {name: self.mean_of[name].result() for name in values}
-
-
-class Peers(keras.Model):
-    """Peers on a shared trunk.
-
-    Args:
-      trunk, branch: as networks.split gives them.
-      names: the peers' exits; each gets a freshly initialised copy of the branch.
-      preprocess: a layer in front of the trunk.
-    """
-
-    def __init__(self, trunk, branch, names, preprocess, name="peers"):
-        super().__init__(name=name)
-        self.preprocess = preprocess
-        self.trunk = trunk
-        self.names = tuple(names)
-        self.branches = []
-        for j in range(len(names)):
-            own = clone(branch, salt=j)
-            # Keras wants different names for models that meet in one, as in an ensemble.
-            self.branches.append(keras.Model(own.input, own.output, name=f"branch_{j + 1}"))
-        self.built = True
-
-    def call(self, views, training=False):
-        """{name: Exit} of the peers for views [B, v, H, W, C]."""
-        return self.high(self.low(views, training), training)
-
-    def low(self, views, training=False):
-        """The trunk's output [B, …] for each of the v views, a list."""
-        # The views go through the trunk as one batch of v·B images, which share its BatchNorm statistics.
-        images = tf.reshape(tf.transpose(views, [1, 0, 2, 3, 4]), [-1, *views.shape[2:]])
-        return tf.split(self.trunk(self.preprocess(images), training=training), views.shape[1])
-
-    def high(self, low, training=False):
-        """{name: Exit} of the branches: peer j takes low[j], or all take the one."""
-        low = low * len(self.branches) if len(low) == 1 else low
-        return {name: Exit(**branch(x, training=training)) for name, branch, x in zip(self.names, self.branches, low)}
-
-    def target(self, j=0):
-        """The peer names[j] to deploy: trunk and its branch."""
-        return from_raw_images(self.preprocess, self.trunk, self.branches[j])
-
-
-def from_raw_images(preprocess, *models):
-    """A functional keras.Model from raw images uint8 [B, H, W, C], through `preprocess` and `models`, the last of which
-    gives {"logits": …}, to logits float32 [B, C]."""
-    images = keras.Input(models[0].input_shape[1:], dtype=tf.uint8, name="images")
-    x = preprocess(images)
-    for model in models:
-        x = model(x)
-    return classifier(images, x["logits"])
-
-
-def classifier(images, logits):
-    """keras.Model from `images` to float32 `logits`, under that output name."""
-    return keras.Model(images, keras.layers.Activation("linear", dtype="float32", name="logits")(logits))
-
-
-def whole_networks(network, peers=None):
-    """{peer's name: network} of peers that share nothing.
-
-    Args:
-      network: a functional keras.Model from images to logits or probabilities, of which all but the first peer are freshly
-        initialised copies; or a list of different ones.
-      peers: m ≥ 2; by default 3, or as many as the list has.
-    Returns:
-      Networks as networks.with_features gives them.
-    """
-    if not isinstance(network, (list, tuple)):
-        first, names = with_features(network), peer_names(3 if peers is None else peers)
-        return dict(zip(names, [first, *(clone(first, salt=j) for j in range(1, len(names)))]))
-    check_peers(network, peers)
-    return dict(zip(peer_names(len(network)), map(with_features, network)))
-
-
-def check_peers(several, peers):
-    """UserError if `peers` is given and is not the number of networks in the list `several`."""
-    if peers not in (None, len(several)):
-        raise UserError(f"--peers={peers} does not go with {len(several)} networks: leave it out")
-
-
-def peer_names(count):
-    """["peer_1", …]; UserError for fewer than 2."""
-    if count < 2:
-        raise UserError(f"--peers={count}: this method needs at least 2 peers, who teach each other")
-    return [f"peer_{j + 1}" for j in range(count)]

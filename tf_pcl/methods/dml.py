@@ -10,8 +10,10 @@ No gradient flows into the network that teaches, and there is no ramp-up. Deploy
 What the paper leaves open or does otherwise: all networks step together, on the logits of one forward pass, where the
 paper lets them take turns.
 """
+
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit, from_raw_images, whole_networks
+from tf_pcl.methods.distiller import Distiller, Exit
+from tf_pcl.methods.peers import from_raw_images, whole_networks
 
 
 class DML(Distiller):
@@ -36,15 +38,24 @@ class DML(Distiller):
 
     def students(self, views, training):
         images = self.preprocess(views[:, 0])
-        return {name: Exit(**network(images, training=training)) for name, network in self.networks.items()}
+        return {
+            name: Exit(**network(images, training=training))
+            for name, network in self.networks.items()
+        }
 
     def loss_terms(self, labels, student, teacher):
         z = [student[name].logits for name in self.exits]
         m = len(z)
         return {
             "ce": sum(cross_entropy(labels, z_j) for z_j in z),
-            "mutual": 1 / (m - 1) * sum(
-                distillation(z[i], z[j], self.temperature) for j in range(m) for i in range(m) if i != j),
+            "mutual": 1
+            / (m - 1)
+            * sum(
+                distillation(z[i], z[j], self.temperature)
+                for j in range(m)
+                for i in range(m)
+                if i != j
+            ),
         }
 
     def deployed(self):

@@ -15,15 +15,16 @@ so that branches and fusion module teach each other; no gradient flows into a te
 
 What the paper leaves open: the convolutions have no bias, since BN subtracts the mean.
 """
-import tensorflow as tf
-from tensorflow import keras
-from tensorflow.keras import layers
 
+import tensorflow as tf
+
+from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit, Peers, peer_names
-from tf_pcl.networks import split
+from tf_pcl.methods.distiller import Distiller, Exit
+from tf_pcl.methods.peers import Peers, peer_names
 from tf_pcl.networks.blocks import conv_norm_relu, norm
+from tf_pcl.surgery import split
 
 
 class FFL(Distiller):
@@ -43,10 +44,23 @@ class FFL(Distiller):
     terms = ("ce", "fused", "average")
     deployed_exit = "peer_1"
 
-    def __init__(self, network, *, split_at=None, peers=3, temperature=3.0, rampup_epochs=None, distill_weight=1.0,
-                 preprocess=None):
+    def __init__(
+        self,
+        network,
+        *,
+        split_at=None,
+        peers=3,
+        temperature=3.0,
+        rampup_epochs=None,
+        distill_weight=1.0,
+        preprocess=None,
+    ):
         super().__init__(preprocess)
-        self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
+        self.temperature, self.rampup_epochs, self.distill_weight = (
+            temperature,
+            rampup_epochs,
+            distill_weight,
+        )
         self.peer_names = peer_names(peers)
         self.exits = (*self.peer_names, "ensemble")
         trunk, branch = split(network, split_at)
@@ -54,7 +68,7 @@ class FFL(Distiller):
         self.fusion = fusion(network, branch, peers)
 
     @property
-    def own_decay(self):
+    def decay_exceptions(self):
         return [(self.fusion.trainable_weights, 1e-5)]
 
     def students(self, views, training):
@@ -83,11 +97,17 @@ def fusion(network, branch, count):
       UserError: if the branch makes no feature map.
     """
     if "feature_map" not in branch.output_shape:
-        raise UserError(f"network {network.name!r} has no feature map [batch, height, width, channels] between --split_at "
-                        "and its classifier, and ffl fuses those of the branches: cut earlier")
+        raise UserError(
+            f"network {network.name!r} has no feature map [batch, height, width, channels] between --split_at "
+            "and its classifier, and ffl fuses those of the branches: cut earlier"
+        )
     *size, width = branch.output_shape["feature_map"][1:]
     maps = keras.Input([*size, count * width])
-    x = layers.DepthwiseConv2D(3, padding="same", use_bias=False, depthwise_initializer="he_normal")(maps)
+    x = layers.DepthwiseConv2D(
+        3, padding="same", use_bias=False, depthwise_initializer="he_normal"
+    )(maps)
     x = conv_norm_relu(layers.ReLU()(norm(x)), width, 1)
     x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(maps, layers.Dense(branch.output_shape["logits"][-1], dtype="float32")(x), name="fusion")
+    return keras.Model(
+        maps, layers.Dense(branch.output_shape["logits"][-1], dtype="float32")(x), name="fusion"
+    )

@@ -9,11 +9,13 @@ Deployed is the student.
 
 What the paper leaves open: the teacher sees the student's view, in inference mode; both terms weigh 1; T = 3.
 """
+
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.baseline import Baseline
-from tf_pcl.methods.distiller import Distiller, Exit, Stage, from_raw_images
-from tf_pcl.networks import with_features
+from tf_pcl.methods.distiller import Distiller, Exit, Stage
+from tf_pcl.methods.peers import from_raw_images
+from tf_pcl.surgery import with_features
 
 
 class KD(Distiller):
@@ -35,23 +37,48 @@ class KD(Distiller):
         self.temperature = temperature
         self.network = with_features(network)
         self.teacher = teacher
-        ends = [(model.input_shape[1:], classes) for model, classes in (
-            (teacher, teacher.output_shape[-1]), (self.network, self.network.output_shape["logits"][-1]))]
+        ends = [
+            (model.input_shape[1:], classes)
+            for model, classes in (
+                (teacher, teacher.output_shape[-1]),
+                (self.network, self.network.output_shape["logits"][-1]),
+            )
+        ]
         if ends[0] != ends[1]:
             (taught, of), (given, asked) = ends
-            raise UserError(f"--teacher gives {of} classes for images {taught}, where {asked} classes for images {given} are "
-                            "asked: take a teacher that was trained on this data set at this size")
+            raise UserError(
+                f"--teacher gives {of} classes for images {taught}, where {asked} classes for images {given} are "
+                "asked: take a teacher that was trained on this data set at this size"
+            )
 
     @classmethod
     def stages(cls, make, network, teacher=None, teacher_network=None, **arguments):
         """The training of a teacher, resnet110 unless given, and the student's; the student's alone if there is a teacher."""
         if teacher and teacher_network:
-            raise UserError("--teacher_network does not go with --teacher, which brings its own network: give one of them")
+            raise UserError(
+                "--teacher_network does not go with --teacher, which brings its own network: give one of them"
+            )
         if teacher:
-            return [Stage("student", network, lambda trained: make(cls, network, teacher=teacher, **arguments))]
+            return [
+                Stage(
+                    "student",
+                    network,
+                    lambda trained: make(cls, network, teacher=teacher, **arguments),
+                )
+            ]
         teacher_network = teacher_network or "resnet110"
-        return [Stage("teacher", teacher_network, lambda trained: make(Baseline, teacher_network, exit_name="teacher")),
-                Stage("student", network, lambda trained: make(cls, network, teacher=trained[0].deployed(), **arguments))]
+        return [
+            Stage(
+                "teacher",
+                teacher_network,
+                lambda trained: make(Baseline, teacher_network, exit_name="teacher"),
+            ),
+            Stage(
+                "student",
+                network,
+                lambda trained: make(cls, network, teacher=trained[0].deployed(), **arguments),
+            ),
+        ]
 
     @property
     def untrained(self):
@@ -65,7 +92,10 @@ class KD(Distiller):
 
     def loss_terms(self, labels, student, teacher):
         z = student["student"].logits
-        return {"ce": cross_entropy(labels, z), "teacher": distillation(teacher["teacher"].logits, z, self.temperature)}
+        return {
+            "ce": cross_entropy(labels, z),
+            "teacher": distillation(teacher["teacher"].logits, z, self.temperature),
+        }
 
     def deployed(self):
         return from_raw_images(self.preprocess, self.network)

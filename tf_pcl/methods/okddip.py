@@ -14,12 +14,14 @@ authors' published code. Deployed is the leader.
 
 What the paper leaves open: d/8 is rounded down, but not to 0; attention is computed in float32.
 """
-import tensorflow as tf
-from tensorflow.keras import layers
 
+import tensorflow as tf
+
+from tf_pcl.compat import layers
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Peers, peer_names
-from tf_pcl.networks import split
+from tf_pcl.methods.distiller import Distiller
+from tf_pcl.methods.peers import Peers, peer_names
+from tf_pcl.surgery import split
 
 
 class OKDDip(Distiller):
@@ -38,17 +40,32 @@ class OKDDip(Distiller):
     terms = ("ce", "personal", "group")
     deployed_exit = "leader"
 
-    def __init__(self, network, *, split_at=None, peers=3, temperature=3.0, rampup_epochs=None, distill_weight=1.0,
-                 preprocess=None):
+    def __init__(
+        self,
+        network,
+        *,
+        split_at=None,
+        peers=3,
+        temperature=3.0,
+        rampup_epochs=None,
+        distill_weight=1.0,
+        preprocess=None,
+    ):
         super().__init__(preprocess)
-        self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
+        self.temperature, self.rampup_epochs, self.distill_weight = (
+            temperature,
+            rampup_epochs,
+            distill_weight,
+        )
         self.peer_names = peer_names(peers)
         self.exits = (*self.peer_names, "leader")
         trunk, branch = split(network, split_at)
         self.peers = Peers(trunk, branch, self.exits, self.preprocess)
         d = branch.output_shape["features"][-1]
-        self.query, self.key = (layers.Dense(max(1, d // 8), use_bias=False, dtype="float32", name=name)
-                                for name in ("query", "key"))
+        self.query, self.key = (
+            layers.Dense(max(1, d // 8), use_bias=False, dtype="float32", name=name)
+            for name in ("query", "key")
+        )
         for matrix in (self.query, self.key):
             matrix.build((None, d))
 
@@ -61,13 +78,18 @@ class OKDDip(Distiller):
 
     def loss_terms(self, labels, student, teacher):
         T, w = self.temperature, self.ramp_up()
-        stacked = lambda what: tf.stack([getattr(student[name], what) for name in self.peer_names], axis=1)
+        stacked = lambda what: tf.stack(
+            [getattr(student[name], what) for name in self.peer_names], axis=1
+        )
         z, z_leader = stacked("logits"), student["leader"].logits
         targets = tf.matmul(self.attention(stacked("features")), z)
         return {
             "ce": sum(cross_entropy(labels, e.logits) for e in student.values()),
-            "personal": w * sum(distillation(t_i, z_i, T, cut=False) for t_i, z_i in zip(
-                tf.unstack(targets, axis=1), tf.unstack(z, axis=1))),
+            "personal": w
+            * sum(
+                distillation(t_i, z_i, T, cut=False)
+                for t_i, z_i in zip(tf.unstack(targets, axis=1), tf.unstack(z, axis=1))
+            ),
             "group": w * distillation(tf.reduce_mean(z, axis=1), z_leader, T, cut=False),
         }
 

@@ -11,15 +11,16 @@ No gradient flows into the ensemble as a teacher, so that the gate learns from C
 
 What the paper leaves open: W has no bias, since BN subtracts the mean.
 """
-import tensorflow as tf
-from tensorflow import keras
-from tensorflow.keras import layers
 
+import tensorflow as tf
+
+from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit, Peers, peer_names
-from tf_pcl.networks import split
+from tf_pcl.methods.distiller import Distiller, Exit
+from tf_pcl.methods.peers import Peers, peer_names
 from tf_pcl.networks.blocks import norm
+from tf_pcl.surgery import split
 
 
 class ONE(Distiller):
@@ -39,10 +40,23 @@ class ONE(Distiller):
     terms = ("ce", "ensemble")
     deployed_exit = "peer_1"
 
-    def __init__(self, network, *, split_at=None, peers=3, temperature=3.0, rampup_epochs=None, distill_weight=1.0,
-                 preprocess=None):
+    def __init__(
+        self,
+        network,
+        *,
+        split_at=None,
+        peers=3,
+        temperature=3.0,
+        rampup_epochs=None,
+        distill_weight=1.0,
+        preprocess=None,
+    ):
         super().__init__(preprocess)
-        self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
+        self.temperature, self.rampup_epochs, self.distill_weight = (
+            temperature,
+            rampup_epochs,
+            distill_weight,
+        )
         self.peer_names = peer_names(peers)
         self.exits = (*self.peer_names, "ensemble")
         trunk, branch = split(network, split_at)
@@ -60,8 +74,11 @@ class ONE(Distiller):
         z_e = student["ensemble"].logits
         return {
             "ce": sum(cross_entropy(labels, e.logits) for e in student.values()),
-            "ensemble": self.ramp_up() * sum(
-                distillation(z_e, student[name].logits, self.temperature) for name in self.peer_names),
+            "ensemble": self.ramp_up()
+            * sum(
+                distillation(z_e, student[name].logits, self.temperature)
+                for name in self.peer_names
+            ),
         }
 
     def deployed(self):
@@ -75,8 +92,10 @@ def gate(trunk, count):
       UserError: if the trunk ends in anything else.
     """
     if len(trunk.output_shape) != 4:
-        raise UserError(f"the network has {trunk.output_shape} where --split_at cuts it, not a feature map [batch, height, "
-                        "width, channels], which the gate of one pools: cut earlier")
+        raise UserError(
+            f"the network has {trunk.output_shape} where --split_at cuts it, not a feature map [batch, height, "
+            "width, channels], which the gate of one pools: cut earlier"
+        )
     low = keras.Input(trunk.output_shape[1:])
     x = layers.Dense(count, use_bias=False)(layers.GlobalAveragePooling2D()(low))
     return keras.Model(low, layers.Softmax(dtype="float32")(layers.ReLU()(norm(x))), name="gate")

@@ -20,15 +20,17 @@ steps are counted capped so that the average spans at most 1 % of training; the 
 peers and uses batch statistics; the BatchNorm statistics that it is deployed with are its own, from those passes; the
 m views pass the trunk as one batch.
 """
+
 import tensorflow as tf
-from tensorflow import keras
 
 from tf_pcl import schedules
+from tf_pcl.compat import keras
 from tf_pcl.ema import Shadow
 from tf_pcl.errors import UserError, choose
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit, Peers, classifier, peer_names
-from tf_pcl.networks import clone, split
+from tf_pcl.methods.distiller import Distiller, Exit
+from tf_pcl.methods.peers import Peers, classifier, peer_names
+from tf_pcl.surgery import clone, split
 
 
 class PCL(Distiller):
@@ -53,19 +55,44 @@ class PCL(Distiller):
 
     terms = ("ce", "ensemble", "mean")
 
-    def __init__(self, network, *, split_at=None, peers=3, temperature=3.0, rampup_epochs=None, distill_weight=1.0,
-                 ema_decay=None, ema_every="step", ensemble_teacher="features", peer_teacher="mean", views="own",
-                 deploy="peer", preprocess=None):
+    def __init__(
+        self,
+        network,
+        *,
+        split_at=None,
+        peers=3,
+        temperature=3.0,
+        rampup_epochs=None,
+        distill_weight=1.0,
+        ema_decay=None,
+        ema_every="step",
+        ensemble_teacher="features",
+        peer_teacher="mean",
+        views="own",
+        deploy="peer",
+        preprocess=None,
+    ):
         super().__init__(preprocess)
         self.peer_names = peer_names(peers)
         if deploy == "ensemble" and ensemble_teacher == "none":
-            raise UserError("--deploy=ensemble does not go with --ensemble_teacher=none: there is no ensemble to deploy")
-        self.temperature, self.rampup_epochs, self.distill_weight = temperature, rampup_epochs, distill_weight
-        self.ema_decay, self.ema_every = ema_decay, choose("--ema_every", ema_every, ("step", "epoch"))
-        self.ensemble_teacher = choose("--ensemble_teacher", ensemble_teacher, ("features", "logits", "none"))
+            raise UserError(
+                "--deploy=ensemble does not go with --ensemble_teacher=none: there is no ensemble to deploy"
+            )
+        self.temperature, self.rampup_epochs, self.distill_weight = (
+            temperature,
+            rampup_epochs,
+            distill_weight,
+        )
+        self.ema_decay, self.ema_every = (
+            ema_decay,
+            choose("--ema_every", ema_every, ("step", "epoch")),
+        )
+        self.ensemble_teacher = choose(
+            "--ensemble_teacher", ensemble_teacher, ("features", "logits", "none")
+        )
         self.peer_teacher = choose("--peer_teacher", peer_teacher, ("mean", "mutual", "none"))
         self.deploy = choose("--deploy", deploy, ("peer", "ensemble"))
-        self.views = peers if choose("--views", views, ("own", "shared")) == "own" else 1
+        self.num_views = peers if choose("--views", views, ("own", "shared")) == "own" else 1
 
         trunk, branch = split(network, split_at)
         ensemble = self.ensemble_teacher
@@ -74,7 +101,9 @@ class PCL(Distiller):
         self.deployed_exit = "ensemble" if deploy == "ensemble" else "peer_1"
         self.mean = None
         if peer_teacher == "mean":
-            self.mean = Collaborators(clone(trunk), branch, self.peer_names, self.preprocess, ensemble)
+            self.mean = Collaborators(
+                clone(trunk), branch, self.peer_names, self.preprocess, ensemble
+            )
             self.shadow = Shadow(self.student, self.mean)
             self.exits += tuple(f"mean_{name}" for name in self.exits)
             self.deployed_exit = f"mean_{self.deployed_exit}"
@@ -100,8 +129,11 @@ class PCL(Distiller):
             terms["ensemble"] = self.ramp_up() * sum(distillation(z_e, z_j, T) for z_j in z)
         if self.peer_teacher != "none":
             z_t = [teacher[f"mean_{name}"].logits for name in self.peer_names] if self.mean else z
-            terms["mean"] = self.ramp_up() / (m - 1) * sum(
-                distillation(z_t[i], z[j], T) for j in range(m) for i in range(m) if i != j)
+            terms["mean"] = (
+                self.ramp_up()
+                / (m - 1)
+                * sum(distillation(z_t[i], z[j], T) for j in range(m) for i in range(m) if i != j)
+            )
         return terms
 
     def after_step(self, done):
@@ -113,7 +145,11 @@ class PCL(Distiller):
         if self.ema_every == "epoch":
             largest = 0.999 if self.ema_decay is None else self.ema_decay
             epoch_ends = done % self.steps_per_epoch == 0
-            return tf.where(epoch_ends, schedules.ema_decay(tf.maximum(done // self.steps_per_epoch, 1), largest), 1.0)
+            return tf.where(
+                epoch_ends,
+                schedules.ema_decay(tf.maximum(done // self.steps_per_epoch, 1), largest),
+                1.0,
+            )
         largest = schedules.default_ema_decay(self.epochs * self.steps_per_epoch)
         return schedules.ema_decay(done, largest if self.ema_decay is None else self.ema_decay)
 
@@ -141,7 +177,9 @@ class Collaborators(Peers):
         self.ensemble = ensemble
         if ensemble == "features":
             d, classes = branch.output_shape["features"][-1], branch.output_shape["logits"][-1]
-            self.ensemble_classifier = keras.layers.Dense(classes, dtype="float32", name="ensemble_classifier")
+            self.ensemble_classifier = keras.layers.Dense(
+                classes, dtype="float32", name="ensemble_classifier"
+            )
             self.ensemble_classifier.build((None, len(names) * d))
 
     def call(self, views, training=False):
@@ -161,4 +199,6 @@ class Collaborators(Peers):
         """All peers with the ensemble classifier (PCL-E): a functional keras.Model from raw images to z_e."""
         images = keras.Input(self.trunk.input_shape[1:], dtype=tf.uint8, name="images")
         low = self.trunk(self.preprocess(images))
-        return classifier(images, self.joint_logits([Exit(**branch(low)) for branch in self.branches]))
+        return classifier(
+            images, self.joint_logits([Exit(**branch(low)) for branch in self.branches])
+        )

@@ -3,12 +3,15 @@
 Convolutions pad with zeros to the size ceil(H / strides), so that no image is too small, and are initialised as He et al.
 (2015): normal, variance 2 / fan-in.
 """
-from tensorflow.keras import layers
+
+from tf_pcl.compat import layers
 
 
 def conv(x, filters, size, strides=1, use_bias=False):
     """Convolution, without a bias unless asked for."""
-    return layers.Conv2D(filters, size, strides, padding="same", use_bias=use_bias, kernel_initializer="he_normal")(x)
+    return layers.Conv2D(
+        filters, size, strides, padding="same", use_bias=use_bias, kernel_initializer="he_normal"
+    )(x)
 
 
 def norm(x):
@@ -57,7 +60,10 @@ def bottleneck(x, width, filters, strides=1, name=None, paths=1):
     Returns:
       [B, ⌈H / strides⌉, ⌈W / strides⌉, filters].
     """
-    ys = [conv_norm_relu(conv_norm_relu(x, width // paths, 1), width // paths, 3, strides) for _ in range(paths)]
+    ys = [
+        conv_norm_relu(conv_norm_relu(x, width // paths, 1), width // paths, 3, strides)
+        for _ in range(paths)
+    ]
     y = layers.Concatenate()(ys) if paths > 1 else ys[0]
     return _residual(x, norm(conv(y, filters, 1)), strides, name)
 

@@ -1,7 +1,6 @@
 """DenseNet (Huang et al., 2017)."""
-from tensorflow import keras
-from tensorflow.keras import layers
 
+from tf_pcl.compat import keras, layers
 from tf_pcl.networks.blocks import classifier, conv, norm, norm_relu_conv
 
 
@@ -12,7 +11,7 @@ def densenet40_12(input_shape, num_classes):
     which are added to the layer's input as further channels; between blocks a transition, a 1×1 convolution to half the
     channels and a 2×2 average pooling. BatchNorm and ReLU stand in front of every convolution but the first. stage_1 and
     stage_2 are the transitions' outputs, stage_3 is that of the last block after BatchNorm and ReLU. He initialisation; no
-    dropout, which the paper has only for training without augmentation.
+    dropout, which the paper has only for training without augmentations.
 
     Args:
       input_shape: (H, W, channels) of standardised images.

@@ -1,8 +1,9 @@
 """ResNeXt (Xie et al., 2017)."""
+
 import functools
 
 from tf_pcl.networks.blocks import bottleneck
-from tf_pcl.networks.resnet import resnet
+from tf_pcl.networks.resnets import resnet
 
 
 def resnext29_2x64d(input_shape, num_classes):
@@ -17,5 +18,12 @@ def resnext29_2x64d(input_shape, num_classes):
     Returns:
       A functional keras.Model from images [B, H, W, channels] to logits float32 [B, C].
     """
-    return resnet([3] * 3, input_shape, num_classes, "resnext29_2x64d", stem=64,
-                  block=functools.partial(bottleneck, paths=2), widths=(2 * 64, 256))
+    return resnet(
+        [3] * 3,
+        input_shape,
+        num_classes,
+        "resnext29_2x64d",
+        stem=64,
+        block=functools.partial(bottleneck, paths=2),
+        widths=(2 * 64, 256),
+    )

@@ -1,7 +1,6 @@
 """VGG (Simonyan and Zisserman, 2015)."""
-from tensorflow import keras
-from tensorflow.keras import layers
 
+from tf_pcl.compat import keras, layers
 from tf_pcl.networks.blocks import conv_norm_relu
 
 
@@ -28,4 +27,6 @@ def vgg16(input_shape, num_classes):
     x = layers.GlobalAveragePooling2D()(x)
     x = layers.Dense(512, activation="relu", kernel_initializer="he_normal")(x)
     x = layers.Dense(512, activation="relu", kernel_initializer="he_normal", name="features")(x)
-    return keras.Model(images, layers.Dense(num_classes, dtype="float32", name="logits")(x), name="vgg16")
+    return keras.Model(
+        images, layers.Dense(num_classes, dtype="float32", name="logits")(x), name="vgg16"
+    )

@@ -1,17 +1,15 @@
 """Keras callbacks: progress, the record of a run, saving on time and on signals."""
+
 import os
 import signal
 import time
 
 import numpy as np
 import tensorflow as tf
-from tensorflow import keras
 
-from tf_pcl.training import files
-
-
-class Stopped(Exception):
-    """The run ended before its end; the text says why and what was saved."""
+from tf_pcl.compat import keras
+from tf_pcl.errors import Stopped
+from tf_pcl.training import workdir as workdirs
 
 
 class Progress(keras.callbacks.ProgbarLogger):
@@ -47,7 +45,12 @@ class Record(keras.callbacks.Callback):
 
     def __init__(self, workdir, rows, batch_size, describe, seconds=0.0):
         super().__init__()
-        self.workdir, self.rows, self.batch_size, self.describe = workdir, rows, batch_size, describe
+        self.workdir, self.rows, self.batch_size, self.describe = (
+            workdir,
+            rows,
+            batch_size,
+            describe,
+        )
         self.before = rows[-1]["wall_seconds"] if rows else seconds
         self.began = time.perf_counter()
         self.traced = False
@@ -56,7 +59,9 @@ class Record(keras.callbacks.Callback):
     def writer(self, split):
         """The TensorBoard writer of "train" or "test"."""
         if split not in self.writers:
-            self.writers[split] = tf.summary.create_file_writer(os.path.join(self.workdir, "tensorboard", split))
+            self.writers[split] = tf.summary.create_file_writer(
+                os.path.join(self.workdir, "tensorboard", split)
+            )
         return self.writers[split]
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -76,21 +81,26 @@ class Record(keras.callbacks.Callback):
         step = int(self.model.step.numpy())
         seconds = self.trained or time.perf_counter() - self.since
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        row = {"epoch": epoch + 1, "step": step,
-               "wall_seconds": self.before + time.perf_counter() - self.began,
-               **({"images_per_second": self.steps * self.batch_size / seconds} if self.steps else {}),
-               "learning_rate": float(keras.backend.get_value(optimizer.learning_rate)),
-               **{name: float(value) for name, value in self.model.schedules().items()},
-               **{name: float(value) for name, value in logs.items()}}
+        row = {
+            "epoch": epoch + 1,
+            "step": step,
+            "wall_seconds": self.before + time.perf_counter() - self.began,
+            **({"images_per_second": self.steps * self.batch_size / seconds} if self.steps else {}),
+            "learning_rate": float(keras.backend.get_value(optimizer.learning_rate)),
+            **{name: float(value) for name, value in self.model.schedules().items()},
+            **{name: float(value) for name, value in logs.items()},
+        }
         self.rows.append(row)
-        files.write_rows(os.path.join(self.workdir, "metrics.csv"), self.rows)
+        workdirs.write_rows(os.path.join(self.workdir, "metrics.csv"), self.rows)
         if any(name.startswith("val_") for name in row):
-            files.write_json(os.path.join(self.workdir, "results.json"), self.describe(self.rows))
+            workdirs.write_json(
+                os.path.join(self.workdir, "results.json"), self.describe(self.rows)
+            )
         for name, value in row.items():
             if name not in ("epoch", "step"):
                 test = name.startswith("val_")
                 with self.writer("test" if test else "train").as_default(step=step):
-                    tf.summary.scalar(name[len("val_"):] if test else name, value)
+                    tf.summary.scalar(name[len("val_") :] if test else name, value)
         for writer in self.writers.values():
             writer.flush()
 
@@ -103,7 +113,9 @@ class Record(keras.callbacks.Callback):
         """
         views = np.asarray(views[:8])
         factor = max(1, mean_side // views.shape[2])
-        views = np.pad(views.repeat(factor, 2).repeat(factor, 3), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)])
+        views = np.pad(
+            views.repeat(factor, 2).repeat(factor, 3), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)]
+        )
         rows, columns, h, w, channels = views.shape
         grid = views.transpose(0, 2, 1, 3, 4).reshape(1, rows * h, columns * w, channels)
         with self.writer("train").as_default(step=0):
@@ -158,11 +170,15 @@ class Save(keras.callbacks.Callback):
     def _save_if_due(self, logs):
         due = self.step % self.every == 0 or self.step == self.total
         if (due or self.signal) and not np.isfinite(logs["loss"]):
-            raise Stopped(f"the loss is {logs['loss']} at step {self.step}: not saved; the newest checkpoint is of step "
-                          f"{self.saved}. Try a smaller --learning_rate.")
+            raise Stopped(
+                f"the loss is {logs['loss']} at step {self.step}: not saved; the newest checkpoint is of step "
+                f"{self.saved}. Try a smaller --learning_rate."
+            )
         if due or self.signal:
             path = self.checkpoints.save(self.step)
             self.saved = self.step
             if self.signal and self.step < self.total:
-                raise Stopped(f"stopped by {self.signal} at step {self.step} of {self.of}; saved {path}. The same "
-                              "command goes on from there.")
+                raise Stopped(
+                    f"stopped by {self.signal} at step {self.step} of {self.of}; saved {path}. The same "
+                    "command goes on from there."
+                )

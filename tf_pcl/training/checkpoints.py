@@ -1,4 +1,5 @@
 """Checkpoints of the whole state: model, teachers, optimizer, step, metrics."""
+
 import os
 import re
 
@@ -38,15 +39,22 @@ class Checkpoints:
                 self.checkpoint.restore(path).assert_existing_objects_matched()
                 return step
             except Exception as e:  # A damaged file raises whatever its damage leads to: IndexError, DataLossError, …
-                logging.warning("checkpoint %s cannot be read (%s); trying the one before", path,
-                                " ".join(str(e).split())[:160])
+                logging.warning(
+                    "checkpoint %s cannot be read (%s); trying the one before",
+                    path,
+                    " ".join(str(e).split())[:160],
+                )
         if steps:
-            raise UserError(f"none of the checkpoints in {self.folder} can be read: give another --workdir, or remove the "
-                            "folder to begin again")
+            raise UserError(
+                f"none of the checkpoints in {self.folder} can be read: give another --workdir, or remove the "
+                "folder to begin again"
+            )
         return 0
 
     def _steps(self):
         # From the files and not from TensorFlow's index of them, which a crash can leave behind the files.
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
-        return sorted((int(m.group(1)) for m in (re.fullmatch(r"ckpt-(\d+)\.index", n) for n in names) if m),
-                      reverse=True)
+        return sorted(
+            (int(m.group(1)) for m in (re.fullmatch(r"ckpt-(\d+)\.index", n) for n in names) if m),
+            reverse=True,
+        )

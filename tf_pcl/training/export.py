@@ -1,4 +1,5 @@
 """The SavedModel of a deployed network."""
+
 import os
 import shutil
 import subprocess
@@ -8,12 +9,11 @@ import tempfile
 import numpy as np
 import tensorflow as tf
 from absl import logging
-from tensorflow import keras
 
-from tf_pcl import networks
-from tf_pcl.data import photos
+from tf_pcl.compat import keras
+from tf_pcl.data import image_files
 from tf_pcl.errors import UserError
-from tf_pcl.training import files
+from tf_pcl.training import workdir as workdirs
 
 # Loads a SavedModel where tf_pcl cannot be imported and writes what its two signatures say.
 _CHECK = """
@@ -63,20 +63,30 @@ def export(model, classes, folder):
 
         def resized(image):
             if shape[0] == shape[1]:
-                return photos.resize(image, shape[0])
-            return tf.saturate_cast(tf.round(tf.image.resize(image, shape[:2], antialias=True)), tf.uint8)
+                return image_files.resize(image, shape[0])
+            return tf.saturate_cast(
+                tf.round(tf.image.resize(image, shape[:2], antialias=True)), tf.uint8
+            )
 
-        return answers(tf.map_fn(decode, image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.uint8)))
+        return answers(
+            tf.map_fn(decode, image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.uint8))
+        )
 
     os.makedirs(os.path.join(folder, "saved_model"), exist_ok=True)
-    files.write(os.path.join(folder, "labels.txt"), "".join(f"{name}\n" for name in classes))
+    workdirs.write(os.path.join(folder, "labels.txt"), "".join(f"{name}\n" for name in classes))
     final = os.path.join(folder, "saved_model", "1")
     with tempfile.TemporaryDirectory(dir=folder) as made:
         verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)  # Keras warns that an inference model was never compiled.
+        logging.set_verbosity(
+            logging.ERROR
+        )  # Keras warns that an inference model was never compiled.
         try:
-            model.save(os.path.join(made, "1"), save_format="tf", include_optimizer=False,
-                       signatures={"serving_default": serve, "serve_bytes": serve_bytes})
+            model.save(
+                os.path.join(made, "1"),
+                save_format="tf",
+                include_optimizer=False,
+                signatures={"serving_default": serve, "serve_bytes": serve_bytes},
+            )
         finally:
             logging.set_verbosity(verbosity)
         shutil.rmtree(final, ignore_errors=True)
@@ -95,22 +105,28 @@ def load(path, classes):
     Raises:
       UserError: if there is none, or labels.txt says that it was trained on other classes.
     """
-    folder = networks.saved_model(path)
+    folder = workdirs.saved_model(path)
     if folder is None:
-        raise UserError(f"{path} holds no SavedModel: give the workdir of a run that has ended, or its export/saved_model/1")
+        raise UserError(
+            f"{path} holds no SavedModel: give the workdir of a run that has ended, or its export/saved_model/1"
+        )
     try:
         model = keras.models.load_model(folder, compile=False)
         model.input_shape, model.output_shape
     except (OSError, ValueError, AttributeError, tf.errors.OpError) as e:
-        raise UserError(f"{folder} cannot be loaded as a Keras model ({' '.join(str(e).split())[:200]}): give the export of a "
-                        "run of this program") from e
+        raise UserError(
+            f"{folder} cannot be loaded as a Keras model ({' '.join(str(e).split())[:200]}): give the export of a "
+            "run of this program"
+        ) from e
     labels = os.path.join(folder, "..", "..", "labels.txt")
     if os.path.exists(labels):
         with open(labels, encoding="utf-8") as f:
             known = f.read().splitlines()
         if known != list(classes):
-            raise UserError(f"{path} tells {len(known)} classes apart ({', '.join(known[:3])} …), the data set has "
-                            f"{len(classes)} ({', '.join(classes[:3])} …): give one that was trained on the same classes")
+            raise UserError(
+                f"{path} tells {len(known)} classes apart ({', '.join(known[:3])} …), the data set has "
+                f"{len(classes)} ({', '.join(classes[:3])} …): give one that was trained on the same classes"
+            )
     return model
 
 
@@ -128,11 +144,17 @@ def check(folder, model, images):
         given, result = (os.path.join(scratch, name) for name in ("given.npy", "result.npz"))
         np.save(given, images)
         # The parent holds the GPUs' memory; the comparison does not need them.
-        done = subprocess.run([sys.executable, "-c", _CHECK, os.path.abspath(folder), given, result], cwd=scratch,
-                              env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"},
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", _CHECK, os.path.abspath(folder), given, result],
+            cwd=scratch,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"},
+            capture_output=True,
+            text=True,
+        )
         if done.returncode:
-            raise RuntimeError(f"the SavedModel {folder} does not load by itself: {done.stderr.strip()[-500:]}")
+            raise RuntimeError(
+                f"the SavedModel {folder} does not load by itself: {done.stderr.strip()[-500:]}"
+            )
         expected = model(images, training=False).numpy()
         # Low precision and another device sum in another order; what must not differ is the answer.
         tolerance = 1e-4 if model.dtype_policy.name == "float32" else 0.05
@@ -141,5 +163,7 @@ def check(folder, model, images):
         for name in ("raw", "encoded"):
             difference = np.abs(answers[name] - expected).max() / scale
             if not difference <= tolerance:
-                raise RuntimeError(f"the SavedModel {folder} answers otherwise than the trained network ({name}: logits "
-                                   f"differ by {difference:.2g} of their size)")
+                raise RuntimeError(
+                    f"the SavedModel {folder} answers otherwise than the trained network ({name}: logits "
+                    f"differ by {difference:.2g} of their size)"
+                )

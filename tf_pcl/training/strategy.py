@@ -1,10 +1,11 @@
 """Where the training runs."""
+
 import json
 import os
 
 import tensorflow as tf
-from tensorflow import keras
 
+from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 
 
@@ -19,17 +20,23 @@ def make(name):
     # Physical ones: to list logical devices starts TensorFlow's runtime, before which several workers must be connected.
     gpus = tf.config.list_physical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
-        return tf.distribute.MirroredStrategy([d.name for d in tf.config.list_logical_devices("GPU" if gpus else "CPU")])
+        return tf.distribute.MirroredStrategy(
+            [d.name for d in tf.config.list_logical_devices("GPU" if gpus else "CPU")]
+        )
     if name == "multi_worker":
         if not json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):
-            raise UserError("--strategy=multi_worker needs the environment variable TF_CONFIG with the cluster and this "
-                            "worker's task")
+            raise UserError(
+                "--strategy=multi_worker needs the environment variable TF_CONFIG with the cluster and this "
+                "worker's task"
+            )
         return tf.distribute.MultiWorkerMirroredStrategy()
     if name == "tpu":
         try:
             resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect()
         except (ValueError, tf.errors.OpError) as e:
-            raise UserError(f"--strategy=tpu: no TPU was found ({' '.join(str(e).split())[:120]})") from e
+            raise UserError(
+                f"--strategy=tpu: no TPU was found ({' '.join(str(e).split())[:120]})"
+            ) from e
         return tf.distribute.TPUStrategy(resolver)
     return tf.distribute.get_strategy()
 
@@ -43,11 +50,15 @@ def check(strategy, options):
     """UserError where the settings do not fit the number of replicas."""
     replicas = strategy.num_replicas_in_sync
     if options.batch_size % replicas:
-        raise UserError(f"--batch_size={options.batch_size} cannot be shared equally by {replicas} replicas: give a "
-                        f"multiple of {replicas}")
+        raise UserError(
+            f"--batch_size={options.batch_size} cannot be shared equally by {replicas} replicas: give a "
+            f"multiple of {replicas}"
+        )
     if options.jit_compile and replicas > 1:
-        raise UserError(f"--jit_compile does not go with {replicas} replicas (TensorFlow compiles a step for one device "
-                        "only): add --strategy=one_device or leave it out")
+        raise UserError(
+            f"--jit_compile does not go with {replicas} replicas (TensorFlow compiles a step for one device "
+            "only): add --strategy=one_device or leave it out"
+        )
 
 
 def prepare(options):

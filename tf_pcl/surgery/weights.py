@@ -1,12 +1,13 @@
 """Weights from a file."""
+
 import os
 
 import numpy as np
 import tensorflow as tf
-from tensorflow import keras
 
+from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
-from tf_pcl.networks.copies import head, keep_weights, leaves, set_weights
+from tf_pcl.surgery.copies import head, keep_weights, leaves, set_weights
 
 
 def load_weights(network, path):
@@ -18,7 +19,7 @@ def load_weights(network, path):
     Args:
       network: a functional keras.Model, with the layers and, unless the file says them, the order of the one that was saved.
       path: what Keras saves: weights (.weights.h5, .h5, the prefix of a TensorFlow checkpoint or its folder) or a whole
-        model (.keras, .h5, the folder of a SavedModel); or a run's workdir or export folder, whose SavedModel is taken.
+        model (.keras, .h5, the folder of a SavedModel).
     Returns:
       loaded, fresh: the names of the layers that got weights, and of those, at most one, that did not.
     Raises:
@@ -32,7 +33,9 @@ def load_weights(network, path):
     tf.get_logger().setLevel("ERROR")  # It warns of each layer that does not fit.
     try:
         for attempt in _attempts(network, path):
-            network.set_weights([np.full_like(w, np.nan) if w.dtype.kind == "f" else w for w in before])
+            network.set_weights(
+                [np.full_like(w, np.nan) if w.dtype.kind == "f" else w for w in before]
+            )
             try:
                 found = attempt() or {id(layer): layer.get_weights() for layer in targets}
             except Exception as e:  # Whatever a damaged file or one of another network leads to.
@@ -49,10 +52,17 @@ def load_weights(network, path):
     last = head(network)
     misfits = [layer.name for layer in missing if layer is not last]
     if misfits or not best:
-        why = f"it lacks {len(misfits)} of {len(targets)} layers, or has them in another shape ({', '.join(misfits[:3])}" \
-            f"{', …' * (len(misfits) > 3)})" if best else "no layer is found by name"
-        raise UserError(f"--weights={path} cannot be loaded into network {network.name!r}: {why}" + (
-            f"; {failure}" if failure else "") + f"; only the classifier, {last.name!r}, may be missing")
+        why = (
+            f"it lacks {len(misfits)} of {len(targets)} layers, or has them in another shape ({', '.join(misfits[:3])}"
+            f"{', …' * (len(misfits) > 3)})"
+            if best
+            else "no layer is found by name"
+        )
+        raise UserError(
+            f"--weights={path} cannot be loaded into network {network.name!r}: {why}"
+            + (f"; {failure}" if failure else "")
+            + f"; only the classifier, {last.name!r}, may be missing"
+        )
     loaded = [layer for layer in targets if layer not in missing]
     for layer in loaded:
         set_weights(layer, best[id(layer)])
@@ -60,42 +70,45 @@ def load_weights(network, path):
     return [layer.name for layer in loaded], [layer.name for layer in missing]
 
 
-def saved_model(path):
-    """The folder of the SavedModel at `path`: that itself, or within a run's workdir or its export folder; None without one."""
-    below = (os.path.join(path, b) for b in ("", "1", "saved_model/1", "export/saved_model/1"))
-    return next((folder for folder in below if os.path.exists(os.path.join(folder, "saved_model.pb"))), None)
-
-
 def _located(path):
     """The file or folder to read; UserError if there is none."""
-    folder = saved_model(path)
-    if folder:
-        return folder
+    if os.path.exists(os.path.join(path, "saved_model.pb")):
+        return path
     if os.path.isdir(path):
         found = tf.train.latest_checkpoint(path)
         if not found:
-            raise UserError(f"--weights={path}: the folder holds neither a SavedModel nor a checkpoint; give one that does, "
-                            "or a .h5 or .keras file")
+            raise UserError(
+                f"--weights={path}: the folder holds neither a SavedModel nor a checkpoint; give one that does, "
+                "or a .h5 or .keras file"
+            )
         return found
     if not os.path.exists(path) and not os.path.exists(path + ".index"):
-        raise UserError(f"--weights={path}: there is no such file; give a .weights.h5, .h5 or .keras file, a SavedModel's "
-                        "folder or a checkpoint's prefix")
+        raise UserError(
+            f"--weights={path}: there is no such file; give a .weights.h5, .h5 or .keras file, a SavedModel's "
+            "folder or a checkpoint's prefix"
+        )
     return path
 
 
 def _fits(layer, values):
     """Whether `values` are all of a layer's weights; what was not read is NaN."""
-    return values is not None and [v.shape for v in values] == [tuple(w.shape) for w in layer.weights] and not any(
-        np.isnan(v).any() for v in values if v.dtype.kind == "f")
+    return (
+        values is not None
+        and [v.shape for v in values] == [tuple(w.shape) for w in layer.weights]
+        and not any(np.isnan(v).any() for v in values if v.dtype.kind == "f")
+    )
 
 
 def _attempts(network, path):
     """Ways to read the file: each writes into the network, or returns {id of a layer: its weights}."""
     if path.endswith(".keras") or os.path.isdir(path) or _is_model(path):
+
         def whole():
             if not cache:
                 model = keras.models.load_model(path, compile=False)
-                cache.extend((layer.name, layer.get_weights()) for layer in leaves(model) if layer.weights)
+                cache.extend(
+                    (layer.name, layer.get_weights()) for layer in leaves(model) if layer.weights
+                )
             return cache
 
         def by_name():
@@ -126,6 +139,7 @@ def _is_model(path):
     if not path.endswith((".h5", ".hdf5")):
         return False
     import h5py
+
     try:
         with h5py.File(path) as f:
             return "model_config" in f.attrs

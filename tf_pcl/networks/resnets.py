@@ -6,13 +6,14 @@ that the network is meant for; any other goes too. Where a block changes the sha
 BatchNorm (option B), also in the CIFAR ResNets, whose paper pads with zeros (option A). He initialisation; every BatchNorm's
 scale starts at 1.
 """
-from tensorflow import keras
-from tensorflow.keras import layers
 
+from tf_pcl.compat import keras, layers
 from tf_pcl.networks.blocks import basic_block, bottleneck, classifier, conv_norm_relu, stages
 
 
-def resnet(blocks, input_shape, num_classes, name=None, *, block=basic_block, widths=(16,), stem=16):
+def resnet(
+    blocks, input_shape, num_classes, name=None, *, block=basic_block, widths=(16,), stem=16
+):
     """A CIFAR ResNet: a 3×3 convolution, then stages of residual blocks at full, half, quarter … size.
 
     Args:
@@ -53,7 +54,9 @@ def resnet32(input_shape, num_classes):
 def resnet110(input_shape, num_classes):
     """Bottleneck blocks [12, 12, 12], widths 16-32-64, outputs four times as wide: the tables' ResNet-110, 1,170,868
     parameters with 100 classes (the paper's own, of basic blocks, has 1.7 million)."""
-    return resnet([12] * 3, input_shape, num_classes, "resnet110", block=bottleneck, widths=(16, 64))
+    return resnet(
+        [12] * 3, input_shape, num_classes, "resnet110", block=bottleneck, widths=(16, 64)
+    )
 
 
 def wrn20_8(input_shape, num_classes):

@@ -3,6 +3,7 @@
 Every file becomes uint8 [H, W, 3]: grey is repeated, alpha dropped (colours stay as they are stored, as in serving and in
 most libraries), CMYK converted, 16 bits cut to 8, and a JPEG turned upright as its EXIF orientation says.
 """
+
 import collections
 import concurrent.futures
 import struct
@@ -11,7 +12,7 @@ import typing
 import numpy as np
 import tensorflow as tf
 
-from tf_pcl.data import sources
+from tf_pcl.data import storage
 from tf_pcl.errors import UserError
 
 # What a report says about images that are not plain RGB.
@@ -35,7 +36,9 @@ def header(data):
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
             width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
             alpha = kind in (4, 6) or data.find(b"tRNS", 0, max(data.find(b"IDAT"), 0)) >= 0
-            return Header(width, height, 1, _traits(kind in (0, 4), alpha, bits == 16, False, False))
+            return Header(
+                width, height, 1, _traits(kind in (0, 4), alpha, bits == 16, False, False)
+            )
         if data.startswith(b"GIF8"):
             return Header(*struct.unpack_from("<HH", data, 6))
         if data.startswith(b"BM"):
@@ -59,12 +62,14 @@ def _jpeg(data):
             at += 1
             continue
         if marker == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
-            turn = orientation(data[at + 10:at + 2 + size])
+            turn = orientation(data[at + 10 : at + 2 + size])
         # Start of frame; C4, C8 and CC are other segments among their numbers.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width, channels = struct.unpack_from(">xHHB", data, at + 4)
             size = (height, width) if turn >= 5 else (width, height)
-            return Header(*size, turn, _traits(channels == 1, False, False, channels == 4, turn > 1))
+            return Header(
+                *size, turn, _traits(channels == 1, False, False, channels == 4, turn > 1)
+            )
         at += 2 + size
 
 
@@ -73,8 +78,8 @@ def orientation(exif):
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order:
         try:
-            start, = struct.unpack_from(order + "I", exif, 4)
-            entries, = struct.unpack_from(order + "H", exif, start)
+            (start,) = struct.unpack_from(order + "I", exif, 4)
+            (entries,) = struct.unpack_from(order + "H", exif, start)
             for i in range(entries):
                 tag, _, _, value = struct.unpack_from(order + "HHIH", exif, start + 2 + 12 * i)
                 if tag == 0x0112:
@@ -86,10 +91,15 @@ def orientation(exif):
 
 def upright(image, turn):
     """Turns an image [H, W, C] of EXIF orientation `turn` (int, 1–8) upright; [W, H, C] for 5 to 8."""
+
     def turned():
         plain = tf.cond(turn >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
-        mirrored = tf.cond(tf.reduce_any(turn == [2, 3, 6, 7]), lambda: plain[:, ::-1], lambda: plain)
-        return tf.cond(tf.reduce_any(turn == [3, 4, 7, 8]), lambda: mirrored[::-1], lambda: mirrored)
+        mirrored = tf.cond(
+            tf.reduce_any(turn == [2, 3, 6, 7]), lambda: plain[:, ::-1], lambda: plain
+        )
+        return tf.cond(
+            tf.reduce_any(turn == [3, 4, 7, 8]), lambda: mirrored[::-1], lambda: mirrored
+        )
 
     return tf.cond(turn > 1, turned, lambda: image)
 
@@ -106,8 +116,10 @@ def resize(images, size):
     h, w = tf.shape(images)[-3], tf.shape(images)[-2]
     side = tf.minimum(h, w)
     top, left = (h - side) // 2, (w - side) // 2
-    square = images[..., top:top + side, left:left + side, :]
-    return tf.saturate_cast(tf.round(tf.image.resize(square, (size, size), antialias=True)), tf.uint8)
+    square = images[..., top : top + side, left : left + side, :]
+    return tf.saturate_cast(
+        tf.round(tf.image.resize(square, (size, size), antialias=True)), tf.uint8
+    )
 
 
 def load(splits, classes, image_size, on_bad_image):
@@ -119,7 +131,7 @@ def load(splits, classes, image_size, on_bad_image):
       image_size: pixels a side, or None where all images are of one size.
       on_bad_image: "fail", or "skip" to leave out files that cannot be read.
     Returns:
-      {name: sources.Arrays, or Files where they exceed MEMORY_LIMIT}, of the files that can be read.
+      {name: storage.Arrays, or Files where they exceed MEMORY_LIMIT}, of the files that can be read.
     Raises:
       UserError: if files cannot be read (naming the first of them), images differ in size without `image_size`, or a
         class of a split has no image left.
@@ -137,15 +149,23 @@ def load(splits, classes, image_size, on_bad_image):
 
     kept, bad = {}, []
     for split, (paths, labels) in splits.items():
-        in_memory = len(paths) * np.prod(shape) <= sources.MEMORY_LIMIT
+        in_memory = len(paths) * np.prod(shape) <= storage.MEMORY_LIMIT
         if not in_memory:
-            print(f"{split}: reading {len(paths):,} images once, to find those that cannot be read …", flush=True)
+            print(
+                f"{split}: reading {len(paths):,} images once, to find those that cannot be read …",
+                flush=True,
+            )
         paths, labels = np.array(paths, object), np.asarray(labels)
         turns = np.array([h.orientation if h else 1 for h in headers[split]], np.int32)
-        images, readable = np.zeros((len(paths) if in_memory else 0, *shape), np.uint8), np.zeros(len(paths), bool)
+        images, readable = (
+            np.zeros((len(paths) if in_memory else 0, *shape), np.uint8),
+            np.zeros(len(paths), bool),
+        )
         # One pixel is enough to know that a file can be decoded.
         read = prepare if in_memory else lambda encoded, turn: prepare(encoded, turn)[0, 0, 0]
-        for index, batch in _readable([i for i, h in enumerate(headers[split]) if h], paths, turns, read):
+        for index, batch in _readable(
+            [i for i, h in enumerate(headers[split]) if h], paths, turns, read
+        ):
             readable[index] = True
             if in_memory:
                 images[index] = batch
@@ -154,13 +174,20 @@ def load(splits, classes, image_size, on_bad_image):
         print(_report(split, [headers[split][i] for i in good], len(paths) - len(good)), flush=True)
         emptied = [classes[k] for k in np.setdiff1d(labels, labels[good])]
         if emptied and on_bad_image == "skip":
-            raise UserError(f"no image of {', '.join(emptied[:3])} in {split} can be read, such as {_names(bad)}: mend them "
-                            "or take the class out")
-        kept[split] = (sources.Arrays(images if readable.all() else images[good], labels[good]) if in_memory else
-                       sources.Files(paths[good], turns[good], labels[good], prepare, shape))
+            raise UserError(
+                f"no image of {', '.join(emptied[:3])} in {split} can be read, such as {_names(bad)}: mend them "
+                "or take the class out"
+            )
+        kept[split] = (
+            storage.Arrays(images if readable.all() else images[good], labels[good])
+            if in_memory
+            else storage.Files(paths[good], turns[good], labels[good], prepare, shape)
+        )
     if bad and on_bad_image == "fail":
-        raise UserError(f"{_names(bad)} cannot be read as a JPEG or PNG image: mend or remove, or leave out whatever cannot "
-                        "be read with --on_bad_image=skip")
+        raise UserError(
+            f"{_names(bad)} cannot be read as a JPEG or PNG image: mend or remove, or leave out whatever cannot "
+            "be read with --on_bad_image=skip"
+        )
     if bad:
         print(f"Left out: {_names(bad)}", flush=True)
     return kept
@@ -174,17 +201,24 @@ def _names(paths):
 def _readable(index, paths, turns, read):
     """(indices, what `read` makes of them), in batches, of those files of `index` that can be read and decoded."""
     files = tf.data.Dataset.from_tensor_slices(
-        (np.array(index, np.int64), tf.constant(paths[index], tf.string), turns[index])).map(
-            lambda i, path, turn: (i, read(tf.io.read_file(path), turn)), num_parallel_calls=tf.data.AUTOTUNE)
+        (np.array(index, np.int64), tf.constant(paths[index], tf.string), turns[index])
+    ).map(
+        lambda i, path, turn: (i, read(tf.io.read_file(path), turn)),
+        num_parallel_calls=tf.data.AUTOTUNE,
+    )
     return files.ignore_errors().batch(512).as_numpy_iterator()
 
 
 def _headers(paths):
     """The Headers of files, None for those that cannot be read."""
     # Several at once, since a network disk answers late; in parts, since a task costs more than a header.
-    parts = [paths[i:i + 500] for i in range(0, len(paths), 500)]
+    parts = [paths[i : i + 500] for i in range(0, len(paths), 500)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
-        return [found for part in pool.map(lambda part: [*map(_header_of, part)], parts) for found in part]
+        return [
+            found
+            for part in pool.map(lambda part: [*map(_header_of, part)], parts)
+            for found in part
+        ]
 
 
 def _header_of(path):
@@ -201,15 +235,22 @@ def _header_of(path):
 
 def _one_shape(splits, headers):
     """(H, W, 3) that all images have; UserError, naming two files, where they differ."""
-    known = [(path, h) for split, (paths, _) in splits.items() for path, h in zip(paths, headers[split]) if h]
+    known = [
+        (path, h)
+        for split, (paths, _) in splits.items()
+        for path, h in zip(paths, headers[split])
+        if h
+    ]
     if not known:
         return (1, 1, 3)
     (path, first), *others = known
     for other, h in others:
         if (h.width, h.height) != (first.width, first.height):
-            raise UserError(f"images differ in size: {path.decode(errors='replace')} is {first.width}×{first.height}, "
-                            f"{other.decode(errors='replace')} is {h.width}×{h.height} (width × height). Give "
-                            "--image_size=PIXELS to bring them to one size.")
+            raise UserError(
+                f"images differ in size: {path.decode(errors='replace')} is {first.width}×{first.height}, "
+                f"{other.decode(errors='replace')} is {h.width}×{h.height} (width × height). Give "
+                "--image_size=PIXELS to bring them to one size."
+            )
     return (first.height, first.width, 3)
 
 
@@ -218,6 +259,15 @@ def _report(split, headers, unreadable):
     sizes = sorted({(h.width * h.height, f"{h.width}×{h.height}") for h in headers})
     counts = collections.Counter(trait for h in headers for trait in h.traits)
     notes = [f"{counts[trait]:,} {trait}" for trait in TRAITS if counts[trait]]
-    return "; ".join([f"{split}: {len(headers):,} images" + (
-        f" of {sizes[0][1]}" + (f" to {sizes[-1][1]}" if len(sizes) > 1 else "") + " pixels" if sizes else ""),
-        *notes, *([f"{unreadable:,} cannot be read"] if unreadable else [])])
+    return "; ".join(
+        [
+            f"{split}: {len(headers):,} images"
+            + (
+                f" of {sizes[0][1]}" + (f" to {sizes[-1][1]}" if len(sizes) > 1 else "") + " pixels"
+                if sizes
+                else ""
+            ),
+            *notes,
+            *([f"{unreadable:,} cannot be read"] if unreadable else []),
+        ]
+    )

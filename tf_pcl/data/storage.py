@@ -1,4 +1,5 @@
 """The three ways in which the images of a split are kept; datasets says which is taken when."""
+
 import functools
 
 import numpy as np
@@ -37,7 +38,7 @@ class Files:
     """Image files on disk, read when they are needed.
 
     Args:
-      paths: [N] file names; orientations: int [N] (photos.upright); labels: int [N].
+      paths: [N] file names; orientations: int [N] (image_files.upright); labels: int [N].
       decode: a function (encoded, orientation) -> uint8 [H, W, C]; shape: (H, W, C).
     """
 
@@ -55,19 +56,29 @@ class Files:
 
     def fetch(self, index):
         """(images, labels) of the indices int64 [n]."""
-        images = tf.map_fn(lambda i: self._read(self.paths[i], self.orientations[i]), index,
-                           fn_output_signature=tf.TensorSpec(self.shape, tf.uint8))
+        images = tf.map_fn(
+            lambda i: self._read(self.paths[i], self.orientations[i]),
+            index,
+            fn_output_signature=tf.TensorSpec(self.shape, tf.uint8),
+        )
         return images, tf.gather(self.labels, index)
 
     def first(self, count):
         """The first `count` images, as numpy."""
         files = tf.data.Dataset.from_tensor_slices((self.paths, self.orientations)).take(count)
-        return np.stack([*files.map(self._read, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator()])
+        return np.stack(
+            [*files.map(self._read, num_parallel_calls=tf.data.AUTOTUNE).as_numpy_iterator()]
+        )
 
     def subset(self, index):
         """Files of the indices int [n] alone."""
-        return Files(self.paths.numpy()[index], self.orientations.numpy()[index], self.labels.numpy()[index], self.decode,
-                     self.shape)
+        return Files(
+            self.paths.numpy()[index],
+            self.orientations.numpy()[index],
+            self.labels.numpy()[index],
+            self.decode,
+            self.shape,
+        )
 
 
 class Stream:
@@ -87,8 +98,10 @@ class Stream:
         return self.size
 
     def _decoded(self, dataset):
-        return dataset.map(lambda image, label: (self.decode(image), tf.cast(label, tf.int32)),
-                           num_parallel_calls=tf.data.AUTOTUNE)
+        return dataset.map(
+            lambda image, label: (self.decode(image), tf.cast(label, tf.int32)),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
 
     def examples(self):
         """(image, label) in the order of the files."""
@@ -99,14 +112,19 @@ class Stream:
 
         What is not returned is read but not decoded.
         """
+
         def epoch(number):
             # Shuffle buffers take seeds that are plain numbers, hence one data set an epoch.
             order = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
             shuffled = self.dataset.shuffle(BUFFER, seed=order, reshuffle_each_iteration=False)
-            return shuffled.batch(batch_size, drop_remainder=True).skip(max(start - number * steps, 0))
+            return shuffled.batch(batch_size, drop_remainder=True).skip(
+                max(start - number * steps, 0)
+            )
 
         steps = len(self) // batch_size
-        whole = functools.reduce(tf.data.Dataset.concatenate, map(epoch, range(start // steps, epochs)))
+        whole = functools.reduce(
+            tf.data.Dataset.concatenate, map(epoch, range(start // steps, epochs))
+        )
         part = whole.map(lambda images, labels: (images[rows], labels[rows])).unbatch()
         return self._decoded(part).batch(rows.stop - rows.start)
 

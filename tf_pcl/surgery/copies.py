@@ -1,12 +1,12 @@
 """Functional Keras models: made of whatever a user brings, walked through call by call, and copied."""
+
 import collections
 import inspect
 
 import numpy as np
 import tensorflow as tf
-from tensorflow import keras
-from tensorflow.keras import layers
 
+from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError, one_line
 
 
@@ -23,7 +23,9 @@ def functional(network, input_shape=None):
       UserError: if it is nothing of the kind or does not take such images.
     """
     if not isinstance(network, keras.Model):
-        raise UserError(f"network {network!r} is {type(network).__name__}: it must be a keras.Model")
+        raise UserError(
+            f"network {network!r} is {type(network).__name__}: it must be a keras.Model"
+        )
     if isinstance(network, keras.Sequential):
         if not network.inputs and input_shape:
             network.build((None, *input_shape))
@@ -33,23 +35,35 @@ def functional(network, input_shape=None):
         if network.inputs:
             input_shape = input_shape or network.inputs[0].shape[1:]
         if not input_shape:
-            raise UserError(f"network {network.name!r} is not a functional Keras model: build it with keras.Model(inputs, "
-                            "outputs) or a Sequential that starts with keras.Input, or convert it with "
-                            "networks.functional(network, input_shape)")
+            raise UserError(
+                f"network {network.name!r} is not a functional Keras model: build it with keras.Model(inputs, "
+                "outputs) or a Sequential that starts with keras.Input, or convert it with "
+                "surgery.functional(network, input_shape)"
+            )
         network = _traced(network, input_shape)
     if len(network.outputs) != 1 or len(network.inputs) != 1:
-        raise UserError(f"network {network.name!r} has {len(network.inputs)} inputs and {len(network.outputs)} outputs: "
-                        "it must have one of each")
+        raise UserError(
+            f"network {network.name!r} has {len(network.inputs)} inputs and {len(network.outputs)} outputs: "
+            "it must have one of each"
+        )
     if any(type(layer).__name__ == "AddLoss" for layer in leaves(network)):
-        raise UserError(f"network {network.name!r} adds a loss of its own with add_loss, which would be lost in the peers: "
-                        "leave it out, or put it into a layer's call")
+        raise UserError(
+            f"network {network.name!r} adds a loss of its own with add_loss, which would be lost in the peers: "
+            "leave it out, or put it into a layer's call"
+        )
     given = network.inputs[0]
     if given.shape.rank != 4 or not given.dtype.is_floating:
-        raise UserError(f"network {network.name!r} takes {given.dtype.name} {tuple(given.shape)}: it must take float images "
-                        "[batch, height, width, channels]")
-    if input_shape and any(own not in (None, asked) for own, asked in zip(given.shape[1:], input_shape)):
-        raise UserError(f"network {network.name!r} takes images {tuple(given.shape[1:])}; those of the data set are "
-                        f"{tuple(input_shape)}")
+        raise UserError(
+            f"network {network.name!r} takes {given.dtype.name} {tuple(given.shape)}: it must take float images "
+            "[batch, height, width, channels]"
+        )
+    if input_shape and any(
+        own not in (None, asked) for own, asked in zip(given.shape[1:], input_shape)
+    ):
+        raise UserError(
+            f"network {network.name!r} takes images {tuple(given.shape[1:])}; those of the data set are "
+            f"{tuple(input_shape)}"
+        )
     if input_shape and None in tuple(given.shape[1:]) and None not in input_shape:
         network = copy(network, input_shape=input_shape)
     return network
@@ -62,17 +76,23 @@ def _traced(network, input_shape):
         network(keras.Input(input_shape))  # Makes the weights.
         images = keras.Input(input_shape)
         # Of the training phase when it runs: with the default, often False, BatchNorm would never use batch statistics.
-        phase = {"training": None} if "training" in inspect.signature(network.call).parameters else {}
+        phase = (
+            {"training": None} if "training" in inspect.signature(network.call).parameters else {}
+        )
         model = keras.Model(images, network.call(images, **phase), name=network.name)
     except Exception as e:  # The user's code.
         raise UserError(f"{refused}{one_line(e)}") from e
     if {id(w) for w in model.weights} != {id(w) for w in network.weights}:
         lost = sorted({w.name for w in network.weights} - {w.name for w in model.weights})
         raise UserError(f"{refused}weights outside of its layers ({', '.join(lost)}) would be lost")
-    if any(_operations(model, input_shape, training) != _operations(network, input_shape, training)
-           for training in (False, True)):
-        raise UserError(f"{refused}its call does something in training or inference that its layers do not do by "
-                        "themselves, such as `if training:`; pass `training` on to layers only")
+    if any(
+        _operations(model, input_shape, training) != _operations(network, input_shape, training)
+        for training in (False, True)
+    ):
+        raise UserError(
+            f"{refused}its call does something in training or inference that its layers do not do by "
+            "themselves, such as `if training:`; pass `training` on to layers only"
+        )
     images = tf.constant(np.random.RandomState(0).uniform(size=(2, *input_shape)), tf.float32)
     own, its = (tf.cast(one(images), tf.float32) for one in (model, network))
     if not np.allclose(own, its, rtol=1e-3, atol=1e-4):
@@ -89,8 +109,11 @@ def _operations(model, input_shape, training):
         return strategy.run(lambda x: model(x, training=training), args=(images,))
 
     graph = run.get_concrete_function(tf.TensorSpec([2, *input_shape])).graph
-    return collections.Counter(op.type for op in graph.get_operations()
-                               if op.type not in ("Identity", "IdentityN", "NoOp", "Cast", "Const"))
+    return collections.Counter(
+        op.type
+        for op in graph.get_operations()
+        if op.type not in ("Identity", "IdentityN", "NoOp", "Cast", "Const")
+    )
 
 
 def calls(network):
@@ -119,7 +142,9 @@ def calls(network):
 
 def _own_call(model):
     """Whether a model computes something else than its graph of layers."""
-    return any("call" in vars(c) for c in type(model).__mro__ if not c.__module__.startswith("keras."))
+    return any(
+        "call" in vars(c) for c in type(model).__mro__ if not c.__module__.startswith("keras.")
+    )
 
 
 def _dissolves(layer):
@@ -159,7 +184,11 @@ def clone(model, salt=0):
     Keras copies the fixed seed of an initialiser or a dropout along, which would make all clones alike: `salt` is added
     to every such seed.
     """
-    return copy(model, salt=salt, keeps=lambda layer: not layer.trainable_weights or getattr(layer, "keeps_weights", False))
+    return copy(
+        model,
+        salt=salt,
+        keeps=lambda layer: not layer.trainable_weights or getattr(layer, "keeps_weights", False),
+    )
 
 
 def copy(model, input_shape=None, salt=0, keeps=lambda layer: True):
@@ -181,10 +210,14 @@ def copy(model, input_shape=None, salt=0, keeps=lambda layer: True):
         """The outputs of a model `part` for other inputs, computed by the copies of its layers."""
         made = {id(t): new for t, new in zip(part.inputs, inputs)}
         for node in calls(part):
-            args, kwargs = tf.nest.map_structure(lambda t: made.get(id(t), t), (node.call_args, node.call_kwargs))
+            args, kwargs = tf.nest.map_structure(
+                lambda t: made.get(id(t), t), (node.call_args, node.call_kwargs)
+            )
             if _dissolves(node.layer):
                 phase = kwargs.get("training", args[1] if len(args) > 1 else None)
-                new = replay(node.layer, tf.nest.flatten(args[0]), training if phase is None else phase)
+                new = replay(
+                    node.layer, tf.nest.flatten(args[0]), training if phase is None else phase
+                )
                 old = tf.nest.flatten(node.outputs)
             else:
                 layer = copies[id(node.layer)]
@@ -195,14 +228,24 @@ def copy(model, input_shape=None, salt=0, keeps=lambda layer: True):
             made.update((id(t), n) for t, n in zip(old, new))
         return [made[id(t)] for t in part.outputs]
 
-    inputs = [keras.Input(input_shape or t.shape[1:], dtype=t.dtype, name=t.node.layer.name) for t in model.inputs]
+    inputs = [
+        keras.Input(input_shape or t.shape[1:], dtype=t.dtype, name=t.node.layer.name)
+        for t in model.inputs
+    ]
     made = dict(zip(map(id, model.outputs), replay(model, inputs)))
     outputs = tf.nest.map_structure(lambda t: made[id(t)], model.output)
     copied = keras.Model(inputs if len(inputs) > 1 else inputs[0], outputs, name=model.name)
     for layer in (la for la in leaves(model) if la.weights):
         twin = copies[id(layer)]
         # A layer of layers: its configuration does not say which of these are frozen.
-        pairs = [(layer, twin), *((a, b) for a, b in zip(layer.submodules, twin.submodules) if isinstance(a, layers.Layer))]
+        pairs = [
+            (layer, twin),
+            *(
+                (a, b)
+                for a, b in zip(layer.submodules, twin.submodules)
+                if isinstance(a, layers.Layer)
+            ),
+        ]
         for own, new in pairs:
             if new.trainable != own.trainable:
                 new.trainable = own.trainable
@@ -221,11 +264,17 @@ def set_weights(layer, values):
 
 def _copied_layers(model, salt):
     """{id of a layer: its copy}, in which names that come twice get a number."""
+
     def salted(config):
         if isinstance(config, dict):
-            return {k: v + salt if k == "seed" and isinstance(v, int) else salted(v) for k, v in config.items()}
+            return {
+                k: v + salt if k == "seed" and isinstance(v, int) else salted(v)
+                for k, v in config.items()
+            }
         if isinstance(config, (list, tuple)):
-            return (list if isinstance(config, list) else tuple)(map(salted, config))  # Keras's own lists are subclasses.
+            return (list if isinstance(config, list) else tuple)(
+                map(salted, config)
+            )  # Keras's own lists are subclasses.
         return config
 
     copies, names = {}, set()
@@ -233,16 +282,23 @@ def _copied_layers(model, salt):
         if isinstance(layer, layers.InputLayer):
             continue
         # A configuration may only name them.
-        functions = {f.__name__: f for f in (getattr(layer, name, None) for name in ("function", "activation"))
-                     if hasattr(f, "__name__")}
+        functions = {
+            f.__name__: f
+            for f in (getattr(layer, name, None) for name in ("function", "activation"))
+            if hasattr(f, "__name__")
+        }
         try:
             config = salted(layer.get_config())
             config["name"] = _free(layer.name, names)
             with keras.utils.custom_object_scope(functions):
                 twin = layer.__class__.from_config(config)
-        except Exception as e:  # NotImplementedError, TypeError, and what a layer of the user's own raises.
-            raise UserError(f"layer {layer.name!r} ({type(layer).__name__}) of network {model.name!r} cannot be copied for "
-                            f"the peers: {one_line(e)}; give it a get_config with its constructor's arguments") from e
+        except (
+            Exception
+        ) as e:  # NotImplementedError, TypeError, and what a layer of the user's own raises.
+            raise UserError(
+                f"layer {layer.name!r} ({type(layer).__name__}) of network {model.name!r} cannot be copied for "
+                f"the peers: {one_line(e)}; give it a get_config with its constructor's arguments"
+            ) from e
         twin.keeps_weights = getattr(layer, "keeps_weights", False)
         names.add(twin.name)
         copies[id(layer)] = twin

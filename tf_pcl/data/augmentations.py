@@ -1,7 +1,8 @@
 """Random augmentations of uint8 batches [B, H, W, C], stateless: the same seed gives the same images."""
+
 import tensorflow as tf
 
-from tf_pcl import addons
+from tf_pcl import compat
 
 
 def fold_in(seed, *data):
@@ -23,7 +24,9 @@ def pad_crop_flip(images, seed, padding, flip, rows=slice(None), total=None):
     """
     h, w = images.shape[1:3]
     total = total or tf.shape(images)[0]
-    offsets = tf.random.stateless_uniform([total, 2], fold_in(seed, 0), 0, 2 * padding + 1, tf.int32)[rows]
+    offsets = tf.random.stateless_uniform(
+        [total, 2], fold_in(seed, 0), 0, 2 * padding + 1, tf.int32
+    )[rows]
     down, right = tf.range(h), tf.range(w)
     columns = tf.tile(right[None], [tf.shape(offsets)[0], 1])
     if flip:
@@ -45,7 +48,9 @@ def inception_crop(images, seed, flip, rows=slice(None), total=None):
     """
     h, w = images.shape[1:3]
     total = total or tf.shape(images)[0]
-    windows = inception_windows(tf.random.stateless_uniform([total, 4], fold_in(seed, 0))[rows], h, w)
+    windows = inception_windows(
+        tf.random.stateless_uniform([total, 4], fold_in(seed, 0))[rows], h, w
+    )
     mirrored = tf.random.stateless_uniform([total], fold_in(seed, 1))[rows] < (0.5 if flip else 0)
     return resized_windows(images, windows, mirrored)
 
@@ -65,11 +70,16 @@ def resized_windows(images, windows, mirrored):
     """`windows` (of inception_windows) of uint8 [B, H, W, C], resized to H × W and mirrored where `mirrored`, bool [B]."""
     h, w = images.shape[1:3]
     # crop_and_resize counts from the centre of the first pixel, 0, to that of the last, 1, and blackens what is beyond.
-    top, left, bottom, right = (tf.clip_by_value(edge, 1e-6, 1 - 1e-6) for edge in tf.unstack(
-        (windows - [0, 0, 1, 1]) / [h - 1, w - 1, h - 1, w - 1], axis=1))
+    top, left, bottom, right = (
+        tf.clip_by_value(edge, 1e-6, 1 - 1e-6)
+        for edge in tf.unstack((windows - [0, 0, 1, 1]) / [h - 1, w - 1, h - 1, w - 1], axis=1)
+    )
     left, right = tf.where(mirrored, right, left), tf.where(mirrored, left, right)
-    return _uint8(tf.image.crop_and_resize(images, tf.stack([top, left, bottom, right], 1), tf.range(tf.shape(images)[0]),
-                                           [h, w]))
+    return _uint8(
+        tf.image.crop_and_resize(
+            images, tf.stack([top, left, bottom, right], 1), tf.range(tf.shape(images)[0]), [h, w]
+        )
+    )
 
 
 def color_jitter(images, seed, strength, rows=slice(None), total=None):
@@ -80,8 +90,12 @@ def color_jitter(images, seed, strength, rows=slice(None), total=None):
       strength: in [0, 1].
     """
     total = total or tf.shape(images)[0]
-    brightness, contrast, saturation = tf.unstack(tf.random.stateless_uniform(
-        [total, 3, 1, 1, 1], fold_in(seed, 3), 1 - strength, 1 + strength)[rows], axis=1)
+    brightness, contrast, saturation = tf.unstack(
+        tf.random.stateless_uniform(
+            [total, 3, 1, 1, 1], fold_in(seed, 3), 1 - strength, 1 + strength
+        )[rows],
+        axis=1,
+    )
     grey = lambda x: tf.image.rgb_to_grayscale(x) if images.shape[-1] == 3 else x
     x = tf.cast(images, tf.float32) * brightness
     mean = tf.reduce_mean(grey(x), [1, 2, 3], keepdims=True)
@@ -103,4 +117,6 @@ def cutout(images, seed, size, rows=slice(None), total=None):
     h, w = images.shape[1:3]
     total = total or tf.shape(images)[0]
     centre = tf.random.stateless_uniform([total, 2], fold_in(seed, 2))[rows]
-    return addons.load().image.cutout(images, (size, size), offset=tf.cast(centre * tf.constant([h, w], tf.float32), tf.int32))
+    return compat.tensorflow_addons().image.cutout(
+        images, (size, size), offset=tf.cast(centre * tf.constant([h, w], tf.float32), tf.int32)
+    )

@@ -1,14 +1,15 @@
-"""Cuts any functional Keras model into a trunk that peers share and a branch that each has for itself."""
+"""Where a functional Keras model can be cut in two, and what each part costs."""
+
 import itertools
 import re
 
 import numpy as np
 import tensorflow as tf
-from tensorflow import keras
 
+from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
-from tf_pcl.networks.copies import calls, clone
-from tf_pcl.networks.features import with_features
+from tf_pcl.surgery.copies import calls, clone
+from tf_pcl.surgery.features import with_features
 
 # Cuts the tables' ResNets where the paper does: what comes before their last stage is 0.65 to 0.69 of the cost.
 DEFAULT_TRUNK_SHARE = 0.7
@@ -34,7 +35,9 @@ def costs(network):
 
 def _flop(node):
     """2 × multiply-adds of one call of a layer."""
-    kernels = [w.shape.num_elements() for w in node.layer.weights if "kernel" in w.name.split("/")[-1]]
+    kernels = [
+        w.shape.num_elements() for w in node.layer.weights if "kernel" in w.name.split("/")[-1]
+    ]
     if not kernels:
         return 0
     # A kernel is applied once at every place of the output; where that has more, as after a transposed convolution or an
@@ -56,18 +59,22 @@ def cut_points(network):
         made = tf.nest.flatten(node.outputs)
         if max(open_until, last_call[id(node.layer)]) <= i and len(made) == 1:
             names.append(node.layer.name)
-        open_until = max(open_until, last_call[id(node.layer)], *(last_use.get(id(t), i) for t in made))
+        open_until = max(
+            open_until, last_call[id(node.layer)], *(last_use.get(id(t), i) for t in made)
+        )
     return names
 
 
-def _usable(whole):
+def usable_cuts(whole):
     """The cut points that leave the feature that is classified to the branch."""
-    before = itertools.takewhile(lambda node: node is not whole.output["features"].node, calls(whole))
+    before = itertools.takewhile(
+        lambda node: node is not whole.output["features"].node, calls(whole)
+    )
     names = {node.layer.name for node in before}
     return [name for name in cut_points(whole) if name in names]
 
 
-def stage_names(network):
+def section_names(network):
     """Names of the layers that give the network's stages, stage_1 … stage_S; empty if it has none."""
     found = [re.fullmatch(r"stage_(\d+)", layer.name) for layer in network.layers]
     return [f"stage_{number}" for number in sorted(int(m.group(1)) for m in found if m)]
@@ -75,7 +82,7 @@ def stage_names(network):
 
 def default_cut(network):
     """The layer after which the last stage begins, stage_(S−1); None if there is none."""
-    stages = stage_names(network)
+    stages = section_names(network)
     return stages[-2] if len(stages) > 1 else None
 
 
@@ -91,50 +98,25 @@ def propose_cut(network, trunk_share=None):
     Raises:
       UserError: if the network cannot be cut, or the first cut already costs more than the given share.
     """
-    return _proposed(with_features(network), trunk_share)
+    return propose_cut_of(with_features(network), trunk_share)
 
 
-def _proposed(whole, trunk_share=None):
-    cost, points = costs(whole), _usable(whole)
+def propose_cut_of(whole, trunk_share=None):
+    cost, points = costs(whole), usable_cuts(whole)
     if not points:
-        raise UserError(f"network {whole.name!r} cannot be cut anywhere before its classifier's input: there is nothing "
-                        "that peers could share; methods that take no --split_at can train it")
+        raise UserError(
+            f"network {whole.name!r} cannot be cut anywhere before its classifier's input: there is nothing "
+            "that peers could share; methods that take no --split_at can train it"
+        )
     share = dict(zip(cost, np.cumsum(list(cost.values())) / max(1, sum(cost.values()))))
     if trunk_share is None and default_cut(whole) in points:
         return default_cut(whole), share[default_cut(whole)]
     fitting = [name for name in points if share[name] <= (trunk_share or DEFAULT_TRUNK_SHARE)]
     if trunk_share and not fitting:
-        raise UserError(f"--trunk_share={trunk_share:g}: network {whole.name!r} can first be cut after layer {points[0]}, "
-                        f"which makes {100 * share[points[0]]:.2g} % of its forward cost the trunk: give at least "
-                        f"{np.ceil(100 * share[points[0]]) / 100:g}")
+        raise UserError(
+            f"--trunk_share={trunk_share:g}: network {whole.name!r} can first be cut after layer {points[0]}, "
+            f"which makes {100 * share[points[0]]:.2g} % of its forward cost the trunk: give at least "
+            f"{np.ceil(100 * share[points[0]]) / 100:g}"
+        )
     name = (fitting or points)[-1 if fitting else 0]
     return name, share[name]
-
-
-def split(network, at=None):
-    """Cuts a network after layer `at`.
-
-    Args:
-      network: a functional keras.Model from images to logits or probabilities.
-      at: the name of the trunk's last layer; by default what propose_cut says.
-    Returns:
-      trunk: keras.Model from images to the output of `at`; branch: keras.Model from there to the outputs of
-      with_features, "feature_map" only if the branch makes it. Together they have exactly the network's weights, copied.
-    Raises:
-      UserError: if the network cannot be cut there; the text names the layers where it can.
-    """
-    whole = with_features(network)
-    points, order = _usable(whole), [node.layer.name for node in calls(whole)]
-    at = at or default_cut(whole) or _proposed(whole)[0]
-    if at not in points:
-        reason = "cannot be cut there" if at in {layer.name for layer in whole.layers} else "has no such layer"
-        raise UserError(f"--split_at={at}: network {whole.name!r} {reason}. Layers where a cut is possible: "
-                        f"{', '.join(points) or 'none'}.")
-    cut = whole.get_layer(at).output
-    behind = order[order.index(at) + 1:]
-    made = {key: tensor for key, tensor in whole.output.items() if tensor.node.layer.name in behind}
-    trunk, branch = keras.Model(whole.input, cut, name="trunk"), keras.Model(cut, made, name="branch")
-    if not branch.trainable_weights:
-        raise UserError(f"network {whole.name!r} has no trainable layer after {at!r}: peers would all be the same; make "
-                        "some layer there trainable, or cut earlier with --split_at")
-    return trunk, branch

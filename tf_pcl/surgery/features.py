@@ -1,11 +1,11 @@
 """What stands before a classifier's logits."""
+
 import numpy as np
 import tensorflow as tf
-from tensorflow import keras
-from tensorflow.keras import layers
 
+from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
-from tf_pcl.networks.copies import calls, copy, functional
+from tf_pcl.surgery.copies import calls, copy, functional
 
 # By the functions' names, since tf.nn's are others than Keras's. Log-probabilities have the softmax of the logits.
 _SOFTMAX = ("softmax", "softmax_v2", "log_softmax", "log_softmax_v2")
@@ -34,7 +34,7 @@ def with_features(network):
     copied = copy(functional(network))
     classifier = _classifier(copied)
     x, logits, order = classifier.keras_inputs[0], classifier.outputs, calls(copied)
-    maps = [node.keras_inputs[0] for node in order[:order.index(classifier)] if _pools(node)]
+    maps = [node.keras_inputs[0] for node in order[: order.index(classifier)] if _pools(node)]
     if x.shape.rank == 4:
         if not (maps and _is_vector(x)):
             maps.append(x)
@@ -52,9 +52,12 @@ def with_features(network):
 
 def _classifier(network):
     """The call of the Dense or Conv2D layer that gives the logits; UserError if what follows it is no softmax or mean."""
+
     def refused(why):
-        return UserError(f"network {network.name!r} {why}: it must end in a Dense layer, or a 1×1 Conv2D and its average "
-                         "over the image, that gives the logits [batch, classes]; only a softmax may follow")
+        return UserError(
+            f"network {network.name!r} {why}: it must end in a Dense layer, or a 1×1 Conv2D and its average "
+            "over the image, that gives the logits [batch, classes]; only a softmax may follow"
+        )
 
     node, averaged, normalised = network.outputs[0].node, False, False
     while not isinstance(node.layer, (layers.Dense, layers.Conv2D)):
@@ -73,12 +76,22 @@ def _classifier(network):
     layer = node.layer
     applied, x = _applied(layer), node.keras_inputs[0]
     if applied != "linear" and (applied not in _SOFTMAX or normalised or averaged):
-        raise refused(f"applies {applied} to its last layer {layer.name!r}{' before the average over the image' * averaged}")
-    if isinstance(layer, layers.Conv2D) and (type(layer) is not layers.Conv2D or layer.kernel_size != (1, 1)
-                                             or layer.strides != (1, 1) or layer.groups != 1):
-        raise refused(f"ends in layer {layer.name!r} ({type(layer).__name__} with kernel {layer.kernel_size})")
+        raise refused(
+            f"applies {applied} to its last layer {layer.name!r}{' before the average over the image' * averaged}"
+        )
+    if isinstance(layer, layers.Conv2D) and (
+        type(layer) is not layers.Conv2D
+        or layer.kernel_size != (1, 1)
+        or layer.strides != (1, 1)
+        or layer.groups != 1
+    ):
+        raise refused(
+            f"ends in layer {layer.name!r} ({type(layer).__name__} with kernel {layer.kernel_size})"
+        )
     if network.outputs[0].shape.rank != 2 or x.shape.rank not in (2, 4):
-        raise refused(f"gives outputs {tuple(network.outputs[0].shape)} from layer {layer.name!r} on {tuple(x.shape)}")
+        raise refused(
+            f"gives outputs {tuple(network.outputs[0].shape)} from layer {layer.name!r} on {tuple(x.shape)}"
+        )
     if len(layer.inbound_nodes) > 1:
         raise refused(f"uses its last layer {layer.name!r} more than once")
     return node
@@ -90,7 +103,11 @@ def _applied(layer):
         return "softmax"
     if type(layer).__name__ == "TFOpLambda":
         return layer.get_config()["function"].split(".")[-1]
-    name = "activation" if isinstance(layer, (layers.Activation, layers.Dense, layers.Conv2D)) else "function"
+    name = (
+        "activation"
+        if isinstance(layer, (layers.Activation, layers.Dense, layers.Conv2D))
+        else "function"
+    )
     return getattr(getattr(layer, name, None), "__name__", None)
 
 
@@ -103,7 +120,9 @@ def _averages(node):
     """Whether a call makes [B, c] of a map [B, H, W, c] by its mean, or of [B, 1, 1, c] in any way."""
     x = node.keras_inputs[0]
     return isinstance(node.layer, layers.GlobalAveragePooling2D) or (
-        _is_vector(x) and isinstance(node.layer, (layers.Flatten, layers.Reshape, layers.GlobalMaxPooling2D)))
+        _is_vector(x)
+        and isinstance(node.layer, (layers.Flatten, layers.Reshape, layers.GlobalMaxPooling2D))
+    )
 
 
 def _pools(node):
@@ -123,5 +142,7 @@ def _dense(layer, x):
         config = {key: config[key] for key in layers.Dense(1).get_config()}
     dense = kind.from_config(config)
     logits = dense(x)
-    dense.set_weights([np.reshape(value, w.shape) for value, w in zip(layer.get_weights(), dense.weights)])
+    dense.set_weights(
+        [np.reshape(value, w.shape) for value, w in zip(layer.get_weights(), dense.weights)]
+    )
     return logits

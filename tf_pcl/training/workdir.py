@@ -1,4 +1,5 @@
 """The files of a workdir."""
+
 import csv
 import json
 import os
@@ -44,10 +45,16 @@ def check_data(workdir, data):
         return
     with open(path, encoding="utf-8") as f:
         old = json.load(f)
-    differ = [f"{k} {_brief(data[k])} here, {_brief(old.get(k))} there" for k in data if data[k] != old.get(k)]
+    differ = [
+        f"{k} {_brief(data[k])} here, {_brief(old.get(k))} there"
+        for k in data
+        if data[k] != old.get(k)
+    ]
     if differ:
-        raise UserError(f"--workdir={workdir} holds a run on other data ({'; '.join(differ)}): give another workdir or the same "
-                        "data")
+        raise UserError(
+            f"--workdir={workdir} holds a run on other data ({'; '.join(differ)}): give another workdir or the same "
+            "data"
+        )
 
 
 def _brief(value):
@@ -73,19 +80,38 @@ def check_workdir(workdir, settings, free, resume):
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as e:
-        raise UserError(f"--workdir={workdir} cannot be written: {there}: {e.strerror}; give another") from e
+        raise UserError(
+            f"--workdir={workdir} cannot be written: {there}: {e.strerror}; give another"
+        ) from e
     path = os.path.join(workdir, "flags.txt")
     if not os.path.exists(path):
         if os.path.exists(os.path.join(workdir, "checkpoints")):
-            raise UserError(f"--workdir={workdir} holds checkpoints but no flags.txt, like the folder of a run's earlier stage: "
-                            "give another workdir")
+            raise UserError(
+                f"--workdir={workdir} holds checkpoints but no flags.txt, like the folder of a run's earlier stage: "
+                "give another workdir"
+            )
         return
     if resume == "never":
-        raise UserError(f"--workdir={workdir} holds a run already: give another workdir, or --resume=auto to go on")
+        raise UserError(
+            f"--workdir={workdir} holds a run already: give another workdir, or --resume=auto to go on"
+        )
     with open(path, encoding="utf-8") as f:
         old = dict(line.strip()[2:].split("=", 1) for line in f if line.startswith("--"))
-    differ = [f"--{k}={settings.get(k, '(unset)')} here, {old.get(k, '(unset)')} there"
-              for k in sorted({*settings, *old}) if settings.get(k) != old.get(k) and k not in free]
+    differ = [
+        f"--{k}={settings.get(k, '(unset)')} here, {old.get(k, '(unset)')} there"
+        for k in sorted({*settings, *old})
+        if settings.get(k) != old.get(k) and k not in free
+    ]
     if differ:
-        raise UserError(f"--workdir={workdir} holds a run with other settings ({'; '.join(differ)}): give another workdir "
-                        "or the same settings")
+        raise UserError(
+            f"--workdir={workdir} holds a run with other settings ({'; '.join(differ)}): give another workdir "
+            "or the same settings"
+        )
+
+
+def saved_model(path):
+    """The folder of the SavedModel at `path`: that itself, or within a run's workdir or its export folder; None without one."""
+    below = (os.path.join(path, b) for b in ("", "1", "saved_model/1", "export/saved_model/1"))
+    return next(
+        (folder for folder in below if os.path.exists(os.path.join(folder, "saved_model.pb"))), None
+    )

@@ -1,0 +1,109 @@
+"""The table of networks, and how a name becomes a model."""
+
+import importlib
+from typing import Callable
+
+from tf_pcl.compat import keras
+from tf_pcl.errors import UserError, choose, one_line
+from tf_pcl.networks import applications
+from tf_pcl.networks.densenet import densenet40_12
+from tf_pcl.networks.resnets import (
+    resnet8,
+    resnet14,
+    resnet18,
+    resnet20,
+    resnet32,
+    resnet50,
+    resnet110,
+    wrn20_8,
+)
+from tf_pcl.networks.resnext import resnext29_2x64d
+from tf_pcl.networks.vgg import vgg16
+from tf_pcl.surgery import functional
+
+# Functions (input_shape, num_classes) -> functional keras.Model that gives logits.
+FOR_SMALL_IMAGES = (
+    resnet8,
+    resnet14,
+    resnet20,
+    resnet32,
+    resnet110,
+    wrn20_8,
+    resnext29_2x64d,
+    vgg16,
+    densenet40_12,
+)
+FOR_LARGE_IMAGES = (resnet18, resnet50)
+NETWORKS = {f.__name__: f for f in (*FOR_SMALL_IMAGES, *FOR_LARGE_IMAGES)}
+
+
+def find(name: str) -> Callable[[tuple, int], keras.Model]:
+    """Returns the function (input_shape, num_classes) that builds the network of this name.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if name.startswith(applications.PREFIX):
+        return applications.builder(name)
+    if ":" in name:
+        return _import(name)
+    forms = [f"{applications.PREFIX}NAME", "module:function"]
+    if choose("network", name, [*NETWORKS, *forms]) in forms:
+        raise UserError(
+            f"network {name}: put a name in place of the capitals, as in applications.MobileNetV2"
+        )
+    return NETWORKS[name]
+
+
+def _import(name):
+    """Returns the user's own function that `module:function` names."""
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (Exception, SystemExit) as e:  # The module is the user's code.
+        raise UserError(
+            f"network {name} cannot be imported: {one_line(e)}. It must name a function as "
+            "module:function that can be imported from here."
+        ) from e
+    if not callable(function):
+        raise UserError(f"network {name} is {type(function).__name__}: it must name a function")
+    return function
+
+
+def build(name: str, input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds a network by its name.
+
+    Args:
+      name: one of NETWORKS; `applications.NAME` for keras.applications; or `module:function`, a
+        function (input_shape, num_classes) of the user's own that returns a keras.Model.
+      input_shape: (H, W, channels).
+      num_classes: C ≥ 2.
+
+    Returns:
+      A functional keras.Model from float images [B, H, W, channels] to [B, C].
+
+    Raises:
+      UserError: if there is no such network or it does not take such images.
+    """
+    function = find(name)
+    try:
+        model = function(tuple(input_shape), num_classes)
+    except Exception as e:  # The function is keras.applications' or the user's.
+        raise UserError(
+            f"network {name} cannot be built for images {tuple(input_shape)}: {one_line(e)}"
+        ) from e
+    if not isinstance(model, keras.Model):
+        raise UserError(
+            f"network {name} returned {type(model).__name__}: it must return a keras.Model"
+        )
+    model = functional(model, tuple(input_shape))
+    if tuple(model.output_shape[1:]) != (num_classes,):
+        raise UserError(
+            f"network {name} gives outputs {model.output_shape}; "
+            f"the data set has {num_classes} classes"
+        )
+    if not model.trainable_weights:
+        raise UserError(
+            f"network {name} has no trainable weights: all its layers are frozen, or it has none"
+        )
+    return model
