@@ -6,7 +6,7 @@ from tensorflow import keras
 
 layers = keras.layers
 
-__all__ = ["keras", "layers", "tensorflow_addons"]
+__all__ = ["is_of_keras", "keras", "layers", "tensorflow_addons"]
 
 
 def tensorflow_addons():
@@ -18,3 +18,8 @@ def tensorflow_addons():
         warnings.simplefilter("ignore")
         import tensorflow_addons
     return tensorflow_addons
+
+
+def is_of_keras(cls: type) -> bool:
+    """Says whether a class is defined by Keras itself."""
+    return cls.__module__.split(".")[0] in ("keras", "tf_keras")

@@ -16,8 +16,7 @@ import tensorflow as tf
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit, Stage
-from tf_pcl.methods.peers import from_raw_images
-from tf_pcl.surgery import with_features
+from tf_pcl.surgery import Target, deployable, with_logits
 
 
 class BAN(Distiller):
@@ -36,8 +35,8 @@ class BAN(Distiller):
     def __init__(self, network, *, ancestors=(), temperature=1.0, preprocess=None):
         super().__init__(preprocess)
         self.temperature = temperature
-        self.network = with_features(network)
-        self.ancestors = list(ancestors)
+        self.network = with_logits(Target.of(network).new())
+        self.ancestors = [with_logits(one) for one in ancestors]
         *self.ancestor_names, self.deployed_exit = [
             f"generation_{k}" for k in range(len(ancestors) + 1)
         ]
@@ -52,7 +51,10 @@ class BAN(Distiller):
         """A stage for each of the `generations` ≥ 2, generation 0 among them."""
         if generations < 2:
             raise UserError(
-                f"--generations={generations}: there must be at least 2, the first of which is not taught"
+                "there must be at least 2, the first of which is not taught",
+                parameter="generations",
+                value=generations,
+                allowed="at least 2",
             )
         return [
             Stage(
@@ -80,7 +82,7 @@ class BAN(Distiller):
         asked = list(zip(self.ancestor_names, self.ancestors))
         # Only the parent teaches; the others are there for the ensemble.
         return {
-            name: Exit(ancestor(views[:, 0], training=False))
+            name: Exit(**ancestor(views[:, 0], training=False))
             for name, ancestor in (asked[-1:] if training else asked)
         }
 
@@ -102,4 +104,4 @@ class BAN(Distiller):
         return terms
 
     def deployed(self):
-        return from_raw_images(self.preprocess, self.network)
+        return deployable(self.preprocess, self.network)

@@ -2,8 +2,7 @@
 
 from tf_pcl.losses import cross_entropy
 from tf_pcl.methods.distiller import Distiller, Exit
-from tf_pcl.methods.peers import from_raw_images
-from tf_pcl.surgery import with_features
+from tf_pcl.surgery import Target, deployable, with_logits
 
 
 class Baseline(Distiller):
@@ -19,7 +18,8 @@ class Baseline(Distiller):
 
     def __init__(self, network, *, exit_name="peer_1", preprocess=None):
         super().__init__(preprocess)
-        self.network = with_features(network)
+        self.target = Target.of(network)
+        self.network = with_logits(self.target.new())
         self.exits, self.deployed_exit = (exit_name,), exit_name
 
     def students(self, views, training):
@@ -33,4 +33,4 @@ class Baseline(Distiller):
         return {"ce": cross_entropy(labels, student[self.deployed_exit].logits)}
 
     def deployed(self):
-        return from_raw_images(self.preprocess, self.network)
+        return deployable(self.preprocess, self.network)

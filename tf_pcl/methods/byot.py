@@ -23,9 +23,8 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
-from tf_pcl.methods.peers import from_raw_images
 from tf_pcl.networks.blocks import conv_norm_relu
-from tf_pcl.surgery import section_names, with_features
+from tf_pcl.surgery import Target, deployable, section_names, with_features
 
 
 class BYOT(Distiller):
@@ -52,7 +51,7 @@ class BYOT(Distiller):
             distill_share,
             hint_weight,
         )
-        whole = with_features(network)
+        whole = with_features(Target.of(network).new())
         maps = [whole.get_layer(name).output for name in section_names(whole)[:-1]]
         if not maps or any(x.shape.rank != 4 for x in maps):
             raise UserError(
@@ -92,7 +91,7 @@ class BYOT(Distiller):
         }
 
     def deployed(self):
-        return from_raw_images(self.preprocess, self.network)
+        return deployable(self.preprocess, self.network)
 
 
 def squared_distance(f, g):

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.methods.peers import Peers, peer_names
-from tf_pcl.surgery import split
+from tf_pcl.surgery import Target
 
 
 class CL(Distiller):
@@ -49,7 +49,7 @@ class CL(Distiller):
         super().__init__(preprocess)
         self.temperature, self.distill_share = temperature, distill_share
         self.exits = peer_names(peers)
-        self.peers = Peers(*split(network, split_at), self.exits, self.preprocess)
+        self.peers = Peers(Target.of(network), self.exits, split_at, self.preprocess)
 
     def students(self, views, training):
         low = self.peers.low(views, training)

@@ -27,7 +27,8 @@ from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation, pairwise_distances, triplet_angles
 from tf_pcl.methods.baseline import Baseline
 from tf_pcl.methods.distiller import Distiller, Exit, Stage
-from tf_pcl.methods.peers import check_peers, from_raw_images, peer_names, whole_networks
+from tf_pcl.methods.peers import check_peers, peer_names
+from tf_pcl.surgery import Target, deployable, proof, with_features
 
 
 class CTSLMKT(Distiller):
@@ -65,7 +66,11 @@ class CTSLMKT(Distiller):
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = ce_weight, collaboration_weight, self_weight
         self.beta_1, self.beta_2 = angle_weight, mutual_weight
-        self.networks, self.alone = whole_networks(network), whole_networks(network)
+        targets = dict(zip(peer_names(len(network)), map(Target.of, network)))
+        trained = {name: target.first for name, target in targets.items()}
+        proof.apart(trained.values())
+        self.networks = {name: with_features(one) for name, one in trained.items()}
+        self.alone = {name: with_features(target.copy()) for name, target in targets.items()}
         self.exits = (*self.networks, *(f"alone_{name}" for name in self.alone))
 
     @classmethod
@@ -89,7 +94,7 @@ class CTSLMKT(Distiller):
                 "together",
                 network,
                 lambda trained: make(
-                    cls, [peer.network for peer in trained[: len(several)]], **arguments
+                    cls, [peer.target for peer in trained[: len(several)]], **arguments
                 ),
             ),
         ]
@@ -137,7 +142,7 @@ class CTSLMKT(Distiller):
         }
 
     def deployed(self):
-        return from_raw_images(self.preprocess, self.networks["peer_1"])
+        return deployable(self.preprocess, self.networks["peer_1"])
 
 
 def mutual_huber(x, y):

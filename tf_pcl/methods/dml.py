@@ -13,7 +13,8 @@ paper lets them take turns.
 
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
-from tf_pcl.methods.peers import from_raw_images, whole_networks
+from tf_pcl.methods.peers import whole_networks
+from tf_pcl.surgery import deployable, with_logits
 
 
 class DML(Distiller):
@@ -33,7 +34,9 @@ class DML(Distiller):
     def __init__(self, network, *, peers=None, temperature=1.0, preprocess=None):
         super().__init__(preprocess)
         self.temperature = temperature
-        self.networks = whole_networks(network, peers)
+        self.networks = {
+            name: with_logits(one) for name, one in whole_networks(network, peers).items()
+        }
         self.exits = list(self.networks)
 
     def students(self, views, training):
@@ -59,4 +62,4 @@ class DML(Distiller):
         }
 
     def deployed(self):
-        return from_raw_images(self.preprocess, self.networks["peer_1"])
+        return deployable(self.preprocess, self.networks["peer_1"])

@@ -24,7 +24,7 @@ from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
 from tf_pcl.methods.peers import Peers, peer_names
 from tf_pcl.networks.blocks import conv_norm_relu, norm
-from tf_pcl.surgery import split
+from tf_pcl.surgery import Target
 
 
 class FFL(Distiller):
@@ -63,9 +63,8 @@ class FFL(Distiller):
         )
         self.peer_names = peer_names(peers)
         self.exits = (*self.peer_names, "ensemble")
-        trunk, branch = split(network, split_at)
-        self.peers = Peers(trunk, branch, self.peer_names, self.preprocess)
-        self.fusion = fusion(network, branch, peers)
+        self.peers = Peers(Target.of(network), self.peer_names, split_at, self.preprocess)
+        self.fusion = fusion(self.peers.branches[0], peers)
 
     @property
     def decay_exceptions(self):
@@ -90,7 +89,7 @@ class FFL(Distiller):
         return self.peers.target()
 
 
-def fusion(network, branch, count):
+def fusion(branch, count):
     """A keras.Model from the concatenated last feature maps [B, H, W, count · c] of the branches to z_f float32 [B, C].
 
     Raises:
@@ -98,8 +97,8 @@ def fusion(network, branch, count):
     """
     if "feature_map" not in branch.output_shape:
         raise UserError(
-            f"network {network.name!r} has no feature map [batch, height, width, channels] between --split_at "
-            "and its classifier, and ffl fuses those of the branches: cut earlier"
+            "the network has no feature map [batch, height, width, channels] between the cut and "
+            "its classifier, and those of the branches are fused: cut earlier with `split_at`"
         )
     *size, width = branch.output_shape["feature_map"][1:]
     maps = keras.Input([*size, count * width])

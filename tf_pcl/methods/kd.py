@@ -14,8 +14,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.baseline import Baseline
 from tf_pcl.methods.distiller import Distiller, Exit, Stage
-from tf_pcl.methods.peers import from_raw_images
-from tf_pcl.surgery import with_features
+from tf_pcl.surgery import Target, deployable, with_logits
 
 
 class KD(Distiller):
@@ -35,20 +34,20 @@ class KD(Distiller):
     def __init__(self, network, *, teacher, temperature=3.0, preprocess=None):
         super().__init__(preprocess)
         self.temperature = temperature
-        self.network = with_features(network)
-        self.teacher = teacher
+        self.network = with_logits(Target.of(network).new())
+        self.teacher = with_logits(teacher)
         ends = [
             (model.input_shape[1:], classes)
             for model, classes in (
-                (teacher, teacher.output_shape[-1]),
-                (self.network, self.network.output_shape["logits"][-1]),
+                (model, model.output_shape["logits"][-1]) for model in (self.teacher, self.network)
             )
         ]
         if ends[0] != ends[1]:
             (taught, of), (given, asked) = ends
             raise UserError(
-                f"--teacher gives {of} classes for images {taught}, where {asked} classes for images {given} are "
-                "asked: take a teacher that was trained on this data set at this size"
+                f"`teacher` gives {of} classes for images {taught}, where {asked} classes for "
+                f"images {given} are asked: take a teacher that was trained on this data set at "
+                "this size"
             )
 
     @classmethod
@@ -56,7 +55,8 @@ class KD(Distiller):
         """The training of a teacher, resnet110 unless given, and the student's; the student's alone if there is a teacher."""
         if teacher and teacher_network:
             raise UserError(
-                "--teacher_network does not go with --teacher, which brings its own network: give one of them"
+                "`teacher_network` does not go with `teacher`, which brings its own network: give "
+                "one of them"
             )
         if teacher:
             return [
@@ -88,7 +88,7 @@ class KD(Distiller):
         return {"student": Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
 
     def teachers(self, views, training):
-        return {"teacher": Exit(self.teacher(views[:, 0], training=False))}
+        return {"teacher": Exit(**self.teacher(views[:, 0], training=False))}
 
     def loss_terms(self, labels, student, teacher):
         z = student["student"].logits
@@ -98,4 +98,4 @@ class KD(Distiller):
         }
 
     def deployed(self):
-        return from_raw_images(self.preprocess, self.network)
+        return deployable(self.preprocess, self.network)

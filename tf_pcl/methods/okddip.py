@@ -21,7 +21,7 @@ from tf_pcl.compat import layers
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.methods.peers import Peers, peer_names
-from tf_pcl.surgery import split
+from tf_pcl.surgery import Target
 
 
 class OKDDip(Distiller):
@@ -59,9 +59,8 @@ class OKDDip(Distiller):
         )
         self.peer_names = peer_names(peers)
         self.exits = (*self.peer_names, "leader")
-        trunk, branch = split(network, split_at)
-        self.peers = Peers(trunk, branch, self.exits, self.preprocess)
-        d = branch.output_shape["features"][-1]
+        self.peers = Peers(Target.of(network), self.exits, split_at, self.preprocess)
+        d = self.peers.branches[0].output_shape["features"][-1]
         self.query, self.key = (
             layers.Dense(max(1, d // 8), use_bias=False, dtype="float32", name=name)
             for name in ("query", "key")

@@ -20,7 +20,7 @@ from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
 from tf_pcl.methods.peers import Peers, peer_names
 from tf_pcl.networks.blocks import norm
-from tf_pcl.surgery import split
+from tf_pcl.surgery import Target
 
 
 class ONE(Distiller):
@@ -59,9 +59,8 @@ class ONE(Distiller):
         )
         self.peer_names = peer_names(peers)
         self.exits = (*self.peer_names, "ensemble")
-        trunk, branch = split(network, split_at)
-        self.peers = Peers(trunk, branch, self.peer_names, self.preprocess)
-        self.gate = gate(trunk, peers)
+        self.peers = Peers(Target.of(network), self.peer_names, split_at, self.preprocess)
+        self.gate = gate(self.peers.trunk, peers)
 
     def students(self, views, training):
         low = self.peers.low(views, training)
@@ -93,8 +92,8 @@ def gate(trunk, count):
     """
     if len(trunk.output_shape) != 4:
         raise UserError(
-            f"the network has {trunk.output_shape} where --split_at cuts it, not a feature map [batch, height, "
-            "width, channels], which the gate of one pools: cut earlier"
+            f"the network has {trunk.output_shape} where it is cut, not a feature map [batch, "
+            "height, width, channels], which the gate pools: cut earlier with `split_at`"
         )
     low = keras.Input(trunk.output_shape[1:])
     x = layers.Dense(count, use_bias=False)(layers.GlobalAveragePooling2D()(low))

@@ -29,8 +29,9 @@ from tf_pcl.ema import Shadow
 from tf_pcl.errors import UserError, choose
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
-from tf_pcl.methods.peers import Peers, classifier, peer_names
-from tf_pcl.surgery import clone, split
+from tf_pcl.methods.peers import Peers, peer_names
+from tf_pcl.surgery import Target
+from tf_pcl.surgery.slices import with_logits_output
 
 
 class PCL(Distiller):
@@ -76,33 +77,30 @@ class PCL(Distiller):
         self.peer_names = peer_names(peers)
         if deploy == "ensemble" and ensemble_teacher == "none":
             raise UserError(
-                "--deploy=ensemble does not go with --ensemble_teacher=none: there is no ensemble to deploy"
+                "`deploy=ensemble` does not go with `ensemble_teacher=none`: there is no ensemble to deploy"
             )
         self.temperature, self.rampup_epochs, self.distill_weight = (
             temperature,
             rampup_epochs,
             distill_weight,
         )
-        self.ema_decay, self.ema_every = (
-            ema_decay,
-            choose("--ema_every", ema_every, ("step", "epoch")),
-        )
-        self.ensemble_teacher = choose(
-            "--ensemble_teacher", ensemble_teacher, ("features", "logits", "none")
-        )
-        self.peer_teacher = choose("--peer_teacher", peer_teacher, ("mean", "mutual", "none"))
-        self.deploy = choose("--deploy", deploy, ("peer", "ensemble"))
-        self.num_views = peers if choose("--views", views, ("own", "shared")) == "own" else 1
+        one_of = lambda name, value, *allowed: choose(name, value, allowed, parameter=name)
+        self.ema_decay = ema_decay
+        self.ema_every = one_of("ema_every", ema_every, "step", "epoch")
+        ensemble = one_of("ensemble_teacher", ensemble_teacher, "features", "logits", "none")
+        self.ensemble_teacher = ensemble
+        self.peer_teacher = one_of("peer_teacher", peer_teacher, "mean", "mutual", "none")
+        self.deploy = one_of("deploy", deploy, "peer", "ensemble")
+        self.num_views = peers if one_of("views", views, "own", "shared") == "own" else 1
 
-        trunk, branch = split(network, split_at)
-        ensemble = self.ensemble_teacher
-        self.student = Collaborators(trunk, branch, self.peer_names, self.preprocess, ensemble)
+        target = Target.of(network)
+        self.student = Collaborators(target, self.peer_names, split_at, self.preprocess, ensemble)
         self.exits = (*self.peer_names, *(["ensemble"] if ensemble != "none" else []))
         self.deployed_exit = "ensemble" if deploy == "ensemble" else "peer_1"
         self.mean = None
         if peer_teacher == "mean":
             self.mean = Collaborators(
-                clone(trunk), branch, self.peer_names, self.preprocess, ensemble
+                target, self.peer_names, self.student.cut, self.preprocess, ensemble
             )
             self.shadow = Shadow(self.student, self.mean)
             self.exits += tuple(f"mean_{name}" for name in self.exits)
@@ -168,15 +166,16 @@ class Collaborators(Peers):
     """The peers and their ensemble classifier.
 
     Args:
-      trunk, branch, names, preprocess: as in Peers.
+      target, names, split_at, preprocess: as in Peers.
       ensemble: "features", "logits" or "none", as in PCL.
     """
 
-    def __init__(self, trunk, branch, names, preprocess, ensemble):
-        super().__init__(trunk, branch, names, preprocess)
+    def __init__(self, target, names, split_at, preprocess, ensemble):
+        super().__init__(target, names, split_at, preprocess)
         self.ensemble = ensemble
         if ensemble == "features":
-            d, classes = branch.output_shape["features"][-1], branch.output_shape["logits"][-1]
+            shapes = self.branches[0].output_shape
+            d, classes = shapes["features"][-1], shapes["logits"][-1]
             self.ensemble_classifier = keras.layers.Dense(
                 classes, dtype="float32", name="ensemble_classifier"
             )
@@ -199,6 +198,6 @@ class Collaborators(Peers):
         """All peers with the ensemble classifier (PCL-E): a functional keras.Model from raw images to z_e."""
         images = keras.Input(self.trunk.input_shape[1:], dtype=tf.uint8, name="images")
         low = self.trunk(self.preprocess(images))
-        return classifier(
+        return with_logits_output(
             images, self.joint_logits([Exit(**branch(low)) for branch in self.branches])
         )

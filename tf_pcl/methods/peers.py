@@ -1,101 +1,161 @@
 """Peers: branches on a shared trunk, or whole networks."""
 
+from collections.abc import Sequence
+from typing import Any, Optional
+
 import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.methods.distiller import Exit
-from tf_pcl.surgery import clone, with_features
+from tf_pcl.surgery import Target, deployable, proof, slice_at, with_features
+from tf_pcl.surgery.cuts import Cut, find_cut
+from tf_pcl.surgery.target import start_apart
 
 
 class Peers(keras.Model):
     """Peers on a shared trunk.
 
+    Every peer's branch is sliced from a network of its own. The trunk is that of the first.
+
     Args:
-      trunk, branch: as surgery.split gives them.
-      names: the peers' exits; each gets a freshly initialised copy of the branch.
+      target: the target network.
+      names: the peers' exits.
+      split_at: the name of the trunk's last layer, or a Cut; by default what propose_cut says.
       preprocess: a layer in front of the trunk.
+
+    Attributes:
+      cut: where the networks were cut.
+      trunk: a keras.Model from images to the trunk's output.
+      branches: for each peer a keras.Model from there to the outputs of with_features.
     """
 
-    def __init__(self, trunk, branch, names, preprocess, name="peers"):
+    def __init__(
+        self,
+        target: Target,
+        names: Sequence[str],
+        split_at: Any,
+        preprocess: keras.layers.Layer,
+        name: str = "peers",
+    ):
         super().__init__(name=name)
-        self.preprocess = preprocess
-        self.trunk = trunk
-        self.names = tuple(names)
-        self.branches = []
-        for j in range(len(names)):
-            own = clone(branch, salt=j)
+        self.preprocess, self.names = preprocess, tuple(names)
+        branches = []
+        for _ in names:
+            network = target.new()
+            whole = with_features(network)
+            if not branches:
+                self.cut = split_at if isinstance(split_at, Cut) else find_cut(whole, split_at)
+            trunk, branch = slice_at(whole, self.cut.path)
+            _prove(
+                network,
+                whole,
+                trunk,
+                branch,
+                training=not branches and not isinstance(split_at, Cut),
+            )
+            if branches:
+                start_apart(branches[0], branch)
+            else:
+                self.trunk = trunk
             # Keras wants different names for models that meet in one, as in an ensemble.
-            self.branches.append(keras.Model(own.input, own.output, name=f"branch_{j + 1}"))
+            numbered = f"branch_{len(branches) + 1}"
+            branches.append(keras.Model(branch.input, branch.output, name=numbered))
+        self.branches = branches
         self.built = True
 
     def call(self, views, training=False):
-        """{name: Exit} of the peers for views [B, v, H, W, C]."""
+        """Returns {name: Exit} of the peers for views [B, v, H, W, C]."""
         return self.high(self.low(views, training), training)
 
-    def low(self, views, training=False):
-        """The trunk's output [B, …] for each of the v views, a list."""
-        # The views go through the trunk as one batch of v·B images, which share its BatchNorm statistics.
+    def low(self, views: tf.Tensor, training: bool = False) -> list:
+        """Returns the trunk's output [B, …] for each of the v views."""
+        # The views pass the trunk as one batch of v·B images and share its BatchNorm statistics.
         images = tf.reshape(tf.transpose(views, [1, 0, 2, 3, 4]), [-1, *views.shape[2:]])
         return tf.split(self.trunk(self.preprocess(images), training=training), views.shape[1])
 
-    def high(self, low, training=False):
-        """{name: Exit} of the branches: peer j takes low[j], or all take the one."""
+    def high(self, low: list, training: bool = False) -> dict:
+        """Returns {name: Exit} of the branches: peer j takes low[j], or all take the one."""
         low = low * len(self.branches) if len(low) == 1 else low
         return {
             name: Exit(**branch(x, training=training))
             for name, branch, x in zip(self.names, self.branches, low)
         }
 
-    def target(self, j=0):
-        """The peer names[j] to deploy: trunk and its branch."""
-        return from_raw_images(self.preprocess, self.trunk, self.branches[j])
+    def target(self, j: int = 0) -> keras.Model:
+        """Returns the peer names[j] to deploy: the trunk and its branch."""
+        return deployable(self.preprocess, self.trunk, self.branches[j])
 
 
-def from_raw_images(preprocess, *models):
-    """A functional keras.Model from raw images uint8 [B, H, W, C], through `preprocess` and `models`, the last of which
-    gives {"logits": …}, to logits float32 [B, C]."""
-    images = keras.Input(models[0].input_shape[1:], dtype=tf.uint8, name="images")
-    x = preprocess(images)
-    for model in models:
-        x = model(x)
-    return classifier(images, x["logits"])
+def _prove(network, whole, trunk, branch, training):
+    """Proves that trunk and branch together compute what `whole`, the network's graph, does."""
+
+    def joined(images, training):
+        return branch(trunk(images, training=training), training=training)
+
+    def reference(images, training):
+        outputs = whole(images, training=training)
+        return {key: outputs[key] for key in branch.output}
+
+    what = f"network {network.name!r}, cut after {trunk.output_names[0]!r},"
+    proof.same(network, joined, what, reference=reference, training=training)
 
 
-def classifier(images, logits):
-    """keras.Model from `images` to float32 `logits`, under that output name."""
-    return keras.Model(
-        images, keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
-    )
+def target_of(networks: Any) -> list:
+    """Returns the Targets of a network or of a list of networks."""
+    several = networks if isinstance(networks, (list, tuple)) else [networks]
+    return [Target.of(network) for network in several]
 
 
-def whole_networks(network, peers=None):
-    """{peer's name: network} of peers that share nothing.
+def whole_networks(networks: Any, peers: Optional[int] = None) -> dict:
+    """Returns {peer's name: keras.Model} of peers that share nothing.
 
     Args:
-      network: a functional keras.Model from images to logits or probabilities, of which all but the first peer are freshly
-        initialised copies; or a list of different ones.
+      networks: a target network, of which every peer is an instance; or a list of different ones.
       peers: m ≥ 2; by default 3, or as many as the list has.
+
     Returns:
-      Networks as surgery.with_features gives them.
+      Models as networks give them, not yet with_logits or with_features.
+
+    Raises:
+      UserError: for fewer than 2 peers, or if `peers` is not the length of the list.
     """
-    if not isinstance(network, (list, tuple)):
-        first, names = with_features(network), peer_names(3 if peers is None else peers)
-        return dict(zip(names, [first, *(clone(first, salt=j) for j in range(1, len(names)))]))
-    check_peers(network, peers)
-    return dict(zip(peer_names(len(network)), map(with_features, network)))
+    targets = target_of(networks)
+    if isinstance(networks, (list, tuple)):
+        check_peers(networks, peers)
+    else:
+        targets *= 3 if peers is None else peers
+    made: dict = {}
+    for name, target in zip(peer_names(len(targets)), targets):
+        made[name] = target.new()
+        if len(made) > 1 and targets[0] is target:
+            start_apart(made["peer_1"], made[name])
+    proof.apart(made.values())
+    return made
 
 
-def check_peers(several, peers):
-    """UserError if `peers` is given and is not the number of networks in the list `several`."""
+def check_peers(several: Sequence, peers: Optional[int]) -> None:
+    """Raises UserError if `peers` is given and is not the number of networks in `several`."""
     if peers not in (None, len(several)):
-        raise UserError(f"--peers={peers} does not go with {len(several)} networks: leave it out")
+        raise UserError(
+            f"it does not go with {len(several)} networks: leave it out",
+            parameter="peers",
+            value=peers,
+            allowed=len(several),
+        )
 
 
-def peer_names(count):
-    """["peer_1", …]; UserError for fewer than 2."""
+def peer_names(count: int) -> list:
+    """Returns ["peer_1", …].
+
+    Raises:
+      UserError: for fewer than 2.
+    """
     if count < 2:
         raise UserError(
-            f"--peers={count}: this method needs at least 2 peers, who teach each other"
+            "this method needs at least 2 peers, who teach each other",
+            parameter="peers",
+            value=count,
+            allowed="at least 2",
         )
     return [f"peer_{j + 1}" for j in range(count)]

@@ -1,7 +1,8 @@
 """The table of networks, and how a name becomes a model."""
 
+import functools
 import importlib
-from typing import Callable
+from typing import Any, Callable, Optional
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, choose, one_line
@@ -19,7 +20,7 @@ from tf_pcl.networks.resnets import (
 )
 from tf_pcl.networks.resnext import resnext29_2x64d
 from tf_pcl.networks.vgg import vgg16
-from tf_pcl.surgery import functional
+from tf_pcl.surgery import Target, functional
 
 # Functions (input_shape, num_classes) -> functional keras.Model that gives logits.
 FOR_SMALL_IMAGES = (
@@ -35,6 +36,26 @@ FOR_SMALL_IMAGES = (
 )
 FOR_LARGE_IMAGES = (resnet18, resnet50)
 NETWORKS = {f.__name__: f for f in (*FOR_SMALL_IMAGES, *FOR_LARGE_IMAGES)}
+
+
+def target(
+    name: str,
+    input_shape: tuple,
+    num_classes: int,
+    load: Optional[Callable[[keras.Model], Any]] = None,
+) -> Target:
+    """Returns the network of this name as a Target, which can be made several times.
+
+    Args:
+      name, input_shape, num_classes: as in `build`.
+      load: gives the first instance weights trained before; see Target.
+
+    Raises:
+      UserError: if there is no such network.
+    """
+    find(name)
+    build_it = functools.partial(build, name, input_shape, num_classes)
+    return Target(build_it, input_shape=tuple(input_shape), load=load)
 
 
 def find(name: str) -> Callable[[tuple, int], keras.Model]:

@@ -1,7 +1,8 @@
-"""What is done to any Keras model: made functional, copied, cut in two, given weights from a file."""
+"""What is done to any Keras model: made functional, made again, cut in two, given weights."""
 
-from tf_pcl.surgery.copies import clone, copy, functional, keep_weights
+from tf_pcl.surgery.convert import functional
 from tf_pcl.surgery.cuts import costs, cut_points, propose_cut, section_names
-from tf_pcl.surgery.features import with_features
-from tf_pcl.surgery.slices import split
+from tf_pcl.surgery.features import with_features, with_logits
+from tf_pcl.surgery.slices import deployable, slice_at, split
+from tf_pcl.surgery.target import Target
 from tf_pcl.surgery.weights import load_weights

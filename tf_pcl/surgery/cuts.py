@@ -1,122 +1,169 @@
 """Where a functional Keras model can be cut in two, and what each part costs."""
 
-import itertools
 import re
+from typing import NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
-from tf_pcl.surgery.copies import calls, clone
 from tf_pcl.surgery.features import with_features
+from tf_pcl.surgery.graph import calls, is_inner_model, leaves, names
+from tf_pcl.surgery.observe import flops
 
-# Cuts the tables' ResNets where the paper does: what comes before their last stage is 0.65 to 0.69 of the cost.
+# Cuts the tables' ResNets where the paper does: what comes before their last section is 0.65 to
+# 0.69 of the cost.
 DEFAULT_TRUNK_SHARE = 0.7
 
 
-def costs(network):
-    """What one image's forward pass costs in each layer.
+class Cut(NamedTuple):
+    """A place where a model falls in two: all that follows needs one tensor alone.
+
+    path: the index of a call among the model's calls; where the cut is inside an inner model, that
+      model's call and the index within, and so on. The same in every build of a network.
+    name: of the layer that makes the tensor.
+    share: the part of the forward cost up to there, in [0, 1].
+    """
+
+    path: tuple
+    name: str
+    share: float
+
+
+def costs(network: keras.Model) -> dict:
+    """Returns {layer's name: FLOP} of one image's forward pass, in the order of computation.
+
+    Layers of inner models stand under their own names. See observe.flops for what is counted.
+    """
+    network = with_features(network)
+    counted, known = flops(network), names(network)
+    return {known[id(leaf)]: counted[id(leaf)] for leaf in _in_order(network)}
+
+
+def cuts(network: keras.Model) -> list:
+    """Returns the Cuts of a network from input to output, before the feature that is classified.
 
     Args:
-      network: a functional keras.Model of a known image size.
-    Returns:
-      {layer name: FLOP}, in the order of computation: 2 × multiply-adds with the kernels of a layer (convolutions of every
-      kind, dense layers, the projections of attention), 0 for what has none. Inner models' layers stand under their own
-      names, as in split; a layer of layers counts as if all of them had the smaller of its input's and output's size.
+      network: what with_features takes.
     """
-    if any(isinstance(layer, keras.Model) for layer in network.layers):
-        network = clone(network)
-    found = {}
-    for node in calls(network):
-        found[node.layer.name] = found.get(node.layer.name, 0) + _flop(node)
-    return found
-
-
-def _flop(node):
-    """2 × multiply-adds of one call of a layer."""
-    kernels = [
-        w.shape.num_elements() for w in node.layer.weights if "kernel" in w.name.split("/")[-1]
+    whole = with_features(network)
+    counted, known, order = flops(whole), names(whole), _in_order(whole)
+    sums = np.cumsum([counted[id(leaf)] for leaf in order])
+    share = {id(leaf): cost / max(1, sums[-1]) for leaf, cost in zip(order, sums)}
+    return [
+        Cut(path, known[id(leaf)], float(share[id(leaf)])) for path, leaf in _paths(whole, True)
     ]
-    if not kernels:
-        return 0
-    # A kernel is applied once at every place of the output; where that has more, as after a transposed convolution or an
-    # EinsumDense that splits a dimension, of the input.
-    shapes = [node.keras_inputs[0].shape[1:-1], tf.nest.flatten(node.outputs)[0].shape[1:-1]]
-    return 2 * sum(kernels) * min(int(np.prod(shape)) for shape in shapes)
 
 
-def cut_points(network):
-    """Names of the layers, from input to output, after which the network falls into two: all that follows needs only
-    that layer's output and none of the layers before."""
-    order = calls(network)
+def cut_points(network: keras.Model) -> list:
+    """Returns the names of the layers after which a network can be cut, from input to output."""
+    return [cut.name for cut in cuts(network)]
+
+
+def _in_order(model):
+    """Returns a model's leaves in the order of their first calls."""
+    found = {}
+    for call in calls(model):
+        inside = _in_order(call.layer) if is_inner_model(call.layer) else [call.layer]
+        found.update((id(leaf), leaf) for leaf in inside)
+    return list(found.values())
+
+
+def _last_leaf(layer):
+    return _last_leaf(layer.outputs[0].node.layer) if is_inner_model(layer) else layer
+
+
+def _paths(model, outermost=False):
+    """Yields (path, leaf that makes the tensor) of the cuts of a model."""
+    order = calls(model)
+    times = {}
     last_use, last_call = {}, {}
-    for i, node in enumerate(order):
-        last_use.update((id(t), i) for t in node.keras_inputs)
-        last_call[id(node.layer)] = i
-    names, open_until = [], max(last_use.get(id(t), 0) for t in network.inputs)
-    for i, node in enumerate(order[:-1]):
-        made = tf.nest.flatten(node.outputs)
-        if max(open_until, last_call[id(node.layer)]) <= i and len(made) == 1:
-            names.append(node.layer.name)
-        open_until = max(
-            open_until, last_call[id(node.layer)], *(last_use.get(id(t), i) for t in made)
-        )
-    return names
+    for i, call in enumerate(order):
+        last_use.update((id(t), i) for t in call.keras_inputs)
+        last_call[id(call.layer)] = i
+        times[id(call.layer)] = times.get(id(call.layer), 0) + 1
+    # A branch must make all outputs but the feature map, which it may leave out.
+    output = model.output if isinstance(model.output, dict) else {"": model.output}
+    needed = {id(t) for key, t in output.items() if key != "feature_map"}
+    last_use.update((key, len(order)) for key in needed)
+    open_until = max(last_use.get(id(t), 0) for t in model.inputs)
+    for i, call in enumerate(order):
+        made = tf.nest.flatten(call.outputs)
+        if is_inner_model(call.layer) and times[id(call.layer)] == 1 and open_until <= i:
+            yield from (((i, *path), leaf) for path, leaf in _paths(call.layer))
+        open_until = max(open_until, last_call[id(call.layer)])
+        if open_until <= i and len(made) == 1 and id(made[0]) not in needed:
+            yield (i,), _last_leaf(call.layer)
+        open_until = max(open_until, *(last_use.get(id(t), i) for t in made))
 
 
-def usable_cuts(whole):
-    """The cut points that leave the feature that is classified to the branch."""
-    before = itertools.takewhile(
-        lambda node: node is not whole.output["features"].node, calls(whole)
-    )
-    names = {node.layer.name for node in before}
-    return [name for name in cut_points(whole) if name in names]
+def section_names(network: keras.Model) -> list:
+    """Returns the names stage_1 … stage_S of the layers that end a network's sections.
+
+    Papers on residual networks call these parts stages. The list is empty if there are none.
+    """
+    found = [re.fullmatch(r"stage_(\d+)", layer.name) for layer in leaves(network)]
+    return [f"stage_{number}" for number in sorted({int(m.group(1)) for m in found if m})]
 
 
-def section_names(network):
-    """Names of the layers that give the network's stages, stage_1 … stage_S; empty if it has none."""
-    found = [re.fullmatch(r"stage_(\d+)", layer.name) for layer in network.layers]
-    return [f"stage_{number}" for number in sorted(int(m.group(1)) for m in found if m)]
-
-
-def default_cut(network):
-    """The layer after which the last stage begins, stage_(S−1); None if there is none."""
-    stages = section_names(network)
-    return stages[-2] if len(stages) > 1 else None
-
-
-def propose_cut(network, trunk_share=None):
-    """Where to cut a network that nobody named a layer for.
+def propose_cut(network: keras.Model, trunk_share: Optional[float] = None) -> Cut:
+    """Proposes where to cut a network.
 
     Args:
-      network: as in split.
-      trunk_share: the largest part of the forward cost that the peers may share, in (0, 1); by default they share all
-        before the last stage of a network with named stages, or else at most DEFAULT_TRUNK_SHARE, where that is possible.
+      network: what with_features takes.
+      trunk_share: the largest part of the forward cost that the peers may share, in (0, 1]. By
+        default they share all before the last section of a network whose sections are named, and
+        at most DEFAULT_TRUNK_SHARE of another, where that is possible.
+
     Returns:
-      name of the trunk's last layer: the last that costs no more; the part of the forward cost up to there.
+      The last cut that leaves the trunk no larger than that.
+
     Raises:
-      UserError: if the network cannot be cut, or the first cut already costs more than the given share.
+      UserError: if the network cannot be cut, or if the first cut exceeds the given share.
     """
-    return propose_cut_of(with_features(network), trunk_share)
-
-
-def propose_cut_of(whole, trunk_share=None):
-    cost, points = costs(whole), usable_cuts(whole)
-    if not points:
+    possible = cuts(network)
+    if not possible:
         raise UserError(
-            f"network {whole.name!r} cannot be cut anywhere before its classifier's input: there is nothing "
-            "that peers could share; methods that take no --split_at can train it"
+            f"network {network.name!r} cannot be cut anywhere before its classifier's input: there "
+            "is nothing that peers could share; a method of whole networks can train it"
         )
-    share = dict(zip(cost, np.cumsum(list(cost.values())) / max(1, sum(cost.values()))))
-    if trunk_share is None and default_cut(whole) in points:
-        return default_cut(whole), share[default_cut(whole)]
-    fitting = [name for name in points if share[name] <= (trunk_share or DEFAULT_TRUNK_SHARE)]
+    before_last_section = section_names(network)[-2:-1]
+    for cut in possible:
+        if trunk_share is None and [cut.name] == before_last_section:
+            return cut
+    fitting = [cut for cut in possible if cut.share <= (trunk_share or DEFAULT_TRUNK_SHARE)]
     if trunk_share and not fitting:
+        first = possible[0]
         raise UserError(
-            f"--trunk_share={trunk_share:g}: network {whole.name!r} can first be cut after layer {points[0]}, "
-            f"which makes {100 * share[points[0]]:.2g} % of its forward cost the trunk: give at least "
-            f"{np.ceil(100 * share[points[0]]) / 100:g}"
+            f"network {network.name!r} can first be cut after layer {first.name}, which makes "
+            f"{100 * first.share:.2g} % of its forward cost the trunk: give at least "
+            f"{np.ceil(100 * first.share) / 100:g}",
+            parameter="trunk_share",
+            value=f"{trunk_share:g}",
+            allowed=f"at least {first.share}",
         )
-    name = (fitting or points)[-1 if fitting else 0]
-    return name, share[name]
+    return fitting[-1] if fitting else possible[0]
+
+
+def find_cut(network: keras.Model, at: Optional[str] = None) -> Cut:
+    """Returns the cut after the layer called `at`, or the proposed one.
+
+    Raises:
+      UserError: if the network cannot be cut there; the text names the layers where it can.
+    """
+    if not at:
+        return propose_cut(network)
+    possible = cuts(network)
+    found = [cut for cut in possible if cut.name == at]
+    if found:
+        return found[0]
+    known = set(names(network).values())
+    reason = "cannot be cut there" if at in known else "has no such layer"
+    points = ", ".join(cut.name for cut in possible) or "none"
+    raise UserError(
+        f"network {network.name!r} {reason}. Layers where a cut is possible: {points}.",
+        parameter="split_at",
+        value=at,
+        allowed=[cut.name for cut in possible],
+    )

@@ -1,148 +1,364 @@
-"""What stands before a classifier's logits."""
+"""What stands before a classifier's logits: the logits themselves, the feature, the feature map."""
+
+from typing import NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
 
 from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
-from tf_pcl.surgery.copies import calls, copy, functional
+from tf_pcl.surgery import proof
+from tf_pcl.surgery.convert import functional
+from tf_pcl.surgery.graph import Place, calls, continued, is_inner_model, phase, sublayers
 
-# By the functions' names, since tf.nn's are others than Keras's. Log-probabilities have the softmax of the logits.
+# Names of functions, since those of tf.nn are others than Keras's. A log-softmax counts too: the
+# softmax of log-probabilities is that of the logits.
 _SOFTMAX = ("softmax", "softmax_v2", "log_softmax", "log_softmax_v2")
-_SAME = ("linear", "cast", "identity")
+_IDENTITY = ("linear", "cast", "identity")
 
 
-def with_features(network):
-    """Copies a classifier and gives the copy more outputs: what stands before the logits.
+class NoClassifier(UserError):
+    """Raised when a network's logits cannot be told from its graph."""
+
+
+class Classifier(NamedTuple):
+    """The end of a network.
+
+    logits: the place of the tensor that gives the logits, or of the classifier's output where its
+      activation must be left out.
+    inputs: the place of what the classifier takes, [B, d] or a map [B, H, W, d].
+    layer: the Dense or Conv2D layer.
+    fused: whether the layer applies a softmax itself.
+    """
+
+    logits: Place
+    inputs: Place
+    layer: keras.layers.Layer
+    fused: bool
+
+
+def with_logits(network: keras.Model) -> keras.Model:
+    """Gives a network logits as its only output.
+
+    A softmax at the end is left out where the graph shows it. Elsewhere two random images tell
+    whether the network gives logits or probabilities, whose logarithms are logits.
 
     Args:
-      network: a functional (or Sequential) keras.Model from images [B, H, W, channels] to logits or to probabilities; a
-        softmax or log-softmax at the end is taken off. The logits come from a Dense layer, or from a 1×1 Conv2D on a map
-        that is 1×1 or is averaged afterwards: it becomes a Dense layer of the same name and weights behind a pooling. Or a
-        model that this function gave.
+      network: a keras.Model from images to logits or probabilities; a model that this function or
+        `with_features` gave is returned as it is.
+
     Returns:
-      A keras.Model with the network's weights, not shared with it, and outputs {"features": [B, d], "logits": float32
-      [B, C]}: the feature is what the last layer classifies. A network that pools or flattens a feature map [B, H, W, c] to
-      a vector has it as a third output, "feature_map".
+      A functional keras.Model of the network's own layers, with outputs {"logits": float32 [B, C]}.
+
+    Raises:
+      UserError: if the network gives neither logits nor probabilities.
+    """
+    network = _one(network)
+    if _has_logits(network):
+        return network
+    network = functional(network, integers=True)
+    try:
+        wanted = {"logits": _logits(network, _classifier(network))}
+        made = _exposed(network, wanted)
+    except NoClassifier:
+        made = _by_values(network)
+    return keras.Model(made.input, made.output, name=network.name)
+
+
+def with_features(network: keras.Model) -> keras.Model:
+    """Gives a network its logits, its feature and its last feature map as outputs.
+
+    The *feature* is the vector that pooling, or flattening, makes of the last feature map; where
+    there is no such map, what the classifier takes.
+
+    Args:
+      network: a keras.Model from images to logits or probabilities; a softmax at the end is left
+        out. A Dense layer gives the logits, or a 1×1 Conv2D on a map that is 1×1 or averaged
+        afterwards.
+
+    Returns:
+      A functional keras.Model of the network's own layers, with outputs {"features": [B, d],
+      "logits": float32 [B, C]} and, where there is one, "feature_map": [B, H, W, c].
+
     Raises:
       UserError: if the network does not end in a linear classifier.
     """
+    network = _one(network)
+    if _has_logits(network) and "features" in network.output:
+        return network
+    network = functional(network)
+    classifier = _classifier(network)
+    pooled, feature_map = _pooled(classifier)
+    wanted = {"logits": _logits(network, classifier), "features": _vector(network, pooled)}
+    if feature_map is not None:
+        wanted["feature_map"] = feature_map
+    made = _exposed(network, wanted)
+    return keras.Model(made.input, made.output, name=network.name)
+
+
+def _one(network):
     if isinstance(network, (list, tuple)):
         raise UserError(f"{len(network)} networks were given: this method takes one")
-    if isinstance(getattr(network, "output", None), dict) and "logits" in network.output:
-        return copy(network)
-    copied = copy(functional(network))
-    classifier = _classifier(copied)
-    x, logits, order = classifier.keras_inputs[0], classifier.outputs, calls(copied)
-    maps = [node.keras_inputs[0] for node in order[: order.index(classifier)] if _pools(node)]
-    if x.shape.rank == 4:
-        if not (maps and _is_vector(x)):
-            maps.append(x)
-        x = layers.GlobalAveragePooling2D(name="pooled")(x)
-        logits = _dense(classifier.layer, x)
-    elif classifier.layer.activation is not keras.activations.linear:
-        logits = _dense(classifier.layer, x)
+    return network
+
+
+def _has_logits(network):
+    output = getattr(network, "output", None)
+    return isinstance(output, dict) and "logits" in output
+
+
+def _exposed(model, wanted):
+    """Returns a model of the tensors at the places `wanted`, {key: Place}."""
+    around = next((p.around[0] for p in wanted.values() if p.around), None)
+    if around is None:
+        return keras.Model(model.input, {key: place.tensor for key, place in wanted.items()})
+    inside = {k: Place(p.tensor, p.around[1:]) for k, p in wanted.items() if p.around}
+    here = {k: p.tensor for k, p in wanted.items() if not p.around}
+    if here:
+        inside["out"] = Place(around.layer.outputs[0])
+    inner = _exposed(around.layer, inside)
+    made = inner(around.keras_inputs[0], **phase(around))
+    outputs = {key: made[key] for key in inside if key != "out"}
+    if here:
+        outputs.update(continued(around, [made["out"]], here))
+    return keras.Model(model.input, outputs)
+
+
+def _logits(network, classifier) -> Place:
+    """Returns the place of the logits float32 [B, C], added to the graph where necessary."""
+    logits, around = classifier.logits.tensor, classifier.logits.around
+    if classifier.fused:
+        linear = WithoutActivation(classifier.layer, name=_free(network, "logits_of_softmax"))
+        logits, around = linear(classifier.inputs.tensor), classifier.inputs.around
+    if logits.shape.rank == 4:
+        logits = layers.Flatten(name=_free(network, "flat_logits"))(logits)
     if logits.dtype != tf.float32:
-        logits = layers.Activation("linear", dtype="float32", name="float32_logits")(logits)
-    outputs = {"features": x, "logits": logits}
-    if maps:
-        outputs["feature_map"] = maps[-1]
-    return keras.Model(copied.input, outputs, name=network.name)
+        name = _free(network, "float32_logits")
+        logits = layers.Activation("linear", dtype="float32", name=name)(logits)
+    return Place(logits, around)
 
 
-def _classifier(network):
-    """The call of the Dense or Conv2D layer that gives the logits; UserError if what follows it is no softmax or mean."""
+def _vector(network, place) -> Place:
+    """Returns the place of a vector [B, d], made of a map [B, H, W, d] by its mean."""
+    x = place.tensor
+    if x.shape.rank == 4:
+        x = layers.GlobalAveragePooling2D(name=_free(network, "pooled_features"))(x)
+    return Place(x, place.around)
+
+
+def _free(network, name):
+    """Returns `name`, prefixed, with a number if one of the network's layers has it."""
+    taken = {layer.name for layer in sublayers(network)}
+    numbered = (f"tf_pcl_{name}_{i}" for i in range(len(taken) + 1))
+    return next(n for n in (f"tf_pcl_{name}", *numbered) if n not in taken)
+
+
+class WithoutActivation(layers.Layer):
+    """A Dense or convolutional layer as a linear one: its own weights, without its activation."""
+
+    def __init__(self, layer: keras.layers.Layer, **kwargs):
+        super().__init__(dtype=layer.dtype_policy, **kwargs)
+        self.layer = layer
+
+    def call(self, x):
+        activation, self.layer.activation = self.layer.activation, None
+        try:
+            return self.layer.call(tf.cast(x, self.compute_dtype))
+        finally:
+            self.layer.activation = activation
+
+
+def _classifier(network) -> Classifier:
+    """Finds the layer that gives the logits, behind which only a softmax or a mean may follow."""
 
     def refused(why):
-        return UserError(
-            f"network {network.name!r} {why}: it must end in a Dense layer, or a 1×1 Conv2D and its average "
-            "over the image, that gives the logits [batch, classes]; only a softmax may follow"
+        return NoClassifier(
+            f"network {network.name!r} {why}: it must end in a Dense layer, or a 1×1 Conv2D and "
+            "its average over the image, that gives the logits [batch, classes]; only a softmax "
+            "may follow"
         )
 
-    node, averaged, normalised = network.outputs[0].node, False, False
-    while not isinstance(node.layer, (layers.Dense, layers.Conv2D)):
-        layer, applied = node.layer, _applied(node.layer)
-        if not node.keras_inputs:
+    place, averaged, softmax = Place(network.outputs[0]).deepest(), False, None
+    while not isinstance(place.call().layer, (layers.Dense, layers.Conv2D)):
+        call = place.call()
+        layer, applied = call.layer, _applied(call.layer)
+        if not call.keras_inputs:
             raise refused("has no classifier")
-        x = node.keras_inputs[0]
-        if applied in _SOFTMAX and not normalised and (not averaged or _is_vector(x)):
-            normalised = True
-        elif _averages(node):
+        if isinstance(layer, keras.Model):
+            why = getattr(network, "why_one_layer", "")
+            raise NoClassifier(
+                f"network {network.name!r} ends in the subclassed model {layer.name!r} "
+                f"({type(layer).__name__}), whose call cannot be followed layer by layer"
+                f"{': ' * bool(why)}{why}; a method of whole networks (baseline, kd, ban, dml) can "
+                "train it"
+            )
+        before = place.inputs()[0]
+        x = before.tensor
+        if applied in _SOFTMAX and softmax is None and (not averaged or _is_vector(x)):
+            softmax = before
+        elif _averages(call):
             averaged = averaged or not _is_vector(x)
-        elif applied not in _SAME:
+        elif applied not in _IDENTITY:
             what = f", which applies {applied}" if applied else ""
             raise refused(f"ends in layer {layer.name!r} ({type(layer).__name__}){what}")
-        node = node.keras_inputs[0].node
-    layer = node.layer
-    applied, x = _applied(layer), node.keras_inputs[0]
-    if applied != "linear" and (applied not in _SOFTMAX or normalised or averaged):
-        raise refused(
-            f"applies {applied} to its last layer {layer.name!r}{' before the average over the image' * averaged}"
-        )
-    if isinstance(layer, layers.Conv2D) and (
-        type(layer) is not layers.Conv2D
-        or layer.kernel_size != (1, 1)
-        or layer.strides != (1, 1)
-        or layer.groups != 1
-    ):
-        raise refused(
-            f"ends in layer {layer.name!r} ({type(layer).__name__} with kernel {layer.kernel_size})"
-        )
+        place = before.deepest()
+    call = place.call()
+    layer, applied, x = call.layer, _applied(call.layer), call.keras_inputs[0]
+    fused = applied in _SOFTMAX and softmax is None and not averaged
+    if applied != "linear" and not fused:
+        where = " before the average over the image" * averaged
+        raise refused(f"applies {applied} to its last layer {layer.name!r}{where}")
+    if isinstance(layer, layers.Conv2D) and not _is_pointwise(layer):
+        kind = f"{type(layer).__name__} with kernel {layer.kernel_size}"
+        raise refused(f"ends in layer {layer.name!r} ({kind})")
     if network.outputs[0].shape.rank != 2 or x.shape.rank not in (2, 4):
-        raise refused(
-            f"gives outputs {tuple(network.outputs[0].shape)} from layer {layer.name!r} on {tuple(x.shape)}"
-        )
-    if len(layer.inbound_nodes) > 1:
+        shapes = f"{tuple(network.outputs[0].shape)} from layer {layer.name!r} on {tuple(x.shape)}"
+        raise refused(f"gives outputs {shapes}")
+    if len(layer.inbound_nodes) > 1 and len(_calls_of(network, layer)) > 1:
         raise refused(f"uses its last layer {layer.name!r} more than once")
-    return node
+    logits = softmax or Place(network.outputs[0])
+    return Classifier(logits.deepest(), place.inputs()[0].deepest(), layer, fused)
+
+
+def _calls_of(network, layer):
+    """Returns the calls of a layer that a network's graph holds."""
+    found = []
+    for call in calls(network):
+        if call.layer is layer:
+            found.append(call)
+        elif is_inner_model(call.layer):
+            found += _calls_of(call.layer, layer)
+    return found
+
+
+def _is_pointwise(layer):
+    return (
+        type(layer) is layers.Conv2D
+        and layer.kernel_size == (1, 1)
+        and layer.strides == (1, 1)
+        and layer.groups == 1
+    )
+
+
+def _pooled(classifier) -> tuple:
+    """Returns the places of the feature and of the map [B, H, W, c] that it is pooled from.
+
+    The map is None where the classifier's input comes from none.
+    """
+    place = classifier.inputs
+    if place.tensor.shape.rank == 4 and not _is_vector(place.tensor):
+        return place, place
+    here: Optional[Place] = place
+    while here is not None:
+        call = here.call()
+        if len(call.keras_inputs) != 1:
+            break
+        before = here.inputs()[0]
+        if _pools(call):
+            made_by_weights = any(layer.weights for layer in _layers_before(before))
+            return (here, before) if made_by_weights else (place, None)
+        here = before.deepest()
+    return place, place if place.tensor.shape.rank == 4 else None
+
+
+def _layers_before(place):
+    """Yields the layers on the way back from a place, along first inputs."""
+    place = place.deepest()
+    while place.call().keras_inputs:
+        yield place.call().layer
+        place = place.inputs()[0].deepest()
 
 
 def _applied(layer):
-    """The name of the function that a layer applies, a classifier to its logits; None if it is no such layer."""
+    """Returns the name of the function that a layer applies, or None."""
     if isinstance(layer, layers.Softmax):
         return "softmax"
     if type(layer).__name__ == "TFOpLambda":
         return layer.get_config()["function"].split(".")[-1]
-    name = (
-        "activation"
-        if isinstance(layer, (layers.Activation, layers.Dense, layers.Conv2D))
-        else "function"
-    )
-    return getattr(getattr(layer, name, None), "__name__", None)
+    activated = isinstance(layer, (layers.Activation, layers.Dense, layers.Conv2D))
+    function = getattr(layer, "activation" if activated else "function", None)
+    return getattr(function, "__name__", None)
 
 
 def _is_vector(x):
-    """Whether a tensor is [B, c], or a map [B, 1, 1, c]."""
+    """Says whether a tensor is [B, c], or a map [B, 1, 1, c]."""
     return x.shape.rank == 2 or tuple(x.shape[1:3]) == (1, 1)
 
 
-def _averages(node):
-    """Whether a call makes [B, c] of a map [B, H, W, c] by its mean, or of [B, 1, 1, c] in any way."""
-    x = node.keras_inputs[0]
-    return isinstance(node.layer, layers.GlobalAveragePooling2D) or (
-        _is_vector(x)
-        and isinstance(node.layer, (layers.Flatten, layers.Reshape, layers.GlobalMaxPooling2D))
+def _averages(call):
+    """Says whether a call makes [B, c] of a map by its mean, or of [B, 1, 1, c] in any way."""
+    x = call.keras_inputs[0]
+    reshapes = (layers.Flatten, layers.Reshape, layers.GlobalMaxPooling2D)
+    return isinstance(call.layer, layers.GlobalAveragePooling2D) or (
+        _is_vector(x) and isinstance(call.layer, reshapes)
     )
 
 
-def _pools(node):
-    """Whether a call makes a vector of a feature map [B, H, W, c], also [B, 1, 1, c]."""
-    if len(node.keras_inputs) != 1 or not hasattr(node.outputs, "shape"):
+def _pools(call):
+    """Says whether a call makes a vector of a feature map [B, H, W, c], also of [B, 1, 1, c]."""
+    if not hasattr(call.outputs, "shape"):
         return False
-    pooling = isinstance(node.layer, (layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D))
-    return node.keras_inputs[0].shape.rank == 4 and (node.outputs.shape.rank == 2 or pooling)
-
-
-def _dense(layer, x):
-    """The logits of a linear Dense layer on x [B, d], with the weights of a Dense or 1×1 Conv2D layer."""
-    config = {**layer.get_config(), "activation": "linear"}
-    kind = type(layer)
-    if isinstance(layer, layers.Conv2D):
-        kind, config["units"] = layers.Dense, layer.filters
-        config = {key: config[key] for key in layers.Dense(1).get_config()}
-    dense = kind.from_config(config)
-    logits = dense(x)
-    dense.set_weights(
-        [np.reshape(value, w.shape) for value, w in zip(layer.get_weights(), dense.weights)]
+    pooling = (layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D)
+    return call.keras_inputs[0].shape.rank == 4 and (
+        call.outputs.shape.rank == 2 or isinstance(call.layer, pooling)
     )
-    return logits
+
+
+def _by_values(network):
+    """Returns a model that gives logits of a network whose graph does not show what it gives."""
+    if len(network.output_shape) != 2:
+        raise UserError(
+            f"network {network.name!r} gives outputs {network.output_shape}: it must give logits "
+            "[batch, classes]"
+        )
+    kind = kind_of_outputs(network)
+    if kind == "neither":
+        raise UserError(
+            f"network {network.name!r} gives values between 0 and 1 that do not add up to 1, as a "
+            "sigmoid does: leave the sigmoid out, so that it gives logits"
+        )
+    x = network.output
+    if kind == "probabilities":
+        x = LogOfProbabilities(name=_free(network, "log"))(x)
+    elif x.dtype != tf.float32:
+        name = _free(network, "float32_logits")
+        x = layers.Activation("linear", dtype="float32", name=name)(x)
+    return keras.Model(network.input, {"logits": x})
+
+
+class LogOfProbabilities(layers.Layer):
+    """Logits float32 [B, C] whose softmax is the given probabilities [B, C]."""
+
+    def __init__(self, **kwargs):
+        super().__init__(dtype="float32", **kwargs)
+
+    def call(self, probabilities):
+        return tf.math.log(tf.maximum(tf.cast(probabilities, tf.float32), 1e-37))
+
+
+def kind_of_outputs(network: keras.Model) -> str:
+    """Tells by a network's values what they are: "logits", "probabilities" or "neither".
+
+    Probabilities are at least 0 and add up to 1. Values that stay between 0 and 1 when all weights
+    are made larger and change their sign are neither: those of a sigmoid.
+    """
+    images = proof.images_for(network)
+    infer = lambda: network(images, training=False)
+    answers = [_numpy(infer())]
+    weights = [w for w in network.trainable_weights if w.dtype.is_floating]
+    before = [w.numpy() for w in weights]
+    for factor in (-3.0, 5.0):
+        for weight, value in zip(weights, before):
+            weight.assign(factor * value)
+        answers.append(_numpy(infer()))
+    for weight, value in zip(weights, before):
+        weight.assign(value)
+    finite = [a for a in answers if np.isfinite(a).all()]
+    if finite and all(a.min() >= 0 and np.allclose(a.sum(-1), 1, atol=1e-2) for a in finite):
+        return "probabilities"
+    within = all(a.min() >= 0 and a.max() <= 1 for a in finite)
+    return "neither" if finite and within and len(finite) > 1 and np.ptp(finite[0]) else "logits"
+
+
+def _numpy(x):
+    return np.asarray(tf.cast(x, tf.float32))

@@ -1,29 +1,49 @@
-"""Weights from a file."""
+"""Weights: assigned from one model to another, or loaded from a file."""
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
-from tf_pcl.surgery.copies import head, keep_weights, leaves, set_weights
+from tf_pcl.surgery.graph import head, leaves, sublayers
 
 
-def load_weights(network, path):
-    """Gives a network the weights of a file, which its copies keep (keep_weights).
+def assign_pairs(pairs: Iterable) -> None:
+    """Gives the second variable of each pair the value of the first."""
+    for source, target in pairs:
+        target.assign(source)
 
-    Layers are found by their names, or else by their order. The layer that gives the logits may be missing in the file, or
-    be for other classes: it stays as it is. Everything else must be there, in its shape.
+
+def finalize(model: keras.Model) -> None:
+    """Lets layers that hold statistics of data (Normalization) work with their present values."""
+    for layer in sublayers(model):
+        if hasattr(layer, "finalize_state") and layer.weights:
+            layer.finalize_state()
+
+
+def load_weights(network: keras.Model, path: str) -> tuple:
+    """Gives a network the weights of a file; peers made of it begin with them too.
+
+    Layers are found by their names, or else by their order. The layer that gives the logits may be
+    missing in the file, or be for other classes: it stays as it is. Everything else must be there,
+    in its shape.
 
     Args:
-      network: a functional keras.Model, with the layers and, unless the file says them, the order of the one that was saved.
-      path: what Keras saves: weights (.weights.h5, .h5, the prefix of a TensorFlow checkpoint or its folder) or a whole
-        model (.keras, .h5, the folder of a SavedModel).
+      network: a functional keras.Model, with the layers and, unless the file says them, the order
+        of the one that was saved.
+      path: what Keras saves: weights (.weights.h5, .h5, the prefix of a TensorFlow checkpoint or
+        its folder) or a whole model (.keras, .h5, the folder of a SavedModel).
+
     Returns:
-      loaded, fresh: the names of the layers that got weights, and of those, at most one, that did not.
+      loaded, fresh: the names of the layers that got weights, and of those, at most one, that did
+      not.
+
     Raises:
-      UserError: if there is no such file, it cannot be read or does not fit; the network is then as it was.
+      UserError: if there is no such file, it cannot be read or does not fit; the network is then
+        as it was.
     """
     path = _located(path)
     targets = [layer for layer in leaves(network) if layer.weights]
@@ -53,20 +73,21 @@ def load_weights(network, path):
     misfits = [layer.name for layer in missing if layer is not last]
     if misfits or not best:
         why = (
-            f"it lacks {len(misfits)} of {len(targets)} layers, or has them in another shape ({', '.join(misfits[:3])}"
-            f"{', …' * (len(misfits) > 3)})"
+            f"it lacks {len(misfits)} of {len(targets)} layers, or has them in another shape "
+            f"({', '.join(misfits[:3])}{', …' * (len(misfits) > 3)})"
             if best
             else "no layer is found by name"
         )
         raise UserError(
-            f"--weights={path} cannot be loaded into network {network.name!r}: {why}"
+            f"`weights={path}`: it cannot be loaded into network {network.name!r}: {why}"
             + (f"; {failure}" if failure else "")
             + f"; only the classifier, {last.name!r}, may be missing"
         )
     loaded = [layer for layer in targets if layer not in missing]
     for layer in loaded:
-        set_weights(layer, best[id(layer)])
-    keep_weights(network)
+        layer.set_weights(best[id(layer)])
+    finalize(network)
+    network.loaded_weights = True
     return [layer.name for layer in loaded], [layer.name for layer in missing]
 
 
@@ -78,13 +99,13 @@ def _located(path):
         found = tf.train.latest_checkpoint(path)
         if not found:
             raise UserError(
-                f"--weights={path}: the folder holds neither a SavedModel nor a checkpoint; give one that does, "
+                f"`weights={path}`: the folder holds neither a SavedModel nor a checkpoint; give one that does, "
                 "or a .h5 or .keras file"
             )
         return found
     if not os.path.exists(path) and not os.path.exists(path + ".index"):
         raise UserError(
-            f"--weights={path}: there is no such file; give a .weights.h5, .h5 or .keras file, a SavedModel's "
+            f"`weights={path}`: there is no such file; give a .weights.h5, .h5 or .keras file, a SavedModel's "
             "folder or a checkpoint's prefix"
         )
     return path
@@ -144,4 +165,6 @@ def _is_model(path):
         with h5py.File(path) as f:
             return "model_config" in f.attrs
     except OSError as e:
-        raise UserError(f"--weights={path} cannot be read: {one_line(e)}; give another file") from e
+        raise UserError(
+            f"`weights={path}`: it cannot be read: {one_line(e)}; give another file"
+        ) from e

@@ -1,0 +1,127 @@
+"""Makes a functional Keras model of whatever a user brings."""
+
+import inspect
+from typing import Optional
+
+import tensorflow as tf
+
+from tf_pcl.compat import keras
+from tf_pcl.errors import UserError, one_line
+from tf_pcl.surgery import proof
+from tf_pcl.surgery.graph import has_own_call, leaves
+
+
+def functional(
+    network: keras.Model, input_shape: Optional[tuple] = None, integers: bool = False
+) -> keras.Model:
+    """Returns a network as a functional model from a batch of float images to one tensor.
+
+    The result has the network's own layers. A subclassed model becomes the graph of layers that its
+    `call` makes, if that computes the same; otherwise it becomes the one layer of a functional
+    model, which can be trained but not cut.
+
+    Args:
+      network: a functional, Sequential or subclassed keras.Model.
+      input_shape: (H, W, channels); needed where the network does not say it itself.
+      integers: whether it may take images of integers, as deployed networks do.
+
+    Returns:
+      `network` itself if it is such a model, or a functional keras.Model of its layers.
+
+    Raises:
+      UserError: if it is no such model or does not take such images.
+    """
+    if not isinstance(network, keras.Model):
+        raise UserError(
+            f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "
+            "function that returns one"
+        )
+    network = _with_inputs(network, input_shape)
+    _check_ends(network, integers)
+    given = tuple(network.inputs[0].shape[1:])
+    if input_shape and any(g not in (None, a) for g, a in zip(given, input_shape)):
+        raise UserError(
+            f"network {network.name!r} takes images {given}; those of the data set are "
+            f"{tuple(input_shape)}"
+        )
+    if input_shape and None in given and None not in input_shape:
+        # The network leaves the size open. Its layers are called anew on images of this size.
+        images = keras.Input(input_shape, name=network.inputs[0].node.layer.name)
+        network = keras.Model(images, network(images), name=network.name)
+    return network
+
+
+def _with_inputs(network, input_shape):
+    """Returns a model that has an `input`, with the network's layers."""
+    if isinstance(network, keras.Sequential) and not has_own_call(network):
+        if not network.inputs and input_shape:
+            network.build((None, *input_shape))
+        if network.inputs:
+            return keras.Model(network.inputs, network.outputs, name=network.name)
+    if network.inputs and not has_own_call(network):
+        return network
+    if network.inputs:
+        input_shape = input_shape or tuple(network.inputs[0].shape[1:])
+    if not input_shape:
+        raise UserError(
+            f"network {network.name!r} does not say the size of its images: build it with "
+            "keras.Model(inputs, outputs) or a Sequential that starts with keras.Input, or convert "
+            "it with surgery.functional(network, input_shape)"
+        )
+    return _of_subclassed(network, tuple(input_shape))
+
+
+def _of_subclassed(network, input_shape):
+    """Returns the graph that a subclassed model's `call` makes, or the model as one layer."""
+    images = keras.Input(input_shape, name="images")
+    try:
+        whole = keras.Model(images, network(images), name=network.name)
+    except Exception as e:  # The user's code.
+        raise UserError(
+            f"network {network.name!r} ({type(network).__name__}) cannot be called on images "
+            f"{input_shape}: {one_line(e)}"
+        ) from e
+    try:
+        return _traced(network, images, whole)
+    except Exception as e:  # Whatever the user's code raises on a symbolic input.
+        # The model stays one layer. Who must look inside tells why it cannot.
+        whole.why_one_layer = " ".join(str(e).split())[:300]
+    return whole
+
+
+def _traced(network, images, whole):
+    """Returns the graph of layers that a subclassed model's `call` makes of symbolic images."""
+    # With training=None the layers follow the phase in which the graph runs.
+    takes = inspect.signature(network.call).parameters
+    traced = network.call(images, **({"training": None} if "training" in takes else {}))
+    graph = keras.Model(images, traced, name=network.name)
+    lost = {w.name for w in network.weights} - {w.name for w in graph.weights}
+    if lost or len(graph.weights) != len(network.weights):
+        raise ValueError(f"it holds weights outside of its layers ({', '.join(sorted(lost))})")
+    proof.same(whole, graph, "the graph of its layers")
+    return graph
+
+
+def _check_ends(network, integers):
+    """Raises UserError if a functional model is not one from float images to one tensor."""
+    if len(network.outputs) != 1 or len(network.inputs) != 1:
+        raise UserError(
+            f"network {network.name!r} has {len(network.inputs)} inputs and "
+            f"{len(network.outputs)} outputs: it must have one of each"
+        )
+    if any(type(layer).__name__ == "AddLoss" for layer in leaves(network)):
+        raise UserError(
+            f"network {network.name!r} adds a loss of its own with add_loss, which would be lost "
+            "in the peers: leave it out, or put it into a layer's call"
+        )
+    given = network.inputs[0]
+    if given.shape.rank != 4 or not (integers or tf.as_dtype(given.dtype).is_floating):
+        raise UserError(
+            f"network {network.name!r} takes {tf.as_dtype(given.dtype).name} "
+            f"{tuple(given.shape)}: it must take float images [batch, height, width, channels]"
+        )
+    if network.input_shape[0] is not None:
+        raise UserError(
+            f"network {network.name!r} takes batches of {network.input_shape[0]} images alone: "
+            "leave the batch size open (keras.Input(shape), and no stateful=True)"
+        )

@@ -1,0 +1,245 @@
+"""Proofs that a model made from a network computes what the network computes.
+
+They run once, before training, on two random images, and change nothing: variables and the states
+of random generators are put back.
+"""
+
+import random
+import time
+from collections.abc import Iterable
+from typing import Callable, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from tf_pcl.compat import keras
+from tf_pcl.errors import UserError
+from tf_pcl.surgery.graph import sublayers
+
+TOLERANCE = 1e-3  # Of the largest output; convolutions may sum in another order.
+
+
+class Run(NamedTuple):
+    """What one pass of a model leaves.
+
+    outputs: arrays. changes: one array for each state variable, its change. gradients: for each
+    trainable weight, whether the sum of the squared outputs has a gradient to it.
+    """
+
+    outputs: list
+    changes: list
+    gradients: Optional[list]
+
+
+class Stopwatch:
+    """Adds up the seconds that proofs take."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self._began = time.perf_counter()
+
+    def __exit__(self, *exception):
+        self.seconds += time.perf_counter() - self._began
+
+
+stopwatch = Stopwatch()
+
+
+def images_for(model: keras.Model) -> tf.Tensor:
+    """Returns two random images that a model takes, in [-1, 1] or, as integers, in 0–255."""
+    shape = [side or 32 for side in model.input_shape[1:]]
+    dtype = tf.as_dtype(model.inputs[0].dtype)
+    low, high = (-1, 1) if dtype.is_floating else (0, 256)
+    return tf.cast(np.random.RandomState(0).uniform(low, high, (2, *shape)), dtype)
+
+
+def states(model: keras.Model) -> list:
+    """Returns the variables that a pass may change: statistics, and states of random generators."""
+    found = list(model.non_trainable_weights)
+    for layer in sublayers(model):
+        own = getattr(layer, "_random_generator", None)
+        generators = [getattr(own, "_generator", None), *vars(layer).values()]
+        found += [g.state for g in generators if isinstance(g, tf.random.Generator)]
+    return list({id(v): v for v in found}.values())
+
+
+def run(model: Callable, images, training: bool, state: list, weights: list, seed=None) -> Run:
+    """Runs a model once on `images` and puts `state` back as it was.
+
+    Args:
+      model: a function (images, training=…) that returns tensors in any structure.
+      state: the variables that the pass may change.
+      weights: the weights that gradients are asked for, in training.
+      seed: TensorFlow's global seed for this run; afterwards the seed depends on Python's.
+    """
+    before = [v.numpy() for v in state]
+    if seed is not None:
+        tf.random.set_seed(seed)
+
+    def forward(images):
+        with tf.GradientTape() as tape:
+            made = tf.nest.flatten(model(images, training=training))
+            outputs = [tf.cast(t, tf.float32) for t in made]
+            total = tf.add_n([tf.reduce_sum(tf.square(t)) for t in outputs])
+        return outputs, tape.gradient(total, weights) if training else None
+
+    strategy = tf.distribute.get_strategy()
+    outputs, gradients = strategy.run(forward, args=(images,))
+    first = lambda value: strategy.experimental_local_results(value)[0]
+    outputs = [first(t).numpy() for t in outputs]
+    changes = [v.numpy() - b if b.dtype.kind == "f" else None for v, b in zip(state, before)]
+    for variable, value in zip(state, before):
+        variable.assign(value)
+    if seed is not None:
+        tf.random.set_seed(random.randrange(2**31))
+    return Run(outputs, changes, gradients and [g is not None for g in gradients])
+
+
+def _close(a, b) -> bool:
+    if a.shape != b.shape:
+        return False
+    a, b = a.astype(np.float64), b.astype(np.float64)  # NumPy does not compare bfloat16.
+    scale = max(1e-3, float(np.abs(a).max(initial=0.0)))
+    return np.allclose(a, b, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+
+
+def _all_close(one: Iterable, other: Iterable) -> bool:
+    one, other = list(one), list(other)
+    return len(one) == len(other) and all(
+        a is b is None or (a is not None and b is not None and _close(a, b))
+        for a, b in zip(one, other)
+    )
+
+
+def same(
+    model: keras.Model,
+    other: Callable,
+    what: str,
+    *,
+    reference: Optional[Callable] = None,
+    twin: Optional[keras.Model] = None,
+    training: bool = True,
+) -> None:
+    """Proves that what was made of a network computes what the network computes.
+
+    In training, the outputs, the changes of state and the weights that get a gradient must agree,
+    with the same random numbers.
+
+    Args:
+      model: the network, which says what images it takes.
+      other: what was made of it, a model or a function (images, training=…).
+      what: names `other` in the error.
+      reference: what `other` must equal; by default the network itself.
+      twin: the keras.Model that `other` belongs to, if it has variables of its own. They must have
+        the network's values.
+      training: whether to look at training too, not at inference alone.
+
+    Raises:
+      UserError: if they differ.
+    """
+    with stopwatch:
+        images = images_for(model)
+        sides = [(reference or model, model), (other, twin or model)]
+        state = [states(side) for _, side in sides]
+        if twin is not None:  # Generators draw the same numbers from the same states.
+            for a, b in zip(*state):
+                b.assign(a)
+        for phase in (False, True)[: 1 + training]:
+            for seed in (None, 1)[: 1 + phase]:  # Without a seed, perhaps only dropout differs.
+                differ = _difference(
+                    *(
+                        run(call, images, phase, variables, side.trainable_weights, seed)
+                        for (call, side), variables in zip(sides, state)
+                    )
+                )
+                if not differ:
+                    break
+            if differ:
+                where = "training" if phase else "inference"
+                raise UserError(f"{what} is not the network that was given: in {where} {differ}")
+
+
+def _difference(one: Run, other: Run) -> str:
+    """Says in what two runs differ; "" if in nothing."""
+    if not _all_close(one.outputs, other.outputs):
+        return "its answers differ"
+    if not _all_close(one.changes, other.changes):
+        return "it changes other statistics"
+    return "" if one.gradients == other.gradients else "other weights get a gradient"
+
+
+def apart(models: Iterable[keras.Model]) -> None:
+    """Proves that no two of some models share a variable.
+
+    Raises:
+      UserError: if they do.
+    """
+    holder: dict = {}
+    for model in models:
+        for variable in model.weights:
+            other = holder.setdefault(variable.ref(), model)
+            if other is not model:
+                raise UserError(
+                    f"networks {other.name!r} and {model.name!r} share the variable "
+                    f"{variable.name!r}: give networks of their own"
+                )
+
+
+def answers_once(model: keras.Model) -> None:
+    """Proves that a network gives the same answer to the same images in inference.
+
+    Raises:
+      UserError: if it is random, by dropout with training=True or a random operation.
+    """
+    with stopwatch:
+        images, state = images_for(model), states(model)
+        infer = lambda images, training: model(images, training=training)
+        before = [v.numpy() for v in state]
+        one, other = ([t.numpy() for t in _local(infer, images)] for _ in range(2))
+        for variable, value in zip(state, before):
+            variable.assign(value)
+    if not _all_close(one, other):
+        raise UserError(
+            f"network {model.name!r} answers the same images differently each time: it is random "
+            "in inference, as by dropout with training=True; leave that out"
+        )
+
+
+def _local(model, images):
+    strategy = tf.distribute.get_strategy()
+    outputs = strategy.run(lambda x: tf.nest.flatten(model(x, False)), args=(images,))
+    return [strategy.experimental_local_results(t)[0] for t in outputs]
+
+
+def owns_its_variables(model: keras.Model) -> None:
+    """Proves that a network's computation uses no variable that the network does not hold.
+
+    Raises:
+      UserError: if it does, as a Lambda layer that closes over a variable.
+    """
+    with stopwatch:
+        strategy = tf.distribute.get_strategy()
+
+        @tf.function
+        def forward(images):
+            return strategy.run(lambda x: model(x, training=True), args=(images,))
+
+        spec = tf.TensorSpec(images_for(model).shape, model.inputs[0].dtype)
+        graph = forward.get_concrete_function(spec).graph
+        own = {v.ref() for v in _each([*model.weights, *states(model)])}
+        foreign = [v for v in _each(graph.variables) if v.ref() not in own]
+    if foreign:
+        raise UserError(
+            f"network {model.name!r} uses a variable that it does not hold, "
+            f"{foreign[0].name!r}: it would not be trained, and peers would share it; make it a "
+            "weight of a layer (add_weight, or an attribute of the layer)"
+        )
+
+
+def _each(variables):
+    """Yields variables, and the parts of those that are spread over several replicas."""
+    for variable in variables:
+        yield variable
+        yield from getattr(variable, "values", ())

@@ -1,0 +1,308 @@
+"""The target network as something that can be made several times."""
+
+import inspect
+import weakref
+from typing import Any, Callable, Optional, Union
+
+import numpy as np
+import tensorflow as tf
+
+from tf_pcl.compat import keras
+from tf_pcl.errors import UserError, one_line
+from tf_pcl.surgery import proof
+from tf_pcl.surgery.convert import functional
+from tf_pcl.surgery.graph import head, sublayers
+from tf_pcl.surgery.weights import assign_pairs, finalize
+
+USE_A_FUNCTION = (
+    "give the function that builds the network instead of the network: then it is called again "
+    "for each peer"
+)
+
+
+class Target:
+    """Makes separate instances of one target network.
+
+    A function is called again for each of them. A keras.Model is the first instance itself;
+    others are made by Keras's own serialization, and each is proven to compute the same.
+
+    Args:
+      network: a function that returns a keras.Model, without arguments or with the arguments
+        (input_shape, num_classes); or a keras.Model.
+      input_shape: (H, W, channels) of the images; a function of two arguments needs it.
+      num_classes: C, for such a function.
+      load: a function that gives a network weights trained before, called on the first instance;
+        the others begin with the same weights, but for the classifier.
+
+    Attributes:
+      name: of the network.
+    """
+
+    def __init__(
+        self,
+        network: Union[keras.Model, Callable[..., keras.Model]],
+        *,
+        input_shape: Optional[tuple] = None,
+        num_classes: Optional[int] = None,
+        load: Optional[Callable[[keras.Model], Any]] = None,
+    ):
+        self._instance = network if isinstance(network, keras.Model) else None
+        self._build = (
+            None
+            if self._instance is not None
+            else _without_arguments(network, input_shape, num_classes)
+        )
+        self._shape, self._load = input_shape, load
+        self._loaded = getattr(network, "loaded_weights", False)
+        self._held: dict = {}
+        self._copies = 0
+        self._made: Optional[keras.Model] = None
+        self._given = False
+        self.name = getattr(network, "name", None) or getattr(network, "__name__", "network")
+
+    @classmethod
+    def of(cls, network: Any) -> "Target":
+        """Returns `network` itself if it is a Target, or the Target of a model or a function.
+
+        Raises:
+          UserError: if it is a list, or nothing of the kind.
+        """
+        if isinstance(network, cls):
+            return network
+        if isinstance(network, (list, tuple)):
+            raise UserError(f"{len(network)} networks were given: this method takes one")
+        if not isinstance(network, keras.Model) and not callable(network):
+            raise UserError(
+                f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "
+                "function that returns one"
+            )
+        return cls(network)
+
+    def new(self) -> keras.Model:
+        """Makes another instance: a functional keras.Model that shares no weight with the others.
+
+        Its weights are drawn anew, but for those that are not trained and those that were loaded:
+        they are equal in all instances.
+
+        Raises:
+          UserError: if there can be no such instance; the text says why and what to do.
+        """
+        if not self._given:
+            self._given = True
+            return self.first
+        return self._another()
+
+    @property
+    def first(self) -> keras.Model:
+        """The first instance, which the first call of `new` gives."""
+        if self._made is None:
+            self._made = self._begin()
+            self._hold(self._made)
+        return self._made
+
+    def copy(self) -> keras.Model:
+        """Makes an instance with the present values of the first; see `new`."""
+        made = self._another()
+        assign_pairs(paired(self.first, made))
+        finalize(made)
+        return made
+
+    def _another(self):
+        first = self.first
+        made = self._again()
+        self._check_apart(made)
+        try:
+            pairs = paired(first, made)
+        except ValueError as e:
+            raise UserError(f"network {self.name!r} cannot be made twice: {e}") from e
+        last = {id(w) for w in head(first).weights}
+        trained = {id(w) for w in first.trainable_weights}
+        assign_pairs(
+            (a, b) for a, b in pairs if id(a) not in trained or self._loaded and id(a) not in last
+        )
+        finalize(made)
+        _draw_anew(made, salt=len(self._held))
+        self._hold(made)
+        return made
+
+    def _begin(self):
+        made = self._instance if self._instance is not None else self._called()
+        network = functional(made, self._shape)
+        proof.answers_once(network)
+        proof.owns_its_variables(network)
+        if self._load:
+            self._load(network)
+            self._loaded = True
+        return network
+
+    def _called(self):
+        made = self._build()
+        if not isinstance(made, keras.Model):
+            raise UserError(
+                f"network {self.name!r} returned {type(made).__name__}: it must return a "
+                "keras.Model"
+            )
+        return made
+
+    def _again(self):
+        """Returns another instance, whose weights may be shared or unlike yet."""
+        if self._build:
+            return functional(self._called(), self._shape)
+        made = _serialized(self._instance)
+        for a, b in zip(sublayers(self._instance), sublayers(made)):
+            if type(a) is type(b) and a.trainable != b.trainable:
+                b.trainable = a.trainable
+        return self._proven(functional(made, self._shape))
+
+    def _proven(self, made):
+        """Returns an instance made by serialization if it computes what the first one does."""
+        what = f"a copy of network {self.name!r}"
+        try:
+            self._check_apart(made)
+            fresh = made.get_weights()
+            assign_pairs(paired(self.first, made))
+            finalize(made)
+            # Copies of one configuration are alike: the first shows how they behave in training.
+            proof.same(self.first, made, what, twin=made, training=not self._copies)
+            self._copies += 1
+            made.set_weights(fresh)
+        except UserError as e:
+            raise UserError(f"{e}; {USE_A_FUNCTION}") from e
+        except Exception as e:  # Layers of the user's own in a copy that they were not made for.
+            raise UserError(f"{what} cannot be made: {one_line(e)}; {USE_A_FUNCTION}") from e
+        return made
+
+    def _hold(self, made):
+        self._held.update((id(v), weakref.ref(v)) for v in made.weights)
+
+    def _check_apart(self, made):
+        """Raises UserError if an instance holds a variable of an earlier one."""
+        for variable in made.weights:
+            known = self._held.get(id(variable))
+            if known is not None and known() is variable:
+                raise UserError(
+                    f"network {self.name!r} shares the variable {variable.name!r} among its "
+                    "instances: build all its layers anew each time"
+                )
+
+
+def _without_arguments(function, input_shape, num_classes):
+    """Returns a function of no arguments from a user's function of none or of two."""
+    try:
+        required = [
+            p
+            for p in inspect.signature(function).parameters.values()
+            if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+    except (TypeError, ValueError):
+        required = []
+    if not required:
+        return function
+    if input_shape is None or num_classes is None:
+        raise UserError(
+            f"network {getattr(function, '__name__', function)!r} is a function that takes "
+            f"{', '.join(p.name for p in required)}: give one without arguments, such as "
+            "lambda: build((32, 32, 3), 10)"
+        )
+    return lambda: function(tuple(input_shape), num_classes)
+
+
+def _serialized(model):
+    """Returns a copy of a model by Keras's serialization, with freshly drawn weights."""
+    objects = {}
+    for layer in sublayers(model):
+        objects[type(layer).__name__] = type(layer)
+        for value in vars(layer).values():
+            if inspect.isfunction(value):
+                objects[value.__name__] = value
+    try:
+        with keras.utils.custom_object_scope(objects):
+            return type(model).from_config(model.get_config())
+    except Exception as e:  # NotImplementedError, and whatever a layer of the user's own raises.
+        raise UserError(
+            f"network {model.name!r} cannot be copied by Keras's serialization: {one_line(e)}; "
+            f"{USE_A_FUNCTION}"
+        ) from e
+
+
+def paired(one: keras.Model, other: keras.Model) -> list:
+    """Pairs the weights of two instances of a network.
+
+    Returns:
+      [(variable of `one`, variable of `other`)], in the order of one.weights.
+
+    Raises:
+      ValueError: if they do not pair up by name, shape, type and whether they are trained.
+    """
+
+    def described(model):
+        trained = {id(w) for w in model.trainable_weights}
+        return [
+            (w.name.split("/")[-1], tuple(w.shape), w.dtype.name, id(w) in trained)
+            for w in model.weights
+        ]
+
+    ours, theirs = described(one), described(other)
+    if ours != theirs:
+        at = next((i for i, (a, b) in enumerate(zip(ours, theirs)) if a != b), None)
+        if at is None:
+            raise ValueError(f"one has {len(ours)} weights, the other {len(theirs)}")
+        raise ValueError(f"weight {at} is {ours[at]} in one and {theirs[at]} in the other")
+    return list(zip(one.weights, other.weights))
+
+
+def _draw_anew(model, salt):
+    """Draws weights again that an initializer with a fixed seed gave, with another seed."""
+    for layer in sublayers(model):
+        for initializer in list(vars(layer).values()):
+            seed = getattr(initializer, "seed", None)
+            if isinstance(seed, int) and isinstance(initializer, keras.initializers.Initializer):
+                changed = type(initializer).from_config(
+                    {**initializer.get_config(), "seed": seed + salt}
+                )
+                for weight in layer.weights:
+                    given = _drawn(initializer, weight)
+                    if given is not None and np.array_equal(given, weight.numpy()):
+                        weight.assign(_drawn(changed, weight))
+
+
+def _drawn(initializer, weight):
+    """Returns what an initializer gives for a weight, or None if it cannot."""
+    try:
+        # A fresh one: some initializers draw other values when they are called again.
+        fresh = type(initializer).from_config(initializer.get_config())
+        return np.asarray(fresh(weight.shape, dtype=weight.dtype))
+    except Exception:  # For another rank of tensors, or the user's own and without a config.
+        return None
+
+
+def start_apart(first: keras.Model, other: keras.Model) -> None:
+    """Makes sure that two peers start from different weights.
+
+    Where all trained weights are equal, the classifier's are drawn anew.
+
+    Args:
+      first, other: models built alike.
+
+    Raises:
+      UserError: if their weights stay equal.
+    """
+    if not _alike(first, other):
+        return
+    for layer in sublayers(head(other)):
+        for name, initializer in list(vars(layer).items()):
+            weight = getattr(layer, name.replace("_initializer", ""), None)
+            if name.endswith("_initializer") and isinstance(weight, tf.Variable):
+                weight.assign(initializer(weight.shape, dtype=weight.dtype))
+    if _alike(first, other):
+        raise UserError(
+            f"network {first.name!r} starts from the same weights each time it is built, so that "
+            "all peers would be the same: give its initializers no fixed seed"
+        )
+
+
+def _alike(first, other):
+    return all(
+        np.array_equal(a.numpy(), b.numpy())
+        for a, b in zip(first.trainable_weights, other.trainable_weights)
+    )
