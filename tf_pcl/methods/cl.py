@@ -48,7 +48,7 @@ class CL(Distiller):
     ):
         super().__init__(preprocess)
         self.temperature, self.distill_share = temperature, distill_share
-        self.exits = peer_names(peers)
+        self.exits = self.peer_exits = peer_names(peers)
         self.peers = Peers(*split(network, split_at), self.exits, self.preprocess)
 
     def students(self, views, training):

@@ -66,6 +66,7 @@ class CTSLMKT(Distiller):
         self.alpha, self.beta, self.gamma = ce_weight, collaboration_weight, self_weight
         self.beta_1, self.beta_2 = angle_weight, mutual_weight
         self.networks, self.alone = whole_networks(network), whole_networks(network)
+        self.peer_exits = list(self.networks)
         self.exits = (*self.networks, *(f"alone_{name}" for name in self.alone))
 
     @classmethod

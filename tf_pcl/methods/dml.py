@@ -34,7 +34,7 @@ class DML(Distiller):
         super().__init__(preprocess)
         self.temperature = temperature
         self.networks = whole_networks(network, peers)
-        self.exits = list(self.networks)
+        self.exits = self.peer_exits = list(self.networks)
 
     def students(self, views, training):
         images = self.preprocess(views[:, 0])

@@ -61,10 +61,10 @@ class FFL(Distiller):
             rampup_epochs,
             distill_weight,
         )
-        self.peer_names = peer_names(peers)
-        self.exits = (*self.peer_names, "ensemble")
+        self.peer_exits = peer_names(peers)
+        self.exits = (*self.peer_exits, "ensemble")
         trunk, branch = split(network, split_at)
-        self.peers = Peers(trunk, branch, self.peer_names, self.preprocess)
+        self.peers = Peers(trunk, branch, self.peer_exits, self.preprocess)
         self.fusion = fusion(network, branch, peers)
 
     @property
@@ -78,7 +78,7 @@ class FFL(Distiller):
 
     def loss_terms(self, labels, student, teacher):
         T, w = self.temperature, self.ramp_up()
-        z, z_f = [student[name].logits for name in self.peer_names], student["ensemble"].logits
+        z, z_f = [student[name].logits for name in self.peer_exits], student["ensemble"].logits
         z_a = sum(z) / len(z)
         return {
             "ce": sum(cross_entropy(labels, e.logits) for e in student.values()),

@@ -57,10 +57,10 @@ class ONE(Distiller):
             rampup_epochs,
             distill_weight,
         )
-        self.peer_names = peer_names(peers)
-        self.exits = (*self.peer_names, "ensemble")
+        self.peer_exits = peer_names(peers)
+        self.exits = (*self.peer_exits, "ensemble")
         trunk, branch = split(network, split_at)
-        self.peers = Peers(trunk, branch, self.peer_names, self.preprocess)
+        self.peers = Peers(trunk, branch, self.peer_exits, self.preprocess)
         self.gate = gate(trunk, peers)
 
     def students(self, views, training):
@@ -77,7 +77,7 @@ class ONE(Distiller):
             "ensemble": self.ramp_up()
             * sum(
                 distillation(z_e, student[name].logits, self.temperature)
-                for name in self.peer_names
+                for name in self.peer_exits
             ),
         }
 

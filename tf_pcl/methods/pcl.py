@@ -73,7 +73,7 @@ class PCL(Distiller):
         preprocess=None,
     ):
         super().__init__(preprocess)
-        self.peer_names = peer_names(peers)
+        self.peer_exits = peer_names(peers)
         if deploy == "ensemble" and ensemble_teacher == "none":
             raise UserError(
                 "--deploy=ensemble does not go with --ensemble_teacher=none: there is no ensemble to deploy"
@@ -96,13 +96,13 @@ class PCL(Distiller):
 
         trunk, branch = split(network, split_at)
         ensemble = self.ensemble_teacher
-        self.student = Collaborators(trunk, branch, self.peer_names, self.preprocess, ensemble)
-        self.exits = (*self.peer_names, *(["ensemble"] if ensemble != "none" else []))
+        self.student = Collaborators(trunk, branch, self.peer_exits, self.preprocess, ensemble)
+        self.exits = (*self.peer_exits, *(["ensemble"] if ensemble != "none" else []))
         self.deployed_exit = "ensemble" if deploy == "ensemble" else "peer_1"
         self.mean = None
         if peer_teacher == "mean":
             self.mean = Collaborators(
-                clone(trunk), branch, self.peer_names, self.preprocess, ensemble
+                clone(trunk), branch, self.peer_exits, self.preprocess, ensemble
             )
             self.shadow = Shadow(self.student, self.mean)
             self.exits += tuple(f"mean_{name}" for name in self.exits)
@@ -121,14 +121,14 @@ class PCL(Distiller):
         return {f"mean_{name}": e for name, e in self.mean(views, training).items()}
 
     def loss_terms(self, labels, student, teacher):
-        T, m = self.temperature, len(self.peer_names)
-        z = [student[name].logits for name in self.peer_names]
+        T, m = self.temperature, len(self.peer_exits)
+        z = [student[name].logits for name in self.peer_exits]
         terms = {"ce": sum(cross_entropy(labels, e.logits) for e in student.values())}
         if self.ensemble_teacher != "none":
             z_e = student["ensemble"].logits
             terms["ensemble"] = self.ramp_up() * sum(distillation(z_e, z_j, T) for z_j in z)
         if self.peer_teacher != "none":
-            z_t = [teacher[f"mean_{name}"].logits for name in self.peer_names] if self.mean else z
+            z_t = [teacher[f"mean_{name}"].logits for name in self.peer_exits] if self.mean else z
             terms["mean"] = (
                 self.ramp_up()
                 / (m - 1)

@@ -1,0 +1,151 @@
+"""From names and options to the Distiller of a stage."""
+
+from collections.abc import Mapping
+from typing import Any, Optional, Union
+
+from tf_pcl import networks, surgery
+from tf_pcl.compat import keras
+from tf_pcl.data import ImageData
+from tf_pcl.errors import UserError
+from tf_pcl.methods import METHODS
+from tf_pcl.methods.distiller import Distiller
+from tf_pcl.options import Options, names
+from tf_pcl.training import export
+from tf_pcl.training import workdir as workdirs
+
+# A network's name, or the network itself.
+Network = Union[str, keras.Model]
+
+
+class Assembly:
+    """Makes Distillers around networks that are given by name, for the images and classes of a data set.
+
+    It is what `Distiller.stages` takes as `make`.
+
+    Args:
+      data: the data set.
+      weights: {network's name: path of the weights that it starts from}.
+      trunk_share: how much of a network's forward cost its peers share, as in surgery.propose_cut.
+
+    Attributes:
+      lines: what was decided on the way, for people: whole lines, each once, in order.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        *,
+        weights: Optional[Mapping[str, str]] = None,
+        trunk_share: Optional[float] = None,
+    ):
+        self.data, self.weights, self.trunk_share = data, dict(weights or {}), trunk_share
+        self.lines: list[str] = []
+
+    def __call__(
+        self, cls: type[Distiller], network: Union[Network, list[Network]], **arguments: Any
+    ) -> Distiller:
+        """Makes a Distiller.
+
+        Args:
+          cls: its class.
+          network: the target network, or a list of several for methods of whole networks.
+          **arguments: keyword arguments of the constructor.
+
+        Raises:
+          UserError: if these networks cannot be built, do not fit together or cannot be cut.
+        """
+        several = network if isinstance(network, (list, tuple)) else [network]
+        built = [self._build(one) for one in several]
+        preprocess = self._preprocess(built)
+        if isinstance(network, str) and network in self.weights:
+            self._load_weights(network, built[0], cls)
+            preprocess = preprocess and (
+                networks.preprocessing(network, self.data.image_shape) or preprocess
+            )
+        if "split_at" in cls.parameters() and not arguments.get("split_at"):
+            arguments.update(self._cut(built[0]))
+        return cls(built if several is network else built[0], preprocess=preprocess, **arguments)
+
+    def trained(self, path: str) -> keras.Model:
+        """Loads the network that an earlier run deployed.
+
+        Args:
+          path: the run's workdir, its export folder or a SavedModel.
+
+        Returns:
+          A keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, K].
+
+        Raises:
+          UserError: if there is none, or it tells other classes apart.
+        """
+        return export.load(path, self.data.classes)
+
+    def _build(self, network: Network) -> keras.Model:
+        if not isinstance(network, str):
+            return network
+        return networks.build(network, self.data.image_shape, len(self.data.classes))
+
+    def _preprocess(self, several: list[keras.Model]) -> Optional[keras.layers.Layer]:
+        raw = {networks.standardises_itself(one) for one in several}
+        if len(raw) > 1:
+            raise UserError(
+                "of the networks, some scale raw images themselves and some do not: they cannot see the "
+                "same images; give networks of one kind"
+            )
+        return None if raw.pop() else networks.standardise(self.data.mean, self.data.std)
+
+    def _load_weights(self, name: str, network: keras.Model, cls: type[Distiller]) -> None:
+        path = self.weights[name]
+        loaded, fresh = surgery.load_weights(network, workdirs.saved_model(path) or path)
+        line = f"`weights={path}`: {len(loaded)} layers loaded"
+        line += f", not {fresh[0]}" if fresh else ""
+        line += "; peers' own classifiers start afresh" if "peers" in cls.parameters() else ""
+        self._say(line)
+
+    def _cut(self, network: keras.Model) -> dict[str, str]:
+        """Returns {"split_at": layer} for a network that the method cannot cut as it likes, else {}."""
+        if not self.trunk_share and len(surgery.section_names(network)) >= 2:
+            return {}
+        layer, share = surgery.propose_cut(network, self.trunk_share)
+        self._say(
+            f"no `split_at`: the peers share the network up to layer {layer}, {100 * share:.0f} % "
+            "of its forward cost"
+        )
+        return {"split_at": layer}
+
+    def _say(self, line: str) -> None:
+        # A network is built once more after all stages were tried: the same line is then said again.
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+def method_arguments(options: Options) -> dict[str, Any]:
+    """Returns the options that go to the stages of their method, {name: value}.
+
+    Raises:
+      UserError: if an option is given that this method does not take.
+    """
+    possible = set(names()) - {"network"}
+    taken = {name: possible & _taken(cls) for name, cls in METHODS.items()}
+    chosen = taken[options.method]
+    given = {
+        name: value
+        for name in sorted(set().union(*taken.values()))
+        if (value := getattr(options, name)) is not None
+    }
+    for name in given:
+        if name not in chosen:
+            takers = ", ".join(method for method, own in taken.items() if name in own)
+            own = ", ".join(f"`{n}`" for n in sorted(chosen)) or "no options of its own"
+            raise UserError(
+                f"`{name}` does not go with `method={options.method}`: it is for {takers}. "
+                f"{options.method} takes {own}."
+            )
+    # The Assembly turns a share into the layer to cut at.
+    return {name: value for name, value in given.items() if name != "trunk_share"}
+
+
+def _taken(cls: type[Distiller]) -> set[str]:
+    """Returns the names of the options that a method takes; a share stands for a layer to cut at."""
+    own = set(cls.parameters())
+    return own | ({"trunk_share"} if "split_at" in own else set())
