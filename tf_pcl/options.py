@@ -1,7 +1,7 @@
 """The options of a run: one dataclass, from which the absl flags are made.
 
-This is the only module that reads FLAGS. An option that is None is left to the default of the method, the
-network or the data set.
+This is the only module that reads FLAGS. An option that is None is left to the default of the
+method, the network or the data set.
 """
 
 import dataclasses
@@ -32,8 +32,8 @@ def _flag(
     Args:
       default: its value unless given.
       help_text: what it is, with its unit.
-      kind: int, float, bool, str, list (of floats) or a tuple of the allowed words; by default the type
-        of `default`.
+      kind: int, float, bool, str, list (of floats) or a tuple of the allowed words; by default the
+        type of `default`.
       low, high, above: a number lies in [low, high] and is > above.
       run_only: whether it leaves the result as it is, and so may differ between calls in a workdir.
     """
@@ -52,14 +52,15 @@ def _flag(
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of a run. Each has its flag's name and, in its help, its unit and its default."""
+    """The options of a run. Each is called as its flag; its help says its unit and default."""
 
     # What to train.
     method: str = _flag("pcl", "how to train")
     network: str = _flag(
         "resnet32",
         "target network: a name, applications.NAME for keras.applications, or module:function "
-        "of your own; for methods of whole networks also several, comma separated, the target first",
+        "of your own; for methods of whole networks also several, comma separated, the target "
+        "first",
     )
     split_at: Optional[str] = _flag(
         None,
@@ -260,16 +261,18 @@ class Options:
             )
         if self.split_at and self.trunk_share:
             raise UserError(
-                f"`split_at={self.split_at}` does not go with `trunk_share={self.trunk_share:g}`: give "
-                "one of them"
+                f"`split_at={self.split_at}` does not go with `trunk_share={self.trunk_share:g}`: "
+                "give one of them"
             )
         if self.weights and "," in self.network:
             raise UserError(
-                f"`weights` does not go with several networks, `network={self.network}`: give one network"
+                f"`weights` does not go with several networks, `network={self.network}`: give one "
+                "network"
             )
         if (self.rampup_epochs or 0) > self.epochs:
             raise UserError(
-                f"`rampup_epochs={self.rampup_epochs:g}` is more than `epochs={self.epochs}`: give fewer"
+                f"`rampup_epochs={self.rampup_epochs:g}` is more than `epochs={self.epochs}`: "
+                "give fewer"
             )
         drops = self.lr_decay_epochs or ()
         if list(drops) != sorted(set(drops)) or any(not 0 < e < self.epochs for e in drops):
@@ -340,7 +343,7 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines an absl flag for every option, in the given absl FlagValues."""
-    define = {
+    define: dict[type, Any] = {
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         bool: flags.DEFINE_boolean,
@@ -349,10 +352,11 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     }
     for f in dataclasses.fields(Options):
         kind, text = f.metadata["kind"], f.metadata["help"]
+        default: Any = f.default
         if isinstance(kind, tuple):
-            flags.DEFINE_enum(f.name, f.default, kind, text, flag_values=values)
+            flags.DEFINE_enum(f.name, default, kind, text, flag_values=values)
         else:
-            define[kind](f.name, f.default, text, flag_values=values)
+            define[kind](f.name, default, text, flag_values=values)
 
 
 def complete_help(
@@ -360,8 +364,8 @@ def complete_help(
 ) -> None:
     """Adds to the flags' help what the tables know.
 
-    These are the names of methods and networks and, at each flag that some methods take, these methods
-    with their defaults.
+    These are the names of methods and networks and, at each flag that some methods take, these
+    methods with their defaults.
 
     Args:
       methods: {name: Distiller}.
@@ -390,7 +394,7 @@ def from_flags(values: flags.FlagValues = flags.FLAGS) -> Options:
     Raises:
       UserError: if they are out of range or do not fit together.
     """
-    given = {name: values[name].value for name in names()}
+    given: dict[str, Any] = {name: values[name].value for name in names()}
     drops = given["lr_decay_epochs"]
     if drops is not None:
         try:

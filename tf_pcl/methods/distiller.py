@@ -54,7 +54,7 @@ class Distiller(keras.Model):
     """
 
     num_views = 1
-    peer_exits = ()
+    peer_exits: typing.Sequence[str] = ()
     rampup_epochs = distill_weight = None
 
     def __init__(self, preprocess=None, name=None):
@@ -140,7 +140,7 @@ class Distiller(keras.Model):
         """
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         optimizer = optimizer or optimizers.recipe(epochs, steps_per_epoch)
-        if isinstance(optimizer, optimizers.SGD):
+        if isinstance(optimizer, optimizers.CoupledSGD):
             for weights, decay in self.decay_exceptions:
                 optimizer.set_decay(weights, decay)
         super().compile(optimizer=optimizer, **kwargs)

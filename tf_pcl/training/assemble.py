@@ -1,6 +1,6 @@
 """From names and options to the Distiller of a stage."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, Union
 
 from tf_pcl import networks, surgery
@@ -18,7 +18,7 @@ Network = Union[str, keras.Model]
 
 
 class Assembly:
-    """Makes Distillers around networks that are given by name, for the images and classes of a data set.
+    """Makes Distillers around networks that are given by name, for the data of a run.
 
     It is what `Distiller.stages` takes as `make`.
 
@@ -64,7 +64,10 @@ class Assembly:
             )
         if "split_at" in cls.parameters() and not arguments.get("split_at"):
             arguments.update(self._cut(built[0]))
-        return cls(built if several is network else built[0], preprocess=preprocess, **arguments)
+        # Every method names the arguments of its own constructor.
+        construct: Callable[..., Distiller] = cls
+        target = built if several is network else built[0]
+        return construct(target, preprocess=preprocess, **arguments)
 
     def trained(self, path: str) -> keras.Model:
         """Loads the network that an earlier run deployed.
@@ -89,8 +92,8 @@ class Assembly:
         raw = {networks.standardises_itself(one) for one in several}
         if len(raw) > 1:
             raise UserError(
-                "of the networks, some scale raw images themselves and some do not: they cannot see the "
-                "same images; give networks of one kind"
+                "of the networks, some scale raw images themselves and some do not: they cannot "
+                "see the same images; give networks of one kind"
             )
         return None if raw.pop() else networks.standardise(self.data.mean, self.data.std)
 
@@ -103,7 +106,7 @@ class Assembly:
         self._say(line)
 
     def _cut(self, network: keras.Model) -> dict[str, str]:
-        """Returns {"split_at": layer} for a network that the method cannot cut as it likes, else {}."""
+        """Returns {"split_at": layer} where the method's own cut does not do, else {}."""
         if not self.trunk_share and len(surgery.section_names(network)) >= 2:
             return {}
         layer, share = surgery.propose_cut(network, self.trunk_share)
@@ -114,7 +117,7 @@ class Assembly:
         return {"split_at": layer}
 
     def _say(self, line: str) -> None:
-        # A network is built once more after all stages were tried: the same line is then said again.
+        # A run builds a stage once to try it and once to train it: do not repeat its lines.
         if line not in self.lines:
             self.lines.append(line)
 
@@ -146,6 +149,6 @@ def method_arguments(options: Options) -> dict[str, Any]:
 
 
 def _taken(cls: type[Distiller]) -> set[str]:
-    """Returns the names of the options that a method takes; a share stands for a layer to cut at."""
+    """Returns the names of the options that a method takes: a share is for whoever can be cut."""
     own = set(cls.parameters())
     return own | ({"trunk_share"} if "split_at" in own else set())

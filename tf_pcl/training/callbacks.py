@@ -22,13 +22,13 @@ Logs = Optional[Mapping[str, float]]
 class Progress(keras.callbacks.ProgbarLogger):
     """Keras's progress line with three numbers: the loss, the training error and the test error.
 
-    They are the errors of the deployed exit. Where that exit is not trained, the training error is the
-    first exit's.
+    They are the errors of the deployed exit. Where that exit is not trained, the training error is
+    the first exit's.
     """
 
     def set_params(self, params: dict[str, Any]) -> None:
-        # Show the epochs of the run: where a run goes on within an epoch, the rest of the epoch is a
-        # `fit` of its own.
+        # Show the epochs of the run: where a run goes on within an epoch, the rest of the epoch is
+        # a `fit` of its own.
         super().set_params({**params, "epochs": self.model.epochs})
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
@@ -143,9 +143,9 @@ class Record(keras.callbacks.Callback):
 class Save(keras.callbacks.Callback):
     """Saves checkpoints on time, and on SIGTERM and SIGINT, which end the run with Stopped.
 
-    As a context manager it handles these signals. A signal takes effect when the step or the validation
-    under way is done; a second one ends the process at once. An epoch's last checkpoint is saved after
-    its row is in metrics.csv, so that every checkpoint's epochs are on record.
+    As a context manager it handles these signals. A signal takes effect when the step or the
+    validation under way is done; a second one ends the process at once. An epoch's last checkpoint
+    is saved after its row is in metrics.csv, so that every checkpoint's epochs are on record.
 
     Args:
       checkpoints: where to save.
@@ -178,8 +178,8 @@ class Save(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         if self.step % self.model.steps_per_epoch:
-            # The run goes on within an epoch, whose first part counts in the metrics, and `fit` has just
-            # reset these.
+            # The run goes on within an epoch, whose first part counts in the metrics, and `fit` has
+            # just reset these.
             self.checkpoints.restore()
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
@@ -195,13 +195,13 @@ class Save(keras.callbacks.Callback):
             return
         if not np.isfinite(logs["loss"]):
             raise Stopped(
-                f"the loss is {logs['loss']} at step {self.step}: not saved; the newest checkpoint is "
-                f"of step {self.saved}. Try a smaller `learning_rate`."
+                f"the loss is {logs['loss']} at step {self.step}: not saved; the newest "
+                f"checkpoint is of step {self.saved}. Try a smaller `learning_rate`."
             )
         path = self.checkpoints.save(self.step)
         self.saved = self.step
         if self.signal and self.step < self.total:
             raise Stopped(
-                f"stopped by {self.signal} at step {self.step} of {self.of}; saved {path}. The same "
-                "command goes on from there."
+                f"stopped by {self.signal} at step {self.step} of {self.of}; saved {path}. The "
+                "same command goes on from there."
             )

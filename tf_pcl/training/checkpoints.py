@@ -31,9 +31,10 @@ class Checkpoints:
         return self._manager.save(checkpoint_number=step)
 
     def restore(self) -> int:
-        """Restores the newest checkpoint that can be read and returns its step, or 0 if there is none.
+        """Restores the newest checkpoint that can be read, with a warning of each that cannot.
 
-        It warns of each checkpoint that cannot be read.
+        Returns:
+          The checkpoint's step, or 0 if there is no checkpoint.
 
         Raises:
           UserError: if there are checkpoints and none of them can be read.
@@ -59,7 +60,7 @@ class Checkpoints:
         return 0
 
     def _steps(self) -> list[int]:
-        # Read from the files themselves: after a crash TensorFlow's index of them can be out of date.
+        # Read the folder itself: after a crash TensorFlow's index of it can be out of date.
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         matches = (re.fullmatch(r"ckpt-(\d+)\.index", name) for name in names)
         return sorted((int(match[1]) for match in matches if match), reverse=True)

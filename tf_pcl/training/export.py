@@ -37,9 +37,9 @@ def export(model: keras.Model, classes: Sequence[str], folder: str) -> str:
     A SavedModel that was there before is replaced when the new one is whole. It has two signatures:
 
       serving_default: images uint8 [N, H, W, C] -> probabilities and logits, float32 [N, K].
-      serve_bytes: image_bytes string [N], JPEG or PNG of any size -> the same. Images of another size
-        than the network's are resized as in training; where the network's are square, the middle square
-        is cut out first.
+      serve_bytes: image_bytes string [N], JPEG or PNG of any size -> the same. Images of another
+        size than the network's are resized as in training; where the network's are square, the
+        middle square is cut out first.
 
     Args:
       model: a functional keras.Model from raw images uint8 to logits float32.
@@ -122,23 +122,24 @@ def load(path: str, classes: Sequence[str]) -> keras.Model:
         )
     try:
         model = keras.models.load_model(folder, compile=False)
-        model.input_shape, model.output_shape
+        _ = model.input_shape, model.output_shape
     except (OSError, ValueError, AttributeError, tf.errors.OpError) as e:
         raise UserError(
-            f"{folder} cannot be loaded as a Keras model ({one_line(e)}): give the export of a run of "
-            "this program"
+            f"{folder} cannot be loaded as a Keras model ({one_line(e)}): give the export of a "
+            "run of this program"
         ) from e
     known = workdirs.read_labels(folder)
     if known is not None and known != list(classes):
         raise UserError(
             f"{path} tells {len(known)} classes apart ({', '.join(known[:3])} …), the data set has "
-            f"{len(classes)} ({', '.join(classes[:3])} …): give one that was trained on the same classes"
+            f"{len(classes)} ({', '.join(classes[:3])} …): give one that was trained on the same "
+            "classes"
         )
     return model
 
 
 def check(folder: str, model: keras.Model, images: np.ndarray) -> None:
-    """Loads a SavedModel in a fresh process without tf_pcl and compares its logits with the model's.
+    """Compares a SavedModel's logits, in a fresh process without tf_pcl, with the model's.
 
     Args:
       folder: the SavedModel.
@@ -157,8 +158,8 @@ def check(folder: str, model: keras.Model, images: np.ndarray) -> None:
         difference = np.abs(logits - expected).max() / scale
         if not difference <= tolerance:
             raise RuntimeError(
-                f"the SavedModel {folder} answers otherwise than the trained network ({name}: logits "
-                f"differ by {difference:.2g} of their size)"
+                f"the SavedModel {folder} answers otherwise than the trained network ({name}: "
+                f"logits differ by {difference:.2g} of their size)"
             )
 
 

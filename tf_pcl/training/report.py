@@ -4,7 +4,6 @@ import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import keras as keras_package
 import numpy as np
 import tensorflow as tf
 
@@ -23,8 +22,8 @@ def facts_of(data: ImageData) -> dict[str, Any]:
         "image_shape": list(data.image_shape),
         "training images": len(data.train),
         "test images": len(data.test),
-        # Channel means fingerprint the pixel data. They are rounded, since machines may differ in the
-        # last digits.
+        # Channel means fingerprint the pixel data. They are rounded, since machines may differ in
+        # the last digits.
         "means": [round(float(m), 3) for m in data.mean],
     }
 
@@ -41,9 +40,10 @@ def opening(options: Options, data: ImageData, steps: int, replicas: int) -> str
     shape = "×".join(map(str, data.image_shape))
     device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
     return (
-        f"{options.method} on {options.dataset}: {len(data.train):,} training and {len(data.test):,} test "
-        f"images {shape}, {len(data.classes)} classes\n"
-        f"{options.epochs} epochs of {steps} steps, replicas: {replicas} ({device}), {options.precision}"
+        f"{options.method} on {options.dataset}: {len(data.train):,} training and "
+        f"{len(data.test):,} test images {shape}, {len(data.classes)} classes\n"
+        f"{options.epochs} epochs of {steps} steps, replicas: {replicas} ({device}), "
+        f"{options.precision}"
     )
 
 
@@ -90,7 +90,7 @@ def results(
             "tf_pcl": tf_pcl.__version__,
             "python": platform.python_version(),
             "tensorflow": tf.__version__,
-            "keras": keras_package.__version__,
+            "keras": keras.__version__,
             "numpy": np.__version__,
         },
     }
@@ -122,7 +122,7 @@ def _mean_speed(rows: Sequence[dict[str, float]]) -> Any:
 
 
 def _effective(options: Options) -> dict[str, Any]:
-    """Returns the options by name, with the method's own defaults, without those that have no value."""
+    """Returns the options that have a value, by name, and the method's own defaults."""
     defaults = METHODS[options.method].parameters()
     values = {
         name: defaults.get(name) if value is None else value

@@ -17,10 +17,10 @@ from tf_pcl.training.workdir import Workdir
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Trains as the options say, or goes on where the workdir stands, and exports the deployed network.
+    """Trains a network and exports it, or goes on where the workdir stands.
 
-    The stages of a method are trained one after another: the last one in the workdir itself, each of
-    those before in a folder N-NAME of it.
+    The stages of a method are trained one after another: the last one in the workdir itself, each
+    of those before in a folder N-NAME of it.
 
     Args:
       options: what to train, on which data, how and where.
@@ -57,7 +57,7 @@ def run(options: Options) -> dict[str, Any]:
 
 
 def _check_names(options: Options) -> dict[str, Any]:
-    """Returns the arguments of the method's stages; UserError for what has no name or does not fit."""
+    """Checks the names in the options and returns the arguments of the method's stages."""
     choose("method", options.method, METHODS, parameter="method")
     arguments = method_arguments(options)
     for name in [*options.network.split(","), *filter(None, [options.teacher_network])]:
@@ -84,7 +84,7 @@ def _load_data(options: Options) -> datasets.ImageData:
 def _train_all(
     trainer: Trainer, stages: list[Stage], first: Distiller, workdir: Workdir
 ) -> dict[str, Any]:
-    """Trains and exports every stage, of which the first one is built, and returns the last one's results."""
+    """Trains and exports every stage, the first of which is built; returns the last's results."""
     folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(stages[:-1], 1)]
     models, results = [first], {"wall_seconds": 0.0}
     for i, (stage, folder) in enumerate(zip(stages, [*folders, workdir])):

@@ -113,8 +113,9 @@ class Trainer:
                 raise
             except Exception as e:
                 raise Stopped(
-                    f"failed at step {save.step} of {save.of}: {type(e).__name__}; the newest checkpoint "
-                    f"in {workdir.path} is of step {save.saved}, and the same command goes on from there"
+                    f"failed at step {save.step} of {save.of}: {type(e).__name__}; the newest "
+                    f"checkpoint in {workdir.path} is of step {save.saved}, and the same command "
+                    "goes on from there"
                 ) from e
         return describe(rows)
 

@@ -16,7 +16,8 @@ def start(options: Options) -> tf.distribute.Strategy:
     """Prepares this process for a run and returns the strategy of its options.
 
     Raises:
-      UserError: if this machine has no such strategy, or the options do not fit its number of replicas.
+      UserError: if this machine has no such strategy, or the options do not fit its number of
+        replicas.
     """
     prepare(options)
     strategy = make(options.strategy)
@@ -28,13 +29,13 @@ def prepare(options: Options) -> None:
     """Sets what must stand before any network is built: precision, seeds, determinism."""
     keras.mixed_precision.set_global_policy(options.precision)
     keras.utils.set_random_seed(options.seed)
-    # Layers that draw random numbers (dropout) then keep the state of their generators in variables,
-    # which checkpoints hold.
+    # Layers that draw random numbers (dropout) then keep the state of their generators in
+    # variables, which checkpoints hold.
     keras.backend.experimental.enable_tf_random_generator()
     if options.deterministic:
         tf.config.experimental.enable_op_determinism()
-        # Arithmetic optimization turns several sums into one AddN, which adds three or more tensors in
-        # an order that depends on timing.
+        # Arithmetic optimization turns several sums into one AddN, which adds three or more tensors
+        # in an order that depends on timing.
         tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
 
 
@@ -42,14 +43,14 @@ def make(name: str) -> tf.distribute.Strategy:
     """Makes a strategy.
 
     Args:
-      name: auto (mirrored with several GPUs, else one device), mirrored, multi_worker (needs TF_CONFIG),
-        tpu or one_device.
+      name: auto (mirrored with several GPUs, else one device), mirrored, multi_worker (needs
+        TF_CONFIG), tpu or one_device.
 
     Raises:
       UserError: if this machine has no such thing.
     """
-    # Physical devices, because listing logical ones starts TensorFlow's runtime, and several workers
-    # must be connected before that.
+    # Physical devices, because listing logical ones starts TensorFlow's runtime, and several
+    # workers must be connected before that.
     gpus = tf.config.list_physical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
         devices = tf.config.list_logical_devices("GPU" if gpus else "CPU")
@@ -57,7 +58,8 @@ def make(name: str) -> tf.distribute.Strategy:
     if name == "multi_worker":
         if not _cluster_config().get("cluster"):
             raise UserError(
-                "it needs the environment variable TF_CONFIG with the cluster and this worker's task",
+                "it needs the environment variable TF_CONFIG with the cluster and this worker's "
+                "task",
                 parameter="strategy",
                 value=name,
             )
@@ -89,14 +91,15 @@ def check(strategy: tf.distribute.Strategy, options: Options) -> None:
     replicas = strategy.num_replicas_in_sync
     if options.batch_size % replicas:
         raise UserError(
-            f"the batch cannot be shared equally by {replicas} replicas: give a multiple of {replicas}",
+            f"the batch cannot be shared equally by {replicas} replicas: give a multiple of "
+            f"{replicas}",
             parameter="batch_size",
             value=options.batch_size,
         )
     if options.jit_compile and replicas > 1:
         raise UserError(
-            f"`jit_compile` does not go with {replicas} replicas, since TensorFlow compiles a step for "
-            "one device only: add `strategy=one_device` or leave it out"
+            f"`jit_compile` does not go with {replicas} replicas, since TensorFlow compiles a "
+            "step for one device only: add `strategy=one_device` or leave it out"
         )
 
 

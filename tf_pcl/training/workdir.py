@@ -48,8 +48,8 @@ class Workdir:
 
         Args:
           options: the run's options.
-          worker: the index of this process among several. All of them must save, since statistics are
-            gathered from all; the first one's workdir is the run's.
+          worker: the index of this process among several. All of them must save, since statistics
+            are gathered from all; the first one's workdir is the run's.
         """
         network = options.network.replace(":", ".").replace(",", "+")
         name = f"{options.dataset}-{network}-{options.method}-seed{options.seed}"
@@ -68,15 +68,15 @@ class Workdir:
         """Checks that a run with these options can use this folder. Writes nothing.
 
         Raises:
-          UserError: if the folder cannot be written, holds a run with other options or one of a run's
-            earlier stages, or holds any run where `options.resume` is "never".
+          UserError: if the folder cannot be written, holds a run with other options or one of a
+            run's earlier stages, or holds any run where `options.resume` is "never".
         """
         self._check_writable()
         if not os.path.exists(self.flags):
             if os.path.exists(self.checkpoints):
                 raise self._refused(
-                    "the folder holds checkpoints but no flags.txt, like the folder of a run's earlier "
-                    "stage: give another workdir"
+                    "the folder holds checkpoints but no flags.txt, like the folder of a run's "
+                    "earlier stage: give another workdir"
                 )
             return
         if options.resume == "never":
@@ -114,8 +114,8 @@ class Workdir:
         ]
         if differ:
             raise self._refused(
-                f"the folder holds a run on other data ({'; '.join(differ)}): give another workdir or "
-                "the same data"
+                f"the folder holds a run on other data ({'; '.join(differ)}): give another "
+                "workdir or the same data"
             )
 
     def begin(self, options: Options, facts: Mapping[str, Any]) -> None:
@@ -126,7 +126,7 @@ class Workdir:
         write_json(self.data, facts)
 
     def read_rows(self) -> list[dict[str, float]]:
-        """Returns the rows of metrics.csv without their empty cells; [] if there is no such file."""
+        """Returns the rows of metrics.csv without empty cells, or [] if there is no such file."""
         if not os.path.exists(self.metrics):
             return []
         with open(self.metrics, encoding="utf-8", newline="") as f:
