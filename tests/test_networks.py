@@ -1,4 +1,3 @@
-import functools
 import re
 
 import numpy as np
@@ -13,7 +12,8 @@ from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.surgery import graph
 from tf_pcl.surgery.cuts import DEFAULT_TRUNK_SHARE
-from tf_pcl.training import export, run
+from tf_pcl.training import export
+from tf_pcl.training.assemble import Assembly, method_arguments
 
 
 def count(model):
@@ -389,7 +389,8 @@ def test_what_a_layer_knows_beside_its_weights_is_copied():
     np.testing.assert_allclose(fresh.get_layer("statistics")(x), statistics(x))
     assert (
         np.abs(
-            fresh.get_layer("small").get_layer("first").kernel - network.get_layer("small").get_layer("first").kernel
+            fresh.get_layer("small").get_layer("first").kernel
+            - network.get_layer("small").get_layer("first").kernel
         ).max()
         > 0.01
     )
@@ -637,27 +638,29 @@ def test_files_that_do_not_fit_are_refused_in_one_line(form, tmp_path):
 
 
 def test_a_run_says_what_it_decided(digits, tmp_path):
-    network, notes = "test_networks:plain", {}
+    network = "test_networks:plain"
     path = saved(plain((8, 8, 1), 7), ".h5", tmp_path)
-    model = run.around(digits, methods.PCL, network, weights={network: path}, notes=notes, peers=2)
-    assert list(notes) == [
-        f"--weights={path}: 2 layers loaded, not logits; peers' own classifiers start afresh",
-        "no --split_at: the peers share the network up to layer first, 27 % of its forward cost",
+    make = Assembly(digits, weights={network: path})
+    for _ in range(2):  # Said once, however often it is built.
+        model = make(methods.PCL, network, peers=2)
+    assert make.lines == [
+        f"`weights={path}`: 2 layers loaded, not logits; peers' own classifiers start afresh",
+        "no `split_at`: the peers share the network up to layer first, 27 % of its forward cost",
     ]
     assert model.student.trunk.output_names == ["first"]
-    settings = Options(method="pcl", trunk_share=0.4)
-    around = functools.partial(run.around, digits)
-    (stage,) = methods.PCL.stages(around, "resnet8", **run.method_arguments(methods.PCL, settings))
+    options = Options(method="pcl", trunk_share=0.4)
+    make = Assembly(digits, trunk_share=options.trunk_share)
+    (stage,) = methods.PCL.stages(make, "resnet8", **method_arguments(options))
     assert stage.build([]).student.trunk.output_names == ["stage_1"]
     for wrong, text in (
-        (dict(trunk_share=0.5, split_at="first"), "--trunk_share"),
+        (dict(trunk_share=0.5, split_at="first"), "`trunk_share"),
         (dict(trunk_share=0.0), "more than 0"),
         (dict(network="resnet8,resnet14", weights="x.h5", method="dml"), "one network"),
     ):
         with pytest.raises(UserError, match=text):
             Options(**wrong)
-    with pytest.raises(UserError, match="--trunk_share does not go with --method=dml"):
-        run.method_arguments(methods.DML, Options(method="dml", trunk_share=0.5))
+    with pytest.raises(UserError, match="`trunk_share` does not go with `method=dml`"):
+        method_arguments(Options(method="dml", trunk_share=0.5))
 
 
 def plain(input_shape, num_classes):

@@ -1,10 +1,16 @@
+"""The papers' SGD: its steps against NumPy, its config."""
+
+import json
+
 import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
 from tensorflow import keras
 
-from tf_pcl.optimizer import SGD, recipe
+from tf_pcl import networks
+from tf_pcl.methods import METHODS
+from tf_pcl.optimizer import CoupledSGD, recipe
 
 rng = np.random.RandomState(0)
 
@@ -15,7 +21,7 @@ def test_steps_with_coupled_decay_through_a_drop_of_the_rate(nesterov):
     rates = [0.1] * 6 + [0.01] * 6
     w = tf.Variable(w0, dtype=tf.float64)
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay([5], [0.1, 0.01])
-    optimizer = SGD(schedule, nesterov=nesterov, coupled_decay=0.05)
+    optimizer = CoupledSGD(schedule, nesterov=nesterov, coupled_decay=0.05)
     for g, want in zip(gradients, oracle.sgd(w0, gradients, rates, decay=0.05, nesterov=nesterov)):
         optimizer.apply_gradients([(tf.constant(g), w)])
         np.testing.assert_allclose(w.numpy(), want, atol=1e-6)
@@ -30,7 +36,52 @@ def test_recipe_scales_with_the_length_of_training():
     )
 
 
-def test_config_makes_the_same_optimizer():
-    made = SGD.from_config(SGD(0.2, momentum=0.8, nesterov=False, coupled_decay=1e-3).get_config())
-    assert (made.momentum, made.nesterov, made.coupled_decay) == (0.8, False, 1e-3)
-    assert float(made.learning_rate) == pytest.approx(0.2)
+def weights():
+    """Two layers' weights, of which those of the second one share their name with the first's."""
+    return [tf.Variable(tf.ones([3]) * (i + 1.0), name=name) for i, name in enumerate("abb")]
+
+
+@pytest.mark.parametrize("where", [keras.optimizers, keras.saving])
+def test_a_deserialised_optimizer_takes_the_same_step(where):
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay([2], [0.2, 0.01])
+    made = CoupledSGD(schedule, momentum=0.8, nesterov=False, coupled_decay=0.1)
+    mine, its = weights()[:2], weights()[:2]
+    made.set_decay(mine[1:], 0.5)
+    if where is keras.optimizers:
+        again = where.deserialize(json.loads(json.dumps(where.serialize(made))))
+    else:
+        again = where.deserialize_keras_object(where.serialize_keras_object(made))
+    assert isinstance(again, CoupledSGD) and again.get_config() == made.get_config()
+    for step in range(4):
+        gradients = [tf.ones([3]) * step, -tf.ones([3])]
+        made.apply_gradients(zip(gradients, mine))
+        again.apply_gradients(zip(gradients, its))
+    for a, b in zip(mine, its):
+        np.testing.assert_array_equal(a, b)
+    # Both decays act.
+    plain = weights()[:2]
+    other = CoupledSGD(schedule, momentum=0.8, nesterov=False, coupled_decay=0.1)
+    for step in range(4):
+        other.apply_gradients(zip([tf.ones([3]) * step, -tf.ones([3])], plain))
+    np.testing.assert_array_equal(plain[0], mine[0])
+    assert np.abs(plain[1] - mine[1]).max() > 0.1
+
+
+def test_weights_of_one_name_have_their_own_decays_but_no_config():
+    a, b, b2 = variables = weights()
+    made = CoupledSGD(0.1, coupled_decay=0.0)
+    made.set_decay([b2], 0.5)
+    assert made.get_config()["decay_by_name"] == {b2.name: 0.5} and b.name == b2.name
+    made.apply_gradients([(tf.zeros([3]), w) for w in variables])
+    assert a.numpy()[0] == 1 and b.numpy()[0] == 2 and b2.numpy()[0] < 3
+    with pytest.raises(ValueError, match="give their layers different names"):
+        made.get_config()
+
+
+def test_a_method_s_own_decay_is_in_the_config():
+    model = METHODS["ffl"](networks.resnet8((8, 8, 1), 10), peers=2)
+    model.compile(epochs=2, steps_per_epoch=3)
+    model.optimizer.build(model.trainable_weights)
+    by_name = model.optimizer.get_config()["decay_by_name"]
+    (own,) = model.decay_exceptions
+    assert by_name == {w.name: own[1] for w in own[0]} and len(by_name) > 3

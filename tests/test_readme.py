@@ -1,7 +1,6 @@
 """What the README and the flag files promise."""
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -19,6 +18,7 @@ from tensorflow import keras
 from tf_pcl import options
 from tf_pcl.methods import METHODS
 from tf_pcl.training import run
+from tf_pcl.training.assemble import Assembly, method_arguments
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,14 +110,12 @@ def test_flag_files_parse_and_build(path):
     ):
         assert line.startswith("# ") and word in line
     settings = parse([f"--flagfile={path}"])
-    method, classes = METHODS[settings.method], int(settings.dataset[len("cifar") :])
+    classes = int(settings.dataset[len("cifar") :])
     images = with_labels(noise(4, 32, 32, 3), np.arange(4))
     images = dataclasses.replace(images, classes=tuple(map(str, range(classes))))
     models = []
-    for stage in method.stages(
-        functools.partial(run.around, images),
-        settings.network,
-        **run.method_arguments(method, settings),
+    for stage in METHODS[settings.method].stages(
+        Assembly(images), settings.network, **method_arguments(settings)
     ):
         models.append(stage.build(models))
     assert models[-1].deployed().output_shape == (None, classes)

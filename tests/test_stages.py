@@ -16,7 +16,8 @@ from tf_pcl.errors import UserError
 from tf_pcl.methods.distiller import Exit
 from tf_pcl.options import Options
 from tf_pcl.training import export, run
-from tf_pcl.training import workdir as workdirs
+from tf_pcl.training.stages import Trainer
+from tf_pcl.training.workdir import Workdir
 
 B = 8
 RNG = np.random.RandomState(0)
@@ -308,13 +309,13 @@ def test_every_stage_leaves_what_a_run_leaves(ban):
 
 
 def test_every_stage_begins_with_weights_of_its_own(tmp_path, monkeypatch):
-    train, first = run._train, []
+    train, first = Trainer.train, []
 
-    def noted(model, *rest):
+    def noted(self, model, *rest):
         first.append(model.trainable_weights[0].numpy())
-        return train(model, *rest)
+        return train(self, model, *rest)
 
-    monkeypatch.setattr(run, "_train", noted)
+    monkeypatch.setattr(Trainer, "train", noted)
     run.run(Options(**{**QUICK, "epochs": 1}, method="ban", generations=2, workdir=str(tmp_path)))
     assert len(first) == 2 and np.abs(first[0] - first[1]).max() > 0.1
 
@@ -356,7 +357,7 @@ def test_a_run_goes_on_from_any_stage(ban, lost, goes_on, tmp_path, capsys):
         assert f"stage {stage} of 3, generation_{stage - 1}{line}\n" in out
     for name, error in ban[1]["error"].items():
         assert results["error"][name] == pytest.approx(error, abs=1.0), name
-    assert [row["epoch"] for row in workdirs.read_rows(str(workdir / "metrics.csv"))] == [1, 2]
+    assert [row["epoch"] for row in Workdir(str(workdir)).read_rows()] == [1, 2]
 
 
 @pytest.mark.parametrize("of", ["", "1-generation_0", "export/saved_model/1"])
@@ -414,7 +415,7 @@ def test_different_networks_learn_together(tmp_path):
             dict(method="kd", teacher_network="resnet8"),
             "--teacher_network does not go with --teacher",
         ),
-        (dict(method="pcl"), "--teacher does not go with --method=pcl: it is for kd"),
+        (dict(method="pcl"), "`teacher` does not go with `method=pcl`: it is for kd"),
         (dict(method="kd", teacher=None, teacher_network="resnet9"), "Did you mean resnet"),
         (dict(method="ban", teacher=None, generations=1), "at least 2"),
         (

@@ -17,8 +17,8 @@ from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
 from tf_pcl.options import Options
 from tf_pcl.training import callbacks, export, run
-from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
+from tf_pcl.training.workdir import Workdir
 
 QUICK = dict(dataset="digits", network="resnet8", epochs=2, batch_size=256, train_examples=512)
 
@@ -77,18 +77,18 @@ def test_a_loss_that_is_no_number_is_not_saved(tmp_path):
     save = callbacks.Save(Checkpoints(model, str(tmp_path)), 1, 0, 10)
     save.set_model(model)
     with pytest.raises(
-        callbacks.Stopped, match="nan at step 1: not saved.*smaller --learning_rate"
+        callbacks.Stopped, match="nan at step 1: not saved.*smaller `learning_rate`"
     ):
         save.on_train_batch_end(0, {"loss": float("nan")})
     assert not list(tmp_path.iterdir())
 
 
 def test_rows_survive_a_round_trip(tmp_path):
-    path = str(tmp_path / "metrics.csv")
+    workdir = Workdir(str(tmp_path))
     rows = [{"epoch": 1, "loss": 0.1}, {"epoch": 2, "loss": 0.25, "val_error/peer_1": 30.5}]
-    assert workdirs.read_rows(path) == []
-    workdirs.write_rows(path, rows)
-    assert workdirs.read_rows(path) == rows
+    assert workdir.read_rows() == []
+    workdir.write_rows(rows)
+    assert workdir.read_rows() == rows
     assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "1,0.1,"
 
 
@@ -153,14 +153,14 @@ def test_a_saved_model_that_answers_otherwise_is_noticed(tmp_path):
         (dict(dataset="cifr10"), "Did you mean cifar10"),
         (dict(split_at="stage_7"), "stage_1.*stage_2"),
         (dict(peers=1), "at least 2 peers"),
-        (dict(method="baseline", peers=3), "--peers does not go with --method=baseline"),
-        (dict(method="baseline", temperature=2.0), "--temperature does not go with"),
+        (dict(method="baseline", peers=3), "`peers` does not go with `method=baseline`"),
+        (dict(method="baseline", temperature=2.0), "`temperature` does not go with"),
         (dict(batch_size=10_000), "larger than the"),
         (dict(train_examples=9999), "more than the 1437"),
         (dict(dataset="image_folder", data_dir="/nowhere"), "is not there"),
         (dict(strategy="multi_worker"), "TF_CONFIG"),
         (dict(strategy="mirrored", batch_size=255), "multiple of 2"),
-        (dict(strategy="mirrored", jit_compile=True), "--jit_compile does not go with 2 replicas"),
+        (dict(strategy="mirrored", jit_compile=True), "`jit_compile` does not go with 2 replicas"),
     ],
 )
 def test_what_cannot_be_done_is_refused_before_anything_is_written(settings, text, tmp_path):
@@ -173,16 +173,16 @@ def test_what_cannot_be_done_is_refused_before_anything_is_written(settings, tex
 @pytest.mark.parametrize(
     "settings, text",
     [
-        (dict(epochs=0), "--epochs=0 is out of range: it must be at least 1"),
+        (dict(epochs=0), "`epochs=0`: out of range: it must be at least 1"),
         (dict(learning_rate=0.0), "more than 0"),
         (dict(learning_rate=float("nan")), "out of range"),
         (dict(temperature=float("inf")), "finite and more than 0"),
-        (dict(teacher=""), "--teacher= is empty"),
+        (dict(teacher=""), "`teacher=`: it is empty"),
         (dict(ema_decay=1.5), "at least 0 and at most 1"),
         (dict(precision="float64"), "Allowed: float32"),
         (dict(lr_decay_epochs=(200, 100)), "increasing"),
         (dict(lr_decay_epochs=(400,)), "increasing"),
-        (dict(rampup_epochs=301), "more than --epochs"),
+        (dict(rampup_epochs=301), "more than `epochs=300`"),
         (dict(cutout=3), "even"),
         (dict(image_size=-1), "at least 4"),
     ],
@@ -193,33 +193,40 @@ def test_values_out_of_range(settings, text):
 
 
 def test_workdirs(tmp_path):
+    options = Options(**QUICK)
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="Not a directory"):
-        workdirs.check_workdir(str(tmp_path / "file" / "run"), {}, set(), "auto")
+        Workdir(str(tmp_path / "file" / "run")).check(options)
     with pytest.raises(UserError, match="cannot be written"):
-        workdirs.check_workdir("/proc/run", {}, set(), "auto")
+        Workdir("/proc/run").check(options)
     (tmp_path / "stage" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="checkpoints but no flags.txt"):
-        workdirs.check_workdir(str(tmp_path / "stage"), {}, set(), "auto")
-    options = Options(**QUICK)
-    settings, free = options.as_flags(), options.run_only()
-    workdirs.check_workdir(str(tmp_path / "new"), settings, free, "auto")
-    (tmp_path / "flags.txt").write_text("".join(f"--{k}={v}\n" for k, v in settings.items()))
-    workdirs.check_workdir(str(tmp_path), settings, free, "auto")
-    workdirs.check_workdir(
-        str(tmp_path),
-        {**settings, "checkpoint_every": "7steps", "data_dir": "/moved"},
-        free,
-        "auto",
-    )
+        Workdir(str(tmp_path / "stage")).check(options)
+    Workdir(str(tmp_path / "new")).check(options)
+    assert not (tmp_path / "new").exists()
+    workdir = Workdir(str(tmp_path))
+    workdir.begin(options, {})
+    workdir.check(options)
+    workdir.check(dataclasses.replace(options, checkpoint_every="7steps", data_dir="/moved"))
     with pytest.raises(
-        UserError, match=r"--epochs=3 here, 2 there; --peers=4 here, \(unset\) there"
+        UserError, match=r"`epochs=3` here, 2 there; `peers=4` here, \(unset\) there"
     ):
-        workdirs.check_workdir(
-            str(tmp_path), {**settings, "epochs": "3", "peers": "4"}, free, "auto"
-        )
+        workdir.check(dataclasses.replace(options, epochs=3, peers=4))
     with pytest.raises(UserError, match="holds a run already"):
-        workdirs.check_workdir(str(tmp_path), settings, free, "never")
+        workdir.check(dataclasses.replace(options, resume="never"))
+
+
+@pytest.mark.parametrize(
+    "given, worker, path",
+    [
+        ({}, 0, "runs/digits-resnet8-dml-seed0"),
+        (dict(network="a:b,resnet8", seed=3), 0, "runs/digits-a.b+resnet8-dml-seed3"),
+        (dict(workdir="here"), 2, "here/worker-2"),
+    ],
+)
+def test_where_a_run_is_unless_told(given, worker, path):
+    options = Options(**{**QUICK, "method": "dml", **given})
+    assert Workdir.of_run(options, worker).path == path
 
 
 def test_other_data_in_a_workdir_are_refused(tmp_path, make_folder):
@@ -314,11 +321,11 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
 def test_going_on_between_epochs_starts_the_epoch_s_means_afresh(tmp_path):
     settings = Options(**{**QUICK, "method": "baseline", "workdir": str(tmp_path)})
     run.run(settings)
-    whole = workdirs.read_rows(str(tmp_path / "metrics.csv"))
+    whole = Workdir(str(tmp_path)).read_rows()
     for path in tmp_path.glob("checkpoints/ckpt-4.*"):
         path.unlink()
     run.run(settings)
-    again = workdirs.read_rows(str(tmp_path / "metrics.csv"))
+    again = Workdir(str(tmp_path)).read_rows()
     assert [row["epoch"] for row in again] == [1, 2] and again[0] == whole[0]
     for name in ("loss", "error/peer_1", "val_error/peer_1"):
         assert again[1][name] == pytest.approx(whole[1][name], rel=1e-3), name

@@ -42,6 +42,8 @@ class UserError(ValueError):
 class Stopped(Exception):
     """Raised when a run ends before its last step; the text says why and what was saved."""
 
+    as_flags = UserError.as_flags
+
 
 def choose(what: str, name: Any, allowed: Collection[str], parameter: Optional[str] = None) -> Any:
     """Returns `name` if it is one of `allowed`.

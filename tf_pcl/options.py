@@ -1,21 +1,42 @@
-"""All of the command line's settings: one dataclass, from which the absl flags are made.
+"""The options of a run: one dataclass, from which the absl flags are made.
 
-The only module that reads FLAGS. What is None is left to the method's, network's or data set's own default.
+This is the only module that reads FLAGS. An option that is None is left to the default of the
+method, the network or the data set.
 """
 
 import dataclasses
 import math
 import re
-import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, Optional, Union
 
 from absl import flags
 
-from tf_pcl.errors import UserError
+from tf_pcl.errors import UserError, choose
+
+Kind = Union[type, tuple[str, ...]]
 
 
-def _flag(default, help_text, kind=None, *, low=None, high=None, above=None, run_only=False):
-    """A setting: `kind` is int, float, bool, str, list (of floats) or a tuple of the allowed words; numbers lie in
-    [low, high] and are > above; a `run_only` one does not change the result and may differ between calls in a workdir."""
+def _flag(
+    default: Any,
+    help_text: str,
+    kind: Optional[Kind] = None,
+    *,
+    low: Optional[float] = None,
+    high: Optional[float] = None,
+    above: Optional[float] = None,
+    run_only: bool = False,
+) -> Any:
+    """Makes the field of an option.
+
+    Args:
+      default: its value unless given.
+      help_text: what it is, with its unit.
+      kind: int, float, bool, str, list (of floats) or a tuple of the allowed words; by default the
+        type of `default`.
+      low, high, above: a number lies in [low, high] and is > above.
+      run_only: whether it leaves the result as it is, and so may differ between calls in a workdir.
+    """
     return dataclasses.field(
         default=default,
         metadata=dict(
@@ -31,22 +52,23 @@ def _flag(default, help_text, kind=None, *, low=None, high=None, above=None, run
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Settings of a run, each with its flag's name, unit and default."""
+    """The options of a run. Each is called as its flag; its help says its unit and default."""
 
     # What to train.
     method: str = _flag("pcl", "how to train")
     network: str = _flag(
         "resnet32",
         "target network: a name, applications.NAME for keras.applications, or module:function "
-        "of your own; for methods of whole networks also several, comma separated, the target first",
+        "of your own; for methods of whole networks also several, comma separated, the target "
+        "first",
     )
-    split_at: typing.Optional[str] = _flag(
+    split_at: Optional[str] = _flag(
         None,
         "layer after which each peer has its own branch; default: before the "
         "last stage, or as --trunk_share says",
         str,
     )
-    trunk_share: typing.Optional[float] = _flag(
+    trunk_share: Optional[float] = _flag(
         None,
         "largest share of the network's forward cost, more than 0 and at most "
         "1, that the peers have in common: the cut is the last possible one; "
@@ -55,28 +77,26 @@ class Options:
         above=0,
         high=1,
     )
-    weights: typing.Optional[str] = _flag(
+    weights: Optional[str] = _flag(
         None,
         "what --network starts from in every stage: .weights.h5, .h5, .keras, a "
         "SavedModel, a TensorFlow checkpoint or a run's workdir; a classifier of other "
         "classes in it is left out",
         str,
     )
-    peers: typing.Optional[int] = _flag(
+    peers: Optional[int] = _flag(
         None,
         "number of peers, a leader not counted; default for several networks: theirs",
         int,
         low=1,
     )
-    teacher: typing.Optional[str] = _flag(
+    teacher: Optional[str] = _flag(
         None,
         "workdir or SavedModel of a network trained before; default: train --teacher_network first",
         str,
     )
-    teacher_network: typing.Optional[str] = _flag(
-        None, "network of the teacher; default: resnet110", str
-    )
-    generations: typing.Optional[int] = _flag(
+    teacher_network: Optional[str] = _flag(None, "network of the teacher; default: resnet110", str)
+    generations: Optional[int] = _flag(
         None, "number of networks trained one after another, generation 0 counted", int, low=1
     )
 
@@ -86,23 +106,23 @@ class Options:
         "cifar10, cifar100, digits, tiny_imagenet, image_folder, or any image-classification data "
         "set of tensorflow-datasets",
     )
-    data_dir: typing.Optional[str] = _flag(
+    data_dir: Optional[str] = _flag(
         None,
         "folder of the images (image_folder: SPLIT/CLASS/IMAGE; tiny_imagenet: "
         "as unpacked) or of tensorflow-datasets",
         str,
         run_only=True,
     )
-    train_examples: typing.Optional[int] = _flag(
+    train_examples: Optional[int] = _flag(
         None, "train on the first so many images of a seeded permutation; default: all", int, low=1
     )
-    image_size: typing.Optional[int] = _flag(
+    image_size: Optional[int] = _flag(
         None,
         "pixels: cut images square and resize them to this side; default: as they are",
         int,
         low=4,
     )
-    flip: typing.Optional[bool] = _flag(
+    flip: Optional[bool] = _flag(
         None, "mirror half of the views; default: unless the data set is of digits or letters", bool
     )
     on_bad_image: str = _flag(
@@ -110,7 +130,7 @@ class Options:
         "image_folder, tiny_imagenet: refuse files that cannot be read, or leave them out",
         ("fail", "skip"),
     )
-    augment: typing.Optional[str] = _flag(
+    augment: Optional[str] = _flag(
         None,
         "crop: zero-pad by an eighth of the side and cut the old size; inception: "
         "cut 8 to 100 % of the area and resize it; default: crop up to 64 pixels a side, "
@@ -129,48 +149,44 @@ class Options:
     epochs: int = _flag(300, "length of training", low=1)
     batch_size: int = _flag(128, "images a step, over all replicas together", low=1)
     learning_rate: float = _flag(0.1, "learning rate at the start", above=0)
-    lr_decay_epochs: typing.Optional[tuple] = _flag(
+    lr_decay_epochs: Optional[tuple[float, ...]] = _flag(
         None,
         "epochs after which the learning rate is divided by 10, comma "
         "separated; default: 150,225 of 300, scaled to --epochs",
         list,
     )
     weight_decay: float = _flag(5e-4, "L2 decay, added to the gradient", low=0)
-    temperature: typing.Optional[float] = _flag(
+    temperature: Optional[float] = _flag(
         None, "softens teachers' and students' probabilities", float, above=0
     )
-    rampup_epochs: typing.Optional[float] = _flag(
+    rampup_epochs: Optional[float] = _flag(
         None,
         "epochs until distillation has its full weight, 0: from the start; "
         "default: 80 of 300, scaled to --epochs",
         float,
         low=0,
     )
-    distill_weight: typing.Optional[float] = _flag(
-        None, "full weight of distillation", float, low=0
-    )
-    distill_share: typing.Optional[float] = _flag(
+    distill_weight: Optional[float] = _flag(None, "full weight of distillation", float, low=0)
+    distill_share: Optional[float] = _flag(
         None,
         "share of distillation in a student's loss, the rest is cross-entropy",
         float,
         low=0,
         high=1,
     )
-    hint_weight: typing.Optional[float] = _flag(
+    hint_weight: Optional[float] = _flag(
         None, "weight of the squared distance between features", float, low=0
     )
-    ce_weight: typing.Optional[float] = _flag(None, "weight α of cross-entropy", float, low=0)
-    collaboration_weight: typing.Optional[float] = _flag(
+    ce_weight: Optional[float] = _flag(None, "weight α of cross-entropy", float, low=0)
+    collaboration_weight: Optional[float] = _flag(
         None, "weight β of what comes from the other peers", float, low=0
     )
-    self_weight: typing.Optional[float] = _flag(None, "weight γ of self-distillation", float, low=0)
-    angle_weight: typing.Optional[float] = _flag(
-        None, "weight β_1 of the angles, times β", float, low=0
-    )
-    mutual_weight: typing.Optional[float] = _flag(
+    self_weight: Optional[float] = _flag(None, "weight γ of self-distillation", float, low=0)
+    angle_weight: Optional[float] = _flag(None, "weight β_1 of the angles, times β", float, low=0)
+    mutual_weight: Optional[float] = _flag(
         None, "weight β_2 of the other peers' logits, times β", float, low=0
     )
-    ema_decay: typing.Optional[float] = _flag(
+    ema_decay: Optional[float] = _flag(
         None,
         "largest decay of the mean teacher; default: 0.999, by steps at most "
         "what averages over 1 % of training",
@@ -178,23 +194,21 @@ class Options:
         low=0,
         high=1,
     )
-    ema_every: typing.Optional[str] = _flag(
-        None, "when the mean teacher is updated", ("step", "epoch")
-    )
-    ensemble_teacher: typing.Optional[str] = _flag(
+    ema_every: Optional[str] = _flag(None, "when the mean teacher is updated", ("step", "epoch"))
+    ensemble_teacher: Optional[str] = _flag(
         None,
         "classifier on the peers' features, mean of their logits, or none",
         ("features", "logits", "none"),
     )
-    peer_teacher: typing.Optional[str] = _flag(
+    peer_teacher: Optional[str] = _flag(
         None,
         "peers learn from each other's mean, from each other, or not",
         ("mean", "mutual", "none"),
     )
-    views: typing.Optional[str] = _flag(
+    views: Optional[str] = _flag(
         None, "each peer has its own view, or all share one", ("own", "shared")
     )
-    deploy: typing.Optional[str] = _flag(
+    deploy: Optional[str] = _flag(
         None, "export one mean peer, or all with the ensemble classifier", ("peer", "ensemble")
     )
     seed: int = _flag(0, "of weights, subset, order and augmentation", low=0, high=2**31 - 1)
@@ -214,7 +228,7 @@ class Options:
     )
 
     # Output.
-    workdir: typing.Optional[str] = _flag(
+    workdir: Optional[str] = _flag(
         None,
         "folder of results, logs, checkpoints and the SavedModel; default "
         "runs/DATASET-NETWORK-METHOD-seedSEED",
@@ -234,102 +248,102 @@ class Options:
         run_only=True,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check(field, getattr(self, field.name))
+            if (value := getattr(self, field.name)) is not None:
+                _check(field.name, value, field.metadata)
         if self.cutout % 2:
-            raise UserError(f"--cutout={self.cutout}: give an even number of pixels")
+            raise UserError(
+                "give an even number of pixels",
+                parameter="cutout",
+                value=self.cutout,
+                allowed="even",
+            )
         if self.split_at and self.trunk_share:
             raise UserError(
-                f"--split_at={self.split_at} does not go with --trunk_share={self.trunk_share:g}: give one"
+                f"`split_at={self.split_at}` does not go with `trunk_share={self.trunk_share:g}`: "
+                "give one of them"
             )
         if self.weights and "," in self.network:
             raise UserError(
-                f"--weights does not go with several networks, --network={self.network}: give one network"
+                f"`weights` does not go with several networks, `network={self.network}`: give one "
+                "network"
             )
         if (self.rampup_epochs or 0) > self.epochs:
             raise UserError(
-                f"--rampup_epochs={self.rampup_epochs:g} is more than --epochs={self.epochs}"
+                f"`rampup_epochs={self.rampup_epochs:g}` is more than `epochs={self.epochs}`: "
+                "give fewer"
             )
         drops = self.lr_decay_epochs or ()
         if list(drops) != sorted(set(drops)) or any(not 0 < e < self.epochs for e in drops):
             raise UserError(
-                f"--lr_decay_epochs={','.join(f'{e:g}' for e in drops)}: give increasing epochs between 0 and "
-                f"--epochs={self.epochs}"
+                f"give increasing epochs between 0 and `epochs={self.epochs}`",
+                parameter="lr_decay_epochs",
+                value=_text(drops),
             )
         self.checkpoint_steps(1)
 
-    def checkpoint_steps(self, steps_per_epoch):
-        """--checkpoint_every in steps."""
-        m = re.fullmatch(r"(\d+)(?:(steps?)|(epochs?))", self.checkpoint_every)
-        if not m or not int(m.group(1)):
+    def checkpoint_steps(self, steps_per_epoch: int) -> int:
+        """Returns how many steps lie between checkpoints."""
+        match = re.fullmatch(r"(\d+)(?:(steps?)|(epochs?))", self.checkpoint_every)
+        if not match or not int(match[1]):
             raise UserError(
-                f"--checkpoint_every={self.checkpoint_every}: give a number of steps or epochs, such as "
-                "500steps or 2epochs"
+                "give a number of steps or epochs, such as 500steps or 2epochs",
+                parameter="checkpoint_every",
+                value=self.checkpoint_every,
             )
-        return int(m.group(1)) * (steps_per_epoch if m.group(3) else 1)
+        return int(match[1]) * (steps_per_epoch if match[3] else 1)
 
-    def as_flags(self):
-        """{flag name: text} of all that is not None."""
-        return {
-            f.name: _text(getattr(self, f.name))
-            for f in dataclasses.fields(self)
-            if getattr(self, f.name) is not None
-        }
+    def as_flags(self) -> dict[str, str]:
+        """Returns {flag's name: text} of all that is not None."""
+        given = {name: getattr(self, name) for name in names()}
+        return {name: _text(value) for name, value in given.items() if value is not None}
 
-    def run_only(self):
-        """Names of the settings that do not change the result."""
+    def run_only(self) -> set[str]:
+        """Returns the names of the options that leave the result as it is."""
         return {f.name for f in dataclasses.fields(self) if f.metadata["run_only"]}
 
 
-def _text(value):
+def names() -> list[str]:
+    """Returns the names of all options."""
+    return [field.name for field in dataclasses.fields(Options)]
+
+
+def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(f"{e:g}" for e in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check(field, value):
-    limits = field.metadata
-    if value is None:
-        return
-    if isinstance(limits["kind"], tuple):
-        if value not in limits["kind"]:
-            raise UserError(
-                f"--{field.name}={value} is not known. Allowed: {', '.join(limits['kind'])}."
-            )
-        return
-    if limits["kind"] is str and not value:
-        raise UserError(f"--{field.name}= is empty: give a value or leave it out")
-    low, high, above = limits["low"], limits["high"], limits["above"]
-    fits = (
-        (
+def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    kind = limits["kind"]
+    if isinstance(kind, tuple):
+        choose(name, value, kind, parameter=name)
+    elif kind is str and not value:
+        raise UserError("it is empty: give a value or leave it out", parameter=name, value=value)
+    elif kind in (int, float):
+        low, high, above = limits["low"], limits["high"], limits["above"]
+        fits = (
             math.isfinite(value)
             and (low is None or value >= low)
             and (high is None or value <= high)
             and (above is None or value > above)
         )
-        if limits["kind"] in (int, float)
-        else True
-    )
-    if not fits:
-        allowed = " and ".join(
-            ["finite"] * (limits["kind"] is float)
-            + [
-                text
-                for text, limit in (
-                    (f"at least {low}", low),
-                    (f"at most {high}", high),
-                    (f"more than {above}", above),
-                )
-                if limit is not None
-            ]
-        )
-        raise UserError(f"--{field.name}={value} is out of range: it must be {allowed}")
+        if not fits:
+            bounds = (("at least", low), ("at most", high), ("more than", above))
+            allowed = ["finite"] * (kind is float)
+            allowed += [f"{text} {limit}" for text, limit in bounds if limit is not None]
+            raise UserError(
+                f"out of range: it must be {' and '.join(allowed)}",
+                parameter=name,
+                value=value,
+                allowed=" and ".join(allowed),
+            )
 
 
-def define_flags(values=flags.FLAGS):
-    """Defines an absl flag for every setting, in the given absl FlagValues."""
-    define = {
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines an absl flag for every option, in the given absl FlagValues."""
+    define: dict[type, Any] = {
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         bool: flags.DEFINE_boolean,
@@ -338,14 +352,20 @@ def define_flags(values=flags.FLAGS):
     }
     for f in dataclasses.fields(Options):
         kind, text = f.metadata["kind"], f.metadata["help"]
+        default: Any = f.default
         if isinstance(kind, tuple):
-            flags.DEFINE_enum(f.name, f.default, kind, text, flag_values=values)
+            flags.DEFINE_enum(f.name, default, kind, text, flag_values=values)
         else:
-            define[kind](f.name, f.default, text, flag_values=values)
+            define[kind](f.name, default, text, flag_values=values)
 
 
-def complete_help(methods, networks, values=flags.FLAGS):
-    """Adds to the flags' help the names of methods and networks, and at flags of methods who takes them, with which default.
+def complete_help(
+    methods: Mapping[str, Any], networks: Iterable[str], values: flags.FlagValues = flags.FLAGS
+) -> None:
+    """Adds to the flags' help what the tables know.
+
+    These are the names of methods and networks and, at each flag that some methods take, these
+    methods with their defaults.
 
     Args:
       methods: {name: Distiller}.
@@ -353,29 +373,36 @@ def complete_help(methods, networks, values=flags.FLAGS):
       values: absl FlagValues in which the flags are defined.
     """
     values["method"].help += (
-        ": "
-        + ", ".join(methods)
-        + ". Flags that not all of them take name those that do, with their "
+        f": {', '.join(methods)}. Flags that not all of them take name those that do, with their "
         "defaults, in brackets"
     )
     values["network"].help += ". Names: " + ", ".join(networks)
-    for name in sorted({field.name for field in dataclasses.fields(Options)} - {"network"}):
+    taken = {method: cls.parameters() for method, cls in methods.items()}
+    for name in sorted(set(names()) - {"network"}):
         takers = [
-            method + ("" if default is None else f": {default}")
-            for method, cls in methods.items()
-            for own, default in cls.parameters().items()
-            if own == name
+            method + ("" if own[name] is None else f": {own[name]}")
+            for method, own in taken.items()
+            if name in own
         ]
         if takers:
             values[name].help += f" ({', '.join(takers)})"
 
 
-def from_flags(values=flags.FLAGS):
-    """The Options that parsed absl FlagValues ask for; UserError if they are out of range or do not fit together."""
-    given = {f.name: values[f.name].value for f in dataclasses.fields(Options)}
-    if given["lr_decay_epochs"] is not None:
+def from_flags(values: flags.FlagValues = flags.FLAGS) -> Options:
+    """Returns the Options that parsed absl FlagValues ask for.
+
+    Raises:
+      UserError: if they are out of range or do not fit together.
+    """
+    given: dict[str, Any] = {name: values[name].value for name in names()}
+    drops = given["lr_decay_epochs"]
+    if drops is not None:
         try:
-            given["lr_decay_epochs"] = tuple(float(e) for e in given["lr_decay_epochs"])
+            given["lr_decay_epochs"] = tuple(float(e) for e in drops)
         except ValueError as e:
-            raise UserError(f"--lr_decay_epochs: {e}; give numbers, such as 150,225") from e
+            raise UserError(
+                f"{e}; give numbers, such as 150,225",
+                parameter="lr_decay_epochs",
+                value=",".join(drops),
+            ) from e
     return Options(**given)

@@ -5,6 +5,7 @@ from tf_pcl.methods.baseline import Baseline
 from tf_pcl.methods.byot import BYOT
 from tf_pcl.methods.cl import CL
 from tf_pcl.methods.ctsl_mkt import CTSLMKT
+from tf_pcl.methods.distiller import Distiller
 from tf_pcl.methods.dml import DML
 from tf_pcl.methods.ffl import FFL
 from tf_pcl.methods.kd import KD
@@ -13,7 +14,7 @@ from tf_pcl.methods.one import ONE
 from tf_pcl.methods.pcl import PCL
 
 # --method -> class. A method's flags are the keyword arguments of its class.
-METHODS = {
+METHODS: dict[str, type[Distiller]] = {
     "ban": BAN,
     "baseline": Baseline,
     "byot": BYOT,

@@ -48,7 +48,7 @@ class CL(Distiller):
     ):
         super().__init__(preprocess)
         self.temperature, self.distill_share = temperature, distill_share
-        self.exits = peer_names(peers)
+        self.exits = self.peer_exits = peer_names(peers)
         self.peers = Peers(Target.of(network), self.exits, split_at, self.preprocess)
 
     def students(self, views, training):

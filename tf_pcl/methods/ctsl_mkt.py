@@ -70,6 +70,7 @@ class CTSLMKT(Distiller):
         trained = {name: target.first for name, target in targets.items()}
         proof.apart(trained.values())
         self.networks = {name: with_features(one) for name, one in trained.items()}
+        self.peer_exits = list(self.networks)
         self.alone = {name: with_features(target.copy()) for name, target in targets.items()}
         self.exits = (*self.networks, *(f"alone_{name}" for name in self.alone))
 

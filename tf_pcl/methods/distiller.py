@@ -47,12 +47,14 @@ class Distiller(keras.Model):
       num_views: how many augmented views of an image the method trains on.
       terms: names of the loss terms.
       exits: names of all predictions, trained ones first; `error/NAME` is the error in percent.
+      peer_exits: names of the exits that are peers; `diversity` is measured between them.
       deployed_exit: the name of the prediction that `deployed()` gives.
       rampup_epochs, distill_weight: α and λ of the ramp-up weight ω; λ is None in a method without ω.
       step: int64, training steps done.
     """
 
     num_views = 1
+    peer_exits: typing.Sequence[str] = ()
     rampup_epochs = distill_weight = None
 
     def __init__(self, preprocess=None, name=None):
@@ -76,7 +78,8 @@ class Distiller(keras.Model):
         """[Stage] in which the method is trained, one after another; the last one's network is deployed.
 
         Args:
-          make: a function (class, network, **arguments) -> Distiller of that class.
+          make: a function (class, network, **arguments) -> Distiller of that class, whose attribute
+            `trained` is a function path -> the network that an earlier run deployed.
           network: the target network in whatever form `make` takes; a list for several.
           arguments: keyword arguments of the constructor, without those that come from the stages before. A method with
             arguments that concern its stages alone names them here.
@@ -137,7 +140,7 @@ class Distiller(keras.Model):
         """
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         optimizer = optimizer or optimizers.recipe(epochs, steps_per_epoch)
-        if isinstance(optimizer, optimizers.SGD):
+        if isinstance(optimizer, optimizers.CoupledSGD):
             for weights, decay in self.decay_exceptions:
                 optimizer.set_decay(weights, decay)
         super().compile(optimizer=optimizer, **kwargs)
@@ -230,7 +233,7 @@ class Distiller(keras.Model):
         for name, e in exits.items():
             wrong = tf.argmax(e.logits, -1) != tf.cast(labels, tf.int64)
             values[f"error/{name}"] = 100.0 * tf.cast(wrong, tf.float32)
-        p = [tf.nn.softmax(e.logits) for name, e in exits.items() if name.startswith("peer_")]
+        p = [tf.nn.softmax(exits[name].logits) for name in self.peer_exits]
         if len(p) > 1:
             pairs = [tf.norm(a - b, axis=-1) for a, b in itertools.combinations(p, 2)]
             values["diversity"] = sum(pairs) / len(pairs)

@@ -37,7 +37,7 @@ class DML(Distiller):
         self.networks = {
             name: with_logits(one) for name, one in whole_networks(network, peers).items()
         }
-        self.exits = list(self.networks)
+        self.exits = self.peer_exits = list(self.networks)
 
     def students(self, views, training):
         images = self.preprocess(views[:, 0])

@@ -61,9 +61,9 @@ class FFL(Distiller):
             rampup_epochs,
             distill_weight,
         )
-        self.peer_names = peer_names(peers)
-        self.exits = (*self.peer_names, "ensemble")
-        self.peers = Peers(Target.of(network), self.peer_names, split_at, self.preprocess)
+        self.peer_exits = peer_names(peers)
+        self.exits = (*self.peer_exits, "ensemble")
+        self.peers = Peers(Target.of(network), self.peer_exits, split_at, self.preprocess)
         self.fusion = fusion(self.peers.branches[0], peers)
 
     @property
@@ -77,7 +77,7 @@ class FFL(Distiller):
 
     def loss_terms(self, labels, student, teacher):
         T, w = self.temperature, self.ramp_up()
-        z, z_f = [student[name].logits for name in self.peer_names], student["ensemble"].logits
+        z, z_f = [student[name].logits for name in self.peer_exits], student["ensemble"].logits
         z_a = sum(z) / len(z)
         return {
             "ce": sum(cross_entropy(labels, e.logits) for e in student.values()),

@@ -52,13 +52,17 @@ class KD(Distiller):
 
     @classmethod
     def stages(cls, make, network, teacher=None, teacher_network=None, **arguments):
-        """The training of a teacher, resnet110 unless given, and the student's; the student's alone if there is a teacher."""
+        """Trains a teacher first, resnet110 unless given, and then the student.
+
+        With `teacher`, the path of an earlier run or of its SavedModel, only the student is trained.
+        """
         if teacher and teacher_network:
             raise UserError(
                 "`teacher_network` does not go with `teacher`, which brings its own network: give "
                 "one of them"
             )
         if teacher:
+            teacher = make.trained(teacher)
             return [
                 Stage(
                     "student",

@@ -57,8 +57,8 @@ class OKDDip(Distiller):
             rampup_epochs,
             distill_weight,
         )
-        self.peer_names = peer_names(peers)
-        self.exits = (*self.peer_names, "leader")
+        self.peer_exits = peer_names(peers)
+        self.exits = (*self.peer_exits, "leader")
         self.peers = Peers(Target.of(network), self.exits, split_at, self.preprocess)
         d = self.peers.branches[0].output_shape["features"][-1]
         self.query, self.key = (
@@ -78,7 +78,7 @@ class OKDDip(Distiller):
     def loss_terms(self, labels, student, teacher):
         T, w = self.temperature, self.ramp_up()
         stacked = lambda what: tf.stack(
-            [getattr(student[name], what) for name in self.peer_names], axis=1
+            [getattr(student[name], what) for name in self.peer_exits], axis=1
         )
         z, z_leader = stacked("logits"), student["leader"].logits
         targets = tf.matmul(self.attention(stacked("features")), z)

@@ -57,9 +57,9 @@ class ONE(Distiller):
             rampup_epochs,
             distill_weight,
         )
-        self.peer_names = peer_names(peers)
-        self.exits = (*self.peer_names, "ensemble")
-        self.peers = Peers(Target.of(network), self.peer_names, split_at, self.preprocess)
+        self.peer_exits = peer_names(peers)
+        self.exits = (*self.peer_exits, "ensemble")
+        self.peers = Peers(Target.of(network), self.peer_exits, split_at, self.preprocess)
         self.gate = gate(self.peers.trunk, peers)
 
     def students(self, views, training):
@@ -76,7 +76,7 @@ class ONE(Distiller):
             "ensemble": self.ramp_up()
             * sum(
                 distillation(z_e, student[name].logits, self.temperature)
-                for name in self.peer_names
+                for name in self.peer_exits
             ),
         }
 

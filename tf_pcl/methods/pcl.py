@@ -74,7 +74,7 @@ class PCL(Distiller):
         preprocess=None,
     ):
         super().__init__(preprocess)
-        self.peer_names = peer_names(peers)
+        self.peer_exits = peer_names(peers)
         if deploy == "ensemble" and ensemble_teacher == "none":
             raise UserError(
                 "`deploy=ensemble` does not go with `ensemble_teacher=none`: there is no ensemble to deploy"
@@ -94,13 +94,13 @@ class PCL(Distiller):
         self.num_views = peers if one_of("views", views, "own", "shared") == "own" else 1
 
         target = Target.of(network)
-        self.student = Collaborators(target, self.peer_names, split_at, self.preprocess, ensemble)
-        self.exits = (*self.peer_names, *(["ensemble"] if ensemble != "none" else []))
+        self.student = Collaborators(target, self.peer_exits, split_at, self.preprocess, ensemble)
+        self.exits = (*self.peer_exits, *(["ensemble"] if ensemble != "none" else []))
         self.deployed_exit = "ensemble" if deploy == "ensemble" else "peer_1"
         self.mean = None
         if peer_teacher == "mean":
             self.mean = Collaborators(
-                target, self.peer_names, self.student.cut, self.preprocess, ensemble
+                target, self.peer_exits, self.student.cut, self.preprocess, ensemble
             )
             self.shadow = Shadow(self.student, self.mean)
             self.exits += tuple(f"mean_{name}" for name in self.exits)
@@ -119,14 +119,14 @@ class PCL(Distiller):
         return {f"mean_{name}": e for name, e in self.mean(views, training).items()}
 
     def loss_terms(self, labels, student, teacher):
-        T, m = self.temperature, len(self.peer_names)
-        z = [student[name].logits for name in self.peer_names]
+        T, m = self.temperature, len(self.peer_exits)
+        z = [student[name].logits for name in self.peer_exits]
         terms = {"ce": sum(cross_entropy(labels, e.logits) for e in student.values())}
         if self.ensemble_teacher != "none":
             z_e = student["ensemble"].logits
             terms["ensemble"] = self.ramp_up() * sum(distillation(z_e, z_j, T) for z_j in z)
         if self.peer_teacher != "none":
-            z_t = [teacher[f"mean_{name}"].logits for name in self.peer_names] if self.mean else z
+            z_t = [teacher[f"mean_{name}"].logits for name in self.peer_exits] if self.mean else z
             terms["mean"] = (
                 self.ramp_up()
                 / (m - 1)

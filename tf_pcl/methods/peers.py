@@ -52,7 +52,7 @@ class Peers(keras.Model):
                 whole,
                 trunk,
                 branch,
-                training=not branches and not isinstance(split_at, Cut),
+                training=network is target.first,
             )
             if branches:
                 start_apart(branches[0], branch)

@@ -189,7 +189,7 @@ def _classifier(network) -> Classifier:
             raise NoClassifier(
                 f"network {network.name!r} ends in the subclassed model {layer.name!r} "
                 f"({type(layer).__name__}), whose call cannot be followed layer by layer"
-                f"{': ' * bool(why)}{why}; a method of whole networks (baseline, kd, ban, dml) can "
+                f"{': ' * bool(why)}{why}; a method that needs its logits alone can "
                 "train it"
             )
         before = place.inputs()[0]

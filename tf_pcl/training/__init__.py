@@ -1,1 +1,1 @@
-"""A run from settings to SavedModel: strategy, callbacks, checkpoints, export, run."""
+"""A run from options to SavedModel: strategy, assembly, stages, callbacks, report, export."""

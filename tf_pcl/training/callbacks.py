@@ -1,8 +1,10 @@
 """Keras callbacks: progress, the record of a run, saving on time and on signals."""
 
-import os
 import signal
 import time
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -10,102 +12,96 @@ import tensorflow as tf
 from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped
 from tf_pcl.training import workdir as workdirs
+from tf_pcl.training.checkpoints import Checkpoints
+from tf_pcl.training.workdir import Workdir
+
+Row = dict[str, float]
+Logs = Optional[Mapping[str, float]]
 
 
 class Progress(keras.callbacks.ProgbarLogger):
-    """Keras's progress line with the loss and the deployed exit's errors; in training the first's, if that is not trained."""
+    """Keras's progress line with three numbers: the loss, the training error and the test error.
 
-    def set_params(self, params):
-        # Of the run: an epoch's rest, where a run goes on, is a fit of its own.
+    They are the errors of the deployed exit. Where that exit is not trained, the training error is
+    the first exit's.
+    """
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        # Show the epochs of the run: where a run goes on within an epoch, the rest of the epoch is
+        # a `fit` of its own.
         super().set_params({**params, "epochs": self.model.epochs})
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         super().on_train_batch_end(batch, self._shown(logs))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         super().on_epoch_end(epoch, self._shown(logs))
 
-    def _shown(self, logs):
+    def _shown(self, logs: Logs) -> dict[str, float]:
+        logs = logs or {}
         deployed = self.model.deployed_exit
-        trained = deployed if f"error/{deployed}" in (logs or ()) else self.model.exits[0]
+        trained = deployed if f"error/{deployed}" in logs else self.model.exits[0]
         names = ("loss", f"error/{trained}", f"val_error/{deployed}")
         return {name: logs[name] for name in names if name in logs}
 
 
 class Record(keras.callbacks.Callback):
-    """Writes metrics.csv and TensorBoard's logs after every epoch, results.json after every epoch that was tested.
+    """Writes metrics.csv and TensorBoard's logs after every epoch, results.json after every test.
 
     Args:
-      workdir: the run's folder.
+      workdir: the folder of the run or stage.
       rows: what metrics.csv holds of the epochs before.
       batch_size: images a step.
       describe: a function rows -> contents of results.json.
       seconds: wall-clock time spent before the first epoch, on earlier stages.
     """
 
-    def __init__(self, workdir, rows, batch_size, describe, seconds=0.0):
+    def __init__(
+        self,
+        workdir: Workdir,
+        rows: list[Row],
+        batch_size: int,
+        describe: Callable[[list[Row]], Any],
+        seconds: float = 0.0,
+    ):
         super().__init__()
-        self.workdir, self.rows, self.batch_size, self.describe = (
-            workdir,
-            rows,
-            batch_size,
-            describe,
-        )
+        self.workdir, self.rows, self.batch_size = workdir, rows, batch_size
+        self.describe = describe
         self.before = rows[-1]["wall_seconds"] if rows else seconds
         self.began = time.perf_counter()
         self.traced = False
-        self.writers = {}
+        self.writers: dict[str, Any] = {}
 
-    def writer(self, split):
-        """The TensorBoard writer of "train" or "test"."""
+    def writer(self, split: str) -> tf.summary.SummaryWriter:
+        """Returns the TensorBoard writer of "train" or "test"."""
         if split not in self.writers:
-            self.writers[split] = tf.summary.create_file_writer(
-                os.path.join(self.workdir, "tensorboard", split)
-            )
+            self.writers[split] = tf.summary.create_file_writer(self.workdir.tensorboard(split))
         return self.writers[split]
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.steps, self.since, self.trained = 0, time.perf_counter(), None
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        self.steps, self.since = 0, time.perf_counter()
+        self.trained: Optional[float] = None
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self.steps += 1
         if not self.traced:
-            # The first step of a process includes the tracing of the graph.
+            # The first step of a process includes the tracing of the graph: time what follows it.
             self.traced = True
             self.steps, self.since = 0, time.perf_counter()
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs = None) -> None:
         self.trained = time.perf_counter() - self.since
 
-    def on_epoch_end(self, epoch, logs=None):
-        step = int(self.model.step.numpy())
-        seconds = self.trained or time.perf_counter() - self.since
-        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
-        row = {
-            "epoch": epoch + 1,
-            "step": step,
-            "wall_seconds": self.before + time.perf_counter() - self.began,
-            **({"images_per_second": self.steps * self.batch_size / seconds} if self.steps else {}),
-            "learning_rate": float(keras.backend.get_value(optimizer.learning_rate)),
-            **{name: float(value) for name, value in self.model.schedules().items()},
-            **{name: float(value) for name, value in logs.items()},
-        }
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        row = self._row(epoch, logs or {})
         self.rows.append(row)
-        workdirs.write_rows(os.path.join(self.workdir, "metrics.csv"), self.rows)
+        self.workdir.write_rows(self.rows)
         if any(name.startswith("val_") for name in row):
-            workdirs.write_json(
-                os.path.join(self.workdir, "results.json"), self.describe(self.rows)
-            )
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                test = name.startswith("val_")
-                with self.writer("test" if test else "train").as_default(step=step):
-                    tf.summary.scalar(name[len("val_") :] if test else name, value)
-        for writer in self.writers.values():
-            writer.flush()
+            workdirs.write_json(self.workdir.results, self.describe(self.rows))
+        self._write_scalars(row)
 
-    def show_views(self, views, mean_side=32):
-        """Writes a picture of the first 8 images' views to TensorBoard: a row an image, a column a view.
+    def show_views(self, views: Any, mean_side: int = 32) -> None:
+        """Writes a picture of the first 8 images' views to TensorBoard: a row per image.
 
         Args:
           views: uint8 [B, m, H, W, C].
@@ -121,64 +117,91 @@ class Record(keras.callbacks.Callback):
         with self.writer("train").as_default(step=0):
             tf.summary.image("views", grid)
 
+    def _row(self, epoch: int, logs: Mapping[str, float]) -> Row:
+        seconds = self.trained or time.perf_counter() - self.since
+        optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
+        return {
+            "epoch": epoch + 1,
+            "step": int(self.model.step.numpy()),
+            "wall_seconds": self.before + time.perf_counter() - self.began,
+            **({"images_per_second": self.steps * self.batch_size / seconds} if self.steps else {}),
+            "learning_rate": float(keras.backend.get_value(optimizer.learning_rate)),
+            **{name: float(value) for name, value in self.model.schedules().items()},
+            **{name: float(value) for name, value in logs.items()},
+        }
+
+    def _write_scalars(self, row: Row) -> None:
+        for name, value in row.items():
+            if name not in ("epoch", "step"):
+                split = "test" if name.startswith("val_") else "train"
+                with self.writer(split).as_default(step=int(row["step"])):
+                    tf.summary.scalar(name.removeprefix("val_"), value)
+        for writer in self.writers.values():
+            writer.flush()
+
 
 class Save(keras.callbacks.Callback):
     """Saves checkpoints on time, and on SIGTERM and SIGINT, which end the run with Stopped.
 
-    A signal takes effect when the step or the validation under way is done; a second one ends the process at once. An
-    epoch's last checkpoint is saved after its row is in metrics.csv, so that every checkpoint's epochs are on record.
+    As a context manager it handles these signals. A signal takes effect when the step or the
+    validation under way is done; a second one ends the process at once. An epoch's last checkpoint
+    is saved after its row is in metrics.csv, so that every checkpoint's epochs are on record.
 
     Args:
-      checkpoints: a Checkpoints.
+      checkpoints: where to save.
       every: steps between checkpoints; the end of the run is always saved.
-      step: where the run begins.
+      step: the step at which the run begins.
       total: the run's last step.
-      title: which stage of the run this is, for people.
+      title: which stage of the run this is, for people; "" if there is one stage.
     """
 
-    def __init__(self, checkpoints, every, step, total, title=""):
+    def __init__(
+        self, checkpoints: Checkpoints, every: int, step: int, total: int, title: str = ""
+    ):
         super().__init__()
         self.of = f"{total} ({title})" if title else str(total)
         self.checkpoints, self.every, self.step, self.total = checkpoints, every, step, total
-        self.signal, self.saved = None, step
+        self.signal: Optional[str] = None
+        self.saved = step
 
-    def __enter__(self):
+    def __enter__(self) -> "Save":
         self.handlers = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: Any) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def _note(self, number, frame):
+    def _note(self, number: int, frame: Optional[FrameType]) -> None:
         self.signal = signal.Signals(number).name
         signal.signal(number, signal.SIG_DFL)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         if self.step % self.model.steps_per_epoch:
-            # The run goes on within an epoch, whose first part counts in the metrics; fit has just reset them.
+            # The run goes on within an epoch, whose first part counts in the metrics, and `fit` has
+            # just reset these.
             self.checkpoints.restore()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self.step += 1
         if self.step % self.model.steps_per_epoch:
-            self._save_if_due(logs)
+            self._save_if_due(logs or {})
 
-    def on_epoch_end(self, epoch, logs=None):
-        self._save_if_due(logs)
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        self._save_if_due(logs or {})
 
-    def _save_if_due(self, logs):
-        due = self.step % self.every == 0 or self.step == self.total
-        if (due or self.signal) and not np.isfinite(logs["loss"]):
+    def _save_if_due(self, logs: Mapping[str, float]) -> None:
+        if not (self.signal or self.step % self.every == 0 or self.step == self.total):
+            return
+        if not np.isfinite(logs["loss"]):
             raise Stopped(
-                f"the loss is {logs['loss']} at step {self.step}: not saved; the newest checkpoint is of step "
-                f"{self.saved}. Try a smaller --learning_rate."
+                f"the loss is {logs['loss']} at step {self.step}: not saved; the newest "
+                f"checkpoint is of step {self.saved}. Try a smaller `learning_rate`."
             )
-        if due or self.signal:
-            path = self.checkpoints.save(self.step)
-            self.saved = self.step
-            if self.signal and self.step < self.total:
-                raise Stopped(
-                    f"stopped by {self.signal} at step {self.step} of {self.of}; saved {path}. The same "
-                    "command goes on from there."
-                )
+        path = self.checkpoints.save(self.step)
+        self.saved = self.step
+        if self.signal and self.step < self.total:
+            raise Stopped(
+                f"stopped by {self.signal} at step {self.step} of {self.of}; saved {path}. The "
+                "same command goes on from there."
+            )

@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -12,10 +14,10 @@ from absl import logging
 
 from tf_pcl.compat import keras
 from tf_pcl.data import image_files
-from tf_pcl.errors import UserError
+from tf_pcl.errors import UserError, one_line
 from tf_pcl.training import workdir as workdirs
 
-# Loads a SavedModel where tf_pcl cannot be imported and writes what its two signatures say.
+# Loads a SavedModel where tf_pcl cannot be imported and writes what its two signatures answer.
 _CHECK = """
 import sys
 sys.modules["tf_pcl"] = None
@@ -29,63 +31,37 @@ np.savez(result, raw=signatures["serving_default"](images=tf.constant(images))["
 """
 
 
-def export(model, classes, folder):
-    """Writes FOLDER/saved_model/1 and FOLDER/labels.txt; what was there is replaced when the new one is whole.
+def export(model: keras.Model, classes: Sequence[str], folder: str) -> str:
+    """Writes FOLDER/saved_model/1 and FOLDER/labels.txt.
 
-    Signatures: `serving_default`, images uint8 [N, H, W, C] -> probabilities and logits, float32 [N, K]; `serve_bytes`,
-    image_bytes string [N], JPEG or PNG of any size -> the same: of another size than the network's images, the middle square is
-    taken, where those are square, and resized, as in training.
+    A SavedModel that was there before is replaced when the new one is whole. It has two signatures:
+
+      serving_default: images uint8 [N, H, W, C] -> probabilities and logits, float32 [N, K].
+      serve_bytes: image_bytes string [N], JPEG or PNG of any size -> the same. Images of another
+        size than the network's are resized as in training; where the network's are square, the
+        middle square is cut out first.
 
     Args:
       model: a functional keras.Model from raw images uint8 to logits float32.
       classes: names in the order of the logits.
       folder: the export folder.
+
     Returns:
       The path of the SavedModel.
     """
-    shape = model.input_shape[1:]
-
-    def answers(images):
-        logits = model(images, training=False)
-        return {"probabilities": tf.nn.softmax(logits), "logits": logits}
-
-    @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.uint8, name="images")])
-    def serve(images):
-        return answers(images)
-
-    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
-    def serve_bytes(image_bytes):
-        def decode(encoded):
-            image = tf.io.decode_image(encoded, channels=shape[-1], expand_animations=False)
-            image.set_shape([None, None, shape[-1]])
-            same = tf.reduce_all(tf.shape(image)[:2] == shape[:2])
-            return tf.ensure_shape(tf.cond(same, lambda: image, lambda: resized(image)), shape)
-
-        def resized(image):
-            if shape[0] == shape[1]:
-                return image_files.resize(image, shape[0])
-            return tf.saturate_cast(
-                tf.round(tf.image.resize(image, shape[:2], antialias=True)), tf.uint8
-            )
-
-        return answers(
-            tf.map_fn(decode, image_bytes, fn_output_signature=tf.TensorSpec(shape, tf.uint8))
-        )
-
-    os.makedirs(os.path.join(folder, "saved_model"), exist_ok=True)
-    workdirs.write(os.path.join(folder, "labels.txt"), "".join(f"{name}\n" for name in classes))
-    final = os.path.join(folder, "saved_model", "1")
+    os.makedirs(os.path.join(folder, os.path.dirname(workdirs.SAVED_MODEL)), exist_ok=True)
+    workdirs.write_labels(folder, classes)
+    final = os.path.join(folder, workdirs.SAVED_MODEL)
     with tempfile.TemporaryDirectory(dir=folder) as made:
         verbosity = logging.get_verbosity()
-        logging.set_verbosity(
-            logging.ERROR
-        )  # Keras warns that an inference model was never compiled.
+        # Keras warns that an inference model was never compiled.
+        logging.set_verbosity(logging.ERROR)
         try:
             model.save(
                 os.path.join(made, "1"),
                 save_format="tf",
                 include_optimizer=False,
-                signatures={"serving_default": serve, "serve_bytes": serve_bytes},
+                signatures=_signatures(model),
             )
         finally:
             logging.set_verbosity(verbosity)
@@ -94,59 +70,108 @@ def export(model, classes, folder):
     return final
 
 
-def load(path, classes):
-    """The network that a run deployed.
+def _signatures(model: keras.Model) -> dict[str, Callable[..., Any]]:
+    shape = model.input_shape[1:]
+
+    def answers(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        logits = model(images, training=False)
+        return {"probabilities": tf.nn.softmax(logits), "logits": logits}
+
+    def resized(image: tf.Tensor) -> tf.Tensor:
+        if shape[0] == shape[1]:
+            return image_files.resize(image, shape[0])
+        image = tf.image.resize(image, shape[:2], antialias=True)
+        return tf.saturate_cast(tf.round(image), tf.uint8)
+
+    def decoded(encoded: tf.Tensor) -> tf.Tensor:
+        image = tf.io.decode_image(encoded, channels=shape[-1], expand_animations=False)
+        image.set_shape([None, None, shape[-1]])
+        same = tf.reduce_all(tf.shape(image)[:2] == shape[:2])
+        return tf.ensure_shape(tf.cond(same, lambda: image, lambda: resized(image)), shape)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.uint8, name="images")])
+    def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        return answers(images)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
+    def serve_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
+        spec = tf.TensorSpec(shape, tf.uint8)
+        return answers(tf.map_fn(decoded, image_bytes, fn_output_signature=spec))
+
+    return {"serving_default": serve, "serve_bytes": serve_bytes}
+
+
+def load(path: str, classes: Sequence[str]) -> keras.Model:
+    """Loads the network that a run deployed.
 
     Args:
       path: the run's workdir, its export folder or the SavedModel itself.
       classes: names of the classes that it must tell apart, in order.
+
     Returns:
-      A keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
+      A keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, K].
+
     Raises:
-      UserError: if there is none, or labels.txt says that it was trained on other classes.
+      UserError: if there is none, or its labels.txt says that it was trained on other classes.
     """
     folder = workdirs.saved_model(path)
     if folder is None:
         raise UserError(
-            f"{path} holds no SavedModel: give the workdir of a run that has ended, or its export/saved_model/1"
+            f"{path} holds no SavedModel: give the workdir of a run that has ended, or its "
+            "export/saved_model/1"
         )
     try:
         model = keras.models.load_model(folder, compile=False)
-        model.input_shape, model.output_shape
+        _ = model.input_shape, model.output_shape
     except (OSError, ValueError, AttributeError, tf.errors.OpError) as e:
         raise UserError(
-            f"{folder} cannot be loaded as a Keras model ({' '.join(str(e).split())[:200]}): give the export of a "
+            f"{folder} cannot be loaded as a Keras model ({one_line(e)}): give the export of a "
             "run of this program"
         ) from e
-    labels = os.path.join(folder, "..", "..", "labels.txt")
-    if os.path.exists(labels):
-        with open(labels, encoding="utf-8") as f:
-            known = f.read().splitlines()
-        if known != list(classes):
-            raise UserError(
-                f"{path} tells {len(known)} classes apart ({', '.join(known[:3])} …), the data set has "
-                f"{len(classes)} ({', '.join(classes[:3])} …): give one that was trained on the same classes"
-            )
+    known = workdirs.read_labels(folder)
+    if known is not None and known != list(classes):
+        raise UserError(
+            f"{path} tells {len(known)} classes apart ({', '.join(known[:3])} …), the data set has "
+            f"{len(classes)} ({', '.join(classes[:3])} …): give one that was trained on the same "
+            "classes"
+        )
     return model
 
 
-def check(folder, model, images):
-    """Loads a SavedModel in a fresh process without tf_pcl and compares its logits with the model's.
+def check(folder: str, model: keras.Model, images: np.ndarray) -> None:
+    """Compares a SavedModel's logits, in a fresh process without tf_pcl, with the model's.
 
     Args:
       folder: the SavedModel.
       model: the keras.Model that it was made from.
       images: real images uint8 [N, H, W, C].
+
     Raises:
       RuntimeError: if it does not load or its answers differ.
     """
+    answers = _answers_elsewhere(folder, images)
+    expected = model(images, training=False).numpy()
+    # Low precision and another device sum in another order; what must not differ is the answer.
+    tolerance = 1e-4 if model.dtype_policy.name == "float32" else 0.05
+    scale = max(1.0, np.abs(expected).max())
+    for name, logits in answers.items():
+        difference = np.abs(logits - expected).max() / scale
+        if not difference <= tolerance:
+            raise RuntimeError(
+                f"the SavedModel {folder} answers otherwise than the trained network ({name}: "
+                f"logits differ by {difference:.2g} of their size)"
+            )
+
+
+def _answers_elsewhere(folder: str, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns the logits float32 [N, K] that a fresh process gets, by the form of the images."""
     with tempfile.TemporaryDirectory() as scratch:
         given, result = (os.path.join(scratch, name) for name in ("given.npy", "result.npz"))
         np.save(given, images)
-        # The parent holds the GPUs' memory; the comparison does not need them.
         done = subprocess.run(
             [sys.executable, "-c", _CHECK, os.path.abspath(folder), given, result],
             cwd=scratch,
+            # The GPUs' memory is this process's; the comparison does not need them.
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"},
             capture_output=True,
             text=True,
@@ -155,15 +180,4 @@ def check(folder, model, images):
             raise RuntimeError(
                 f"the SavedModel {folder} does not load by itself: {done.stderr.strip()[-500:]}"
             )
-        expected = model(images, training=False).numpy()
-        # Low precision and another device sum in another order; what must not differ is the answer.
-        tolerance = 1e-4 if model.dtype_policy.name == "float32" else 0.05
-        scale = max(1.0, np.abs(expected).max())
-        answers = np.load(result)
-        for name in ("raw", "encoded"):
-            difference = np.abs(answers[name] - expected).max() / scale
-            if not difference <= tolerance:
-                raise RuntimeError(
-                    f"the SavedModel {folder} answers otherwise than the trained network ({name}: logits "
-                    f"differ by {difference:.2g} of their size)"
-                )
+        return dict(np.load(result))

@@ -2,32 +2,66 @@
 
 import json
 import os
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from tf_pcl.compat import keras
-from tf_pcl.errors import UserError
+from tf_pcl.errors import UserError, one_line
+from tf_pcl.options import Options
 
 
-def make(name):
-    """The tf.distribute.Strategy of a name.
+def start(options: Options) -> tf.distribute.Strategy:
+    """Prepares this process for a run and returns the strategy of its options.
+
+    Raises:
+      UserError: if this machine has no such strategy, or the options do not fit its number of
+        replicas.
+    """
+    prepare(options)
+    strategy = make(options.strategy)
+    check(strategy, options)
+    return strategy
+
+
+def prepare(options: Options) -> None:
+    """Sets what must stand before any network is built: precision, seeds, determinism."""
+    keras.mixed_precision.set_global_policy(options.precision)
+    keras.utils.set_random_seed(options.seed)
+    # Layers that draw random numbers (dropout) then keep the state of their generators in
+    # variables, which checkpoints hold.
+    keras.backend.experimental.enable_tf_random_generator()
+    if options.deterministic:
+        tf.config.experimental.enable_op_determinism()
+        # Arithmetic optimization turns several sums into one AddN, which adds three or more tensors
+        # in an order that depends on timing.
+        tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+
+
+def make(name: str) -> tf.distribute.Strategy:
+    """Makes a strategy.
 
     Args:
-      name: auto (mirrored with several GPUs, else one device), mirrored, multi_worker (needs TF_CONFIG), tpu, one_device.
+      name: auto (mirrored with several GPUs, else one device), mirrored, multi_worker (needs
+        TF_CONFIG), tpu or one_device.
+
     Raises:
       UserError: if this machine has no such thing.
     """
-    # Physical ones: to list logical devices starts TensorFlow's runtime, before which several workers must be connected.
+    # Physical devices, because listing logical ones starts TensorFlow's runtime, and several
+    # workers must be connected before that.
     gpus = tf.config.list_physical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
-        return tf.distribute.MirroredStrategy(
-            [d.name for d in tf.config.list_logical_devices("GPU" if gpus else "CPU")]
-        )
+        devices = tf.config.list_logical_devices("GPU" if gpus else "CPU")
+        return tf.distribute.MirroredStrategy([device.name for device in devices])
     if name == "multi_worker":
-        if not json.loads(os.environ.get("TF_CONFIG") or "{}").get("cluster"):
+        if not _cluster_config().get("cluster"):
             raise UserError(
-                "--strategy=multi_worker needs the environment variable TF_CONFIG with the cluster and this "
-                "worker's task"
+                "it needs the environment variable TF_CONFIG with the cluster and this worker's "
+                "task",
+                parameter="strategy",
+                value=name,
             )
         return tf.distribute.MultiWorkerMirroredStrategy()
     if name == "tpu":
@@ -35,53 +69,58 @@ def make(name):
             resolver = tf.distribute.cluster_resolver.TPUClusterResolver.connect()
         except (ValueError, tf.errors.OpError) as e:
             raise UserError(
-                f"--strategy=tpu: no TPU was found ({' '.join(str(e).split())[:120]})"
+                f"no TPU was found ({one_line(e)}): take another strategy",
+                parameter="strategy",
+                value=name,
             ) from e
         return tf.distribute.TPUStrategy(resolver)
     return tf.distribute.get_strategy()
 
 
-def worker():
-    """The index of this process among several workers (TF_CONFIG), 0 for the first and for a process alone."""
-    return json.loads(os.environ.get("TF_CONFIG") or "{}").get("task", {}).get("index", 0)
+def worker() -> int:
+    """Returns this process's index among several workers (TF_CONFIG), 0 for a process alone."""
+    return _cluster_config().get("task", {}).get("index", 0)
 
 
-def check(strategy, options):
-    """UserError where the settings do not fit the number of replicas."""
+def check(strategy: tf.distribute.Strategy, options: Options) -> None:
+    """Checks that the options fit the strategy's number of replicas.
+
+    Raises:
+      UserError: if they do not.
+    """
     replicas = strategy.num_replicas_in_sync
     if options.batch_size % replicas:
         raise UserError(
-            f"--batch_size={options.batch_size} cannot be shared equally by {replicas} replicas: give a "
-            f"multiple of {replicas}"
+            f"the batch cannot be shared equally by {replicas} replicas: give a multiple of "
+            f"{replicas}",
+            parameter="batch_size",
+            value=options.batch_size,
         )
     if options.jit_compile and replicas > 1:
         raise UserError(
-            f"--jit_compile does not go with {replicas} replicas (TensorFlow compiles a step for one device "
-            "only): add --strategy=one_device or leave it out"
+            f"`jit_compile` does not go with {replicas} replicas, since TensorFlow compiles a "
+            "step for one device only: add `strategy=one_device` or leave it out"
         )
 
 
-def prepare(options):
-    """Process-wide settings that must stand before any network is built: precision, seeds, determinism."""
-    keras.mixed_precision.set_global_policy(options.precision)
-    keras.utils.set_random_seed(options.seed)
-    # Layers that draw random numbers (dropout) keep their generators' state in variables, which checkpoints hold.
-    keras.backend.experimental.enable_tf_random_generator()
-    if options.deterministic:
-        tf.config.experimental.enable_op_determinism()
-        # Arithmetic optimization makes one AddN of several sums, and AddN adds three or more in an order that depends on timing.
-        tf.config.optimizer.set_experimental_options({"arithmetic_optimization": False})
+def distribute(strategy: tf.distribute.Strategy, batches: Callable[..., tf.data.Dataset]) -> Any:
+    """Returns what `fit` iterates over under a strategy.
 
-
-def distribute(strategy, batches):
-    """A data set for fit from `batches`, a function shard=(i, n) -> tf.data.Dataset of the i-th of n parts of each batch."""
+    Args:
+      strategy: where the training runs.
+      batches: a function shard=(i, n) -> tf.data.Dataset of the i-th of n parts of each batch.
+    """
     if strategy.num_replicas_in_sync == 1:
         return batches(shard=(0, 1))
 
-    def of_worker(context):
+    def of_worker(context: tf.distribute.InputContext) -> tf.data.Dataset:
         part = batches(shard=(context.input_pipeline_id, context.num_input_pipelines))
         replicas = strategy.num_replicas_in_sync // context.num_input_pipelines
         size = part.element_spec[1].shape[0] // replicas
         return part.rebatch(size, drop_remainder=True)
 
     return strategy.distribute_datasets_from_function(of_worker)
+
+
+def _cluster_config() -> dict[str, Any]:
+    return json.loads(os.environ.get("TF_CONFIG") or "{}")

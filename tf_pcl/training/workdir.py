@@ -1,15 +1,161 @@
-"""The files of a workdir."""
+"""The files of a workdir, whose layout is known here alone.
+
+flags.txt             the options of the run, as a flagfile
+data.json             what the data were
+results.json          what came out; rewritten after every epoch that was tested
+metrics.csv           a row for every epoch
+checkpoints/          the last checkpoints
+tensorboard/train, tensorboard/test
+export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
+export/labels.txt     the classes in the order of the outputs, one a line
+1-NAME, 2-NAME, …     the same for each stage before the last, without flags.txt and data.json
+worker-1, worker-2, … what the workers after the first write
+"""
 
 import csv
 import json
 import os
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Optional
 
 from tf_pcl.errors import UserError
+from tf_pcl.options import Options
+
+SAVED_MODEL = os.path.join("saved_model", "1")
+LABELS = "labels.txt"
 
 
-def write(path, text):
-    """Writes a text file so that a reader sees the old or the new one, never a part."""
+class Workdir:
+    """The folder of a run or of one of its earlier stages.
+
+    Args:
+      path: the folder, which need not exist yet.
+    """
+
+    def __init__(self, path: str):
+        self.path = path
+        self.flags = os.path.join(path, "flags.txt")
+        self.data = os.path.join(path, "data.json")
+        self.results = os.path.join(path, "results.json")
+        self.metrics = os.path.join(path, "metrics.csv")
+        self.checkpoints = os.path.join(path, "checkpoints")
+        self.export = os.path.join(path, "export")
+
+    @classmethod
+    def of_run(cls, options: Options, worker: int = 0) -> "Workdir":
+        """Returns the workdir that the options ask for.
+
+        Args:
+          options: the run's options.
+          worker: the index of this process among several. All of them must save, since statistics
+            are gathered from all; the first one's workdir is the run's.
+        """
+        network = options.network.replace(":", ".").replace(",", "+")
+        name = f"{options.dataset}-{network}-{options.method}-seed{options.seed}"
+        path = options.workdir or os.path.join("runs", name)
+        return cls(os.path.join(path, f"worker-{worker}") if worker else path)
+
+    def of_stage(self, number: int, name: str) -> "Workdir":
+        """Returns the folder of a stage before the last; `number` counts from 1."""
+        return Workdir(os.path.join(self.path, f"{number}-{name}"))
+
+    def tensorboard(self, split: str) -> str:
+        """Returns the folder of TensorBoard's logs of "train" or "test"."""
+        return os.path.join(self.path, "tensorboard", split)
+
+    def check(self, options: Options) -> None:
+        """Checks that a run with these options can use this folder. Writes nothing.
+
+        Raises:
+          UserError: if the folder cannot be written, holds a run with other options or one of a
+            run's earlier stages, or holds any run where `options.resume` is "never".
+        """
+        self._check_writable()
+        if not os.path.exists(self.flags):
+            if os.path.exists(self.checkpoints):
+                raise self._refused(
+                    "the folder holds checkpoints but no flags.txt, like the folder of a run's "
+                    "earlier stage: give another workdir"
+                )
+            return
+        if options.resume == "never":
+            raise self._refused(
+                "the folder holds a run already: give another workdir, or `resume=auto` to go on"
+            )
+        given, free = options.as_flags(), options.run_only()
+        with open(self.flags, encoding="utf-8") as f:
+            old = dict(line.strip()[2:].split("=", 1) for line in f if line.startswith("--"))
+        differ = [
+            f"`{name}={given.get(name, '(unset)')}` here, {old.get(name, '(unset)')} there"
+            for name in sorted({*given, *old})
+            if given.get(name) != old.get(name) and name not in free
+        ]
+        if differ:
+            raise self._refused(
+                f"the folder holds a run with other options ({'; '.join(differ)}): give another "
+                "workdir or the same options"
+            )
+
+    def check_data(self, facts: Mapping[str, Any]) -> None:
+        """Checks that a run in this folder, if there is one, is on the data that `facts` tell of.
+
+        Raises:
+          UserError: if it is on other data.
+        """
+        if not os.path.exists(self.data):
+            return
+        with open(self.data, encoding="utf-8") as f:
+            old = json.load(f)
+        differ = [
+            f"{name} {_brief(facts[name])} here, {_brief(old.get(name))} there"
+            for name in facts
+            if facts[name] != old.get(name)
+        ]
+        if differ:
+            raise self._refused(
+                f"the folder holds a run on other data ({'; '.join(differ)}): give another "
+                "workdir or the same data"
+            )
+
+    def begin(self, options: Options, facts: Mapping[str, Any]) -> None:
+        """Makes the folder and writes what the run is: its options and the facts of its data."""
+        os.makedirs(self.path, exist_ok=True)
+        given = {name: value for name, value in options.as_flags().items() if name != "workdir"}
+        write(self.flags, "".join(f"--{name}={value}\n" for name, value in given.items()))
+        write_json(self.data, facts)
+
+    def read_rows(self) -> list[dict[str, float]]:
+        """Returns the rows of metrics.csv without empty cells, or [] if there is no such file."""
+        if not os.path.exists(self.metrics):
+            return []
+        with open(self.metrics, encoding="utf-8", newline="") as f:
+            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+
+    def write_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Writes metrics.csv with a column for every key, in the order of first appearance."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        lines = [",".join(columns)]
+        lines += [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
+        write(self.metrics, "\n".join(lines) + "\n")
+
+    def _check_writable(self) -> None:
+        there = os.path.abspath(self.path)
+        while not os.path.exists(there):
+            there = os.path.dirname(there)
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as e:
+            raise self._refused(
+                f"the folder cannot be written ({there}: {e.strerror}): give another workdir"
+            ) from e
+
+    def _refused(self, problem: str) -> UserError:
+        return UserError(problem, parameter="workdir", value=self.path)
+
+
+def write(path: str, text: str) -> None:
+    """Writes a text file so that a reader sees the old one or the new one, never a part."""
     with open(path + ".part", "w", encoding="utf-8", newline="") as f:
         f.write(text)
         f.flush()
@@ -17,101 +163,36 @@ def write(path, text):
     os.replace(path + ".part", path)
 
 
-def write_json(path, value):
-    """Writes a JSON file with write()."""
+def write_json(path: str, value: Any) -> None:
+    """Writes a JSON file with `write`."""
     write(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_rows(path):
-    """Rows of a metrics.csv as dicts of floats, without the empty cells; [] if there is none."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8", newline="") as f:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-
-
-def write_rows(path, rows):
-    """Writes metrics.csv from dicts of numbers: a column for every key, in the order of first appearance."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [",".join(columns)]
-    lines += [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
-    write(path, "\n".join(lines) + "\n")
-
-
-def check_data(workdir, data):
-    """UserError if a workdir holds a run on other data than `data`, a dict of what can be told of a data set."""
-    path = os.path.join(workdir, "data.json")
-    if not os.path.exists(path):
-        return
-    with open(path, encoding="utf-8") as f:
-        old = json.load(f)
-    differ = [
-        f"{k} {_brief(data[k])} here, {_brief(old.get(k))} there"
-        for k in data
-        if data[k] != old.get(k)
-    ]
-    if differ:
-        raise UserError(
-            f"--workdir={workdir} holds a run on other data ({'; '.join(differ)}): give another workdir or the same "
-            "data"
-        )
-
-
-def _brief(value):
-    text = json.dumps(value)
-    return text if len(text) < 60 else text[:56] + " …"
-
-
-def check_workdir(workdir, settings, free, resume):
-    """Looks at a workdir before a run, writing nothing.
+def saved_model(path: str) -> Optional[str]:
+    """Returns the folder of the SavedModel at `path`, or None if there is none.
 
     Args:
-      workdir: the folder, which need not be there.
-      settings: {flag: text}.
-      free: flags that may differ when a run goes on.
-      resume: "auto" or "never".
-    Raises:
-      UserError: if it cannot be written, holds a run of other settings or a stage of one, or any run where resume
-        is "never".
+      path: a run's workdir, its export folder or the folder of a SavedModel.
     """
-    there = os.path.abspath(workdir)
-    while not os.path.exists(there):
-        there = os.path.dirname(there)
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as e:
-        raise UserError(
-            f"--workdir={workdir} cannot be written: {there}: {e.strerror}; give another"
-        ) from e
-    path = os.path.join(workdir, "flags.txt")
+    below = ("", "1", SAVED_MODEL, os.path.join("export", SAVED_MODEL))
+    folders = (os.path.join(path, b) for b in below)
+    return next((f for f in folders if os.path.exists(os.path.join(f, "saved_model.pb"))), None)
+
+
+def write_labels(export: str, classes: Iterable[str]) -> None:
+    """Writes the names of the classes into an export folder."""
+    write(os.path.join(export, LABELS), "".join(f"{name}\n" for name in classes))
+
+
+def read_labels(saved_model: str) -> Optional[list[str]]:
+    """Returns the names of the classes of an exported SavedModel, or None if no file tells them."""
+    path = os.path.join(saved_model, "..", "..", LABELS)
     if not os.path.exists(path):
-        if os.path.exists(os.path.join(workdir, "checkpoints")):
-            raise UserError(
-                f"--workdir={workdir} holds checkpoints but no flags.txt, like the folder of a run's earlier stage: "
-                "give another workdir"
-            )
-        return
-    if resume == "never":
-        raise UserError(
-            f"--workdir={workdir} holds a run already: give another workdir, or --resume=auto to go on"
-        )
+        return None
     with open(path, encoding="utf-8") as f:
-        old = dict(line.strip()[2:].split("=", 1) for line in f if line.startswith("--"))
-    differ = [
-        f"--{k}={settings.get(k, '(unset)')} here, {old.get(k, '(unset)')} there"
-        for k in sorted({*settings, *old})
-        if settings.get(k) != old.get(k) and k not in free
-    ]
-    if differ:
-        raise UserError(
-            f"--workdir={workdir} holds a run with other settings ({'; '.join(differ)}): give another workdir "
-            "or the same settings"
-        )
+        return f.read().splitlines()
 
 
-def saved_model(path):
-    """The folder of the SavedModel at `path`: that itself, or within a run's workdir or its export folder; None without one."""
-    below = (os.path.join(path, b) for b in ("", "1", "saved_model/1", "export/saved_model/1"))
-    return next(
-        (folder for folder in below if os.path.exists(os.path.join(folder, "saved_model.pb"))), None
-    )
+def _brief(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 60 else text[:56] + " …"

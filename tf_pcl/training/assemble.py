@@ -1,0 +1,165 @@
+"""From names and options to the Distiller of a stage."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, Optional, Union
+
+from tf_pcl import networks, surgery
+from tf_pcl.compat import keras
+from tf_pcl.data import ImageData
+from tf_pcl.errors import UserError
+from tf_pcl.methods import METHODS
+from tf_pcl.methods.distiller import Distiller
+from tf_pcl.options import Options, names
+from tf_pcl.surgery import Target
+from tf_pcl.surgery.cuts import Cut
+from tf_pcl.training import export
+from tf_pcl.training import workdir as workdirs
+
+# A network's name, or what Target.of takes.
+Network = Union[str, keras.Model, Target]
+
+
+class Assembly:
+    """Makes Distillers around networks that are given by name, for the data of a run.
+
+    It is what `Distiller.stages` takes as `make`.
+
+    Args:
+      data: the data set.
+      weights: {network's name: path of the weights that it starts from}.
+      trunk_share: how much of a network's forward cost its peers share, as in surgery.propose_cut.
+
+    Attributes:
+      lines: what was decided on the way, for people: whole lines, each once, in order.
+    """
+
+    def __init__(
+        self,
+        data: ImageData,
+        *,
+        weights: Optional[Mapping[str, str]] = None,
+        trunk_share: Optional[float] = None,
+    ):
+        self.data, self.weights, self.trunk_share = data, dict(weights or {}), trunk_share
+        self.lines: list[str] = []
+
+    def __call__(
+        self, cls: type[Distiller], network: Union[Network, list[Network]], **arguments: Any
+    ) -> Distiller:
+        """Makes a Distiller.
+
+        Args:
+          cls: its class.
+          network: the target network, or a list of several for methods of whole networks.
+          **arguments: keyword arguments of the constructor.
+
+        Raises:
+          UserError: if these networks cannot be built, do not fit together or cannot be cut.
+        """
+        several = network if isinstance(network, (list, tuple)) else [network]
+        targets = [self._target(one, cls) for one in several]
+        preprocess = self._preprocess(several[0], [target.first for target in targets])
+        if "split_at" in cls.parameters() and not arguments.get("split_at"):
+            arguments["split_at"] = self._cut(targets[0].first)
+        # Every method names the arguments of its own constructor.
+        construct: Callable[..., Distiller] = cls
+        target = targets if several is network else targets[0]
+        return construct(target, preprocess=preprocess, **arguments)
+
+    def trained(self, path: str) -> keras.Model:
+        """Loads the network that an earlier run deployed.
+
+        Args:
+          path: the run's workdir, its export folder or a SavedModel.
+
+        Returns:
+          A keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, K].
+
+        Raises:
+          UserError: if there is none, or it tells other classes apart.
+        """
+        return export.load(path, self.data.classes)
+
+    def _target(self, network: Network, cls: type[Distiller]) -> Target:
+        if not isinstance(network, str):
+            return Target.of(network)
+        load = functools.partial(self._load_weights, network, cls)
+        return networks.target(
+            network,
+            self.data.image_shape,
+            len(self.data.classes),
+            load=load if network in self.weights else None,
+        )
+
+    def _load_weights(self, name: str, cls: type[Distiller], network: keras.Model) -> None:
+        path = self.weights[name]
+        loaded, fresh = surgery.load_weights(network, workdirs.saved_model(path) or path)
+        line = f"`weights={path}`: {len(loaded)} layers loaded"
+        line += f", not {fresh[0]}" if fresh else ""
+        line += "; peers' own classifiers start afresh" if "peers" in cls.parameters() else ""
+        self._say(line)
+
+    def _preprocess(
+        self, network: Network, several: list[keras.Model]
+    ) -> Optional[keras.layers.Layer]:
+        raw = {networks.standardises_itself(one) for one in several}
+        if len(raw) > 1:
+            raise UserError(
+                "of the networks, some scale raw images themselves and some do not: they cannot "
+                "see the same images; give networks of one kind"
+            )
+        if raw.pop():
+            return None
+        if isinstance(network, str) and network in self.weights:
+            published = networks.preprocessing(network, self.data.image_shape)
+            if published is not None:
+                return published
+        return networks.standardise(self.data.mean, self.data.std)
+
+    def _cut(self, network: keras.Model) -> Cut:
+        """Returns where the peers' networks are cut, and says so where their author did not."""
+        cut = surgery.propose_cut(network, self.trunk_share)
+        if self.trunk_share or len(surgery.section_names(network)) < 2:
+            self._say(
+                f"no `split_at`: the peers share the network up to layer {cut.name}, "
+                f"{100 * cut.share:.0f} % of its forward cost"
+            )
+        return cut
+
+    def _say(self, line: str) -> None:
+        # A run builds a stage once to try it and once to train it: do not repeat its lines.
+        if line not in self.lines:
+            self.lines.append(line)
+
+
+def method_arguments(options: Options) -> dict[str, Any]:
+    """Returns the options that go to the stages of their method, {name: value}.
+
+    Raises:
+      UserError: if an option is given that this method does not take.
+    """
+    possible = set(names()) - {"network"}
+    taken = {name: possible & _taken(cls) for name, cls in METHODS.items()}
+    chosen = taken[options.method]
+    given = {
+        name: value
+        for name in sorted(set().union(*taken.values()))
+        if (value := getattr(options, name)) is not None
+    }
+    for name in given:
+        if name not in chosen:
+            takers = ", ".join(method for method, own in taken.items() if name in own)
+            own = ", ".join(f"`{n}`" for n in sorted(chosen)) or "no options of its own"
+            raise UserError(
+                f"`{name}` does not go with `method={options.method}`: it is for {takers}. "
+                f"{options.method} takes {own}."
+            )
+    # The Assembly turns a share into the layer to cut at.
+    return {name: value for name, value in given.items() if name != "trunk_share"}
+
+
+def _taken(cls: type[Distiller]) -> set[str]:
+    """Returns the names of the options that a method takes: a share is for whoever can be cut."""
+    own = set(cls.parameters())
+    return own | ({"trunk_share"} if "split_at" in own else set())

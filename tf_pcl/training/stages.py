@@ -1,0 +1,174 @@
+"""The stages of a run: how each is built, and how it is trained."""
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from tf_pcl import data as datasets
+from tf_pcl import optimizer
+from tf_pcl.compat import keras
+from tf_pcl.errors import Stopped, UserError
+from tf_pcl.methods.distiller import Distiller, Stage
+from tf_pcl.options import Options
+from tf_pcl.training import strategy as strategies
+from tf_pcl.training.callbacks import Progress, Record, Row, Save
+from tf_pcl.training.checkpoints import Checkpoints
+from tf_pcl.training.workdir import Workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """Builds and trains the stages of one run.
+
+    Attributes:
+      options: the run's options.
+      data: the data set.
+      strategy: where the training runs.
+    """
+
+    options: Options
+    data: datasets.ImageData
+    strategy: tf.distribute.Strategy
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps an epoch; UserError if a batch is larger than the data set."""
+        return datasets.steps_per_epoch(self.data, self.options.batch_size)
+
+    def build(self, stages: Sequence[Stage], before: Sequence[Distiller]) -> Distiller:
+        """Builds and compiles the stage that follows those that `before` are the models of."""
+        options, number = self.options, len(before)
+        keras.utils.set_random_seed(self._seed(number, last=number == len(stages) - 1))
+        with self.strategy.scope():
+            model = stages[number].build(list(before))
+            model.compile(
+                optimizer.recipe(
+                    options.epochs,
+                    self.steps_per_epoch,
+                    options.learning_rate,
+                    options.lr_decay_epochs,
+                    options.weight_decay,
+                ),
+                epochs=options.epochs,
+                steps_per_epoch=self.steps_per_epoch,
+                jit_compile=options.jit_compile,
+            )
+            model.optimizer.build(model.trainable_weights)
+        # What cannot be deployed is to fail here, before the training.
+        model.deployed()
+        # TensorFlow's seed enters the shuffling of streams, which is to be the same in all stages.
+        tf.random.set_seed(options.seed)
+        return model
+
+    def build_all(self, stages: Sequence[Stage]) -> list[Distiller]:
+        """Builds every stage once, untrained, so that what cannot be built fails at once."""
+        models: list[Distiller] = []
+        for _ in stages:
+            models.append(self.build(stages, models))
+        return models
+
+    def train(
+        self,
+        model: Distiller,
+        workdir: Workdir,
+        describe: Callable[[list[Row]], dict[str, Any]],
+        title: str = "",
+        seconds: float = 0.0,
+    ) -> dict[str, Any]:
+        """Trains a stage, or goes on where its folder stands.
+
+        Args:
+          model: the compiled Distiller.
+          workdir: the folder of the stage.
+          describe: a function rows -> contents of results.json.
+          title: what the stage is, for people; "" if there is one stage.
+          seconds: what the stages before took.
+
+        Returns:
+          The contents of results.json.
+
+        Raises:
+          Stopped: if a signal, a bad loss or an error ended the training early.
+        """
+        os.makedirs(workdir.path, exist_ok=True)
+        checkpoints = Checkpoints(model, workdir.checkpoints)
+        start = checkpoints.restore()
+        total = model.steps_per_epoch * self.options.epochs
+        _say_where(title, start, total)
+        rows = [row for row in workdir.read_rows() if row["step"] <= start]
+        record = Record(workdir, rows, self.options.batch_size, describe, seconds)
+        if not start:
+            record.show_views(next(iter(self._batches(model)))[0])
+        every = self.options.checkpoint_steps(model.steps_per_epoch)
+        with Save(checkpoints, every, start, total, title) as save:
+            try:
+                self._fit(model, start, [Progress("steps"), record, save])
+            except (UserError, Stopped):
+                raise
+            except Exception as e:
+                raise Stopped(
+                    f"failed at step {save.step} of {save.of}: {type(e).__name__}; the newest "
+                    f"checkpoint in {workdir.path} is of step {save.saved}, and the same command "
+                    "goes on from there"
+                ) from e
+        return describe(rows)
+
+    def _fit(self, model: Distiller, start: int, callbacks: list[Any]) -> None:
+        """Trains from step `start` to the end: the rest of an epoch first, then whole epochs."""
+        steps, epochs = model.steps_per_epoch, self.options.epochs
+        epoch, done = divmod(start, steps)
+        parts = [(start, epoch, epoch + 1, steps - done)] if done else []
+        epoch += bool(done)
+        parts += [(epoch * steps, epoch, epochs, steps)] if epoch < epochs else []
+        tests = [*range(self.options.test_every, epochs, self.options.test_every), epochs]
+        for first_step, first_epoch, last_epoch, steps_per_epoch in parts:
+            model.fit(
+                strategies.distribute(
+                    self.strategy, functools.partial(self._batches, model, start=first_step)
+                ),
+                initial_epoch=first_epoch,
+                epochs=last_epoch,
+                steps_per_epoch=steps_per_epoch,
+                validation_data=datasets.test_batches(self.data, 4 * self.options.batch_size),
+                validation_freq=tests,
+                callbacks=callbacks,
+                verbose=1 if sys.stdout.isatty() else 2,
+            )
+
+    def _batches(
+        self, model: Distiller, *, start: int = 0, shard: tuple[int, int] = (0, 1)
+    ) -> tf.data.Dataset:
+        options = self.options
+        return datasets.train_batches(
+            self.data,
+            options.batch_size,
+            options.epochs,
+            views=model.num_views,
+            seed=options.seed,
+            start=start,
+            flip=options.flip,
+            augment=options.augment,
+            color_jitter=options.color_jitter,
+            cutout=options.cutout,
+            shard=shard,
+        )
+
+    def _seed(self, number: int, last: bool) -> int:
+        # Seed the last stage like a single-stage run, so that both start from the same weights.
+        if last:
+            return self.options.seed
+        return int(np.random.SeedSequence([self.options.seed, number]).generate_state(1)[0])
+
+
+def _say_where(title: str, start: int, total: int) -> None:
+    where: Optional[str] = None
+    if start:
+        where = "done" if start == total else f"goes on at step {start} of {total}"
+    if title or where:
+        print(": ".join(filter(None, [title, where])), flush=True)
