@@ -1,8 +1,8 @@
 """The one place that decides which Keras, and whether tensorflow-addons, the package uses.
 
-`keras` and `layers` are those of TensorFlow where these are Keras 2. Where TensorFlow comes with Keras
-3, they are those of tf_keras, which is the name of Keras 2 today. They are imported when they are first
-asked for: to import this module does not import TensorFlow.
+`keras` and `layers` are those of TensorFlow where these are Keras 2. Where TensorFlow comes with
+Keras 3, they are those of tf_keras, which is the name of Keras 2 today. They are imported when they
+are first asked for: to import this module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _is_keras_3() -> bool:
 def use_keras_2() -> None:
     """Asks TensorFlow, if it is not imported yet, to give Keras 2 to everyone in this process.
 
-    A user's own network that says `from tensorflow import keras` then gets the Keras of this package.
-    A value that the user has given to TF_USE_LEGACY_KERAS stands.
+    A user's own network that says `from tensorflow import keras` then gets the Keras of this
+    package. A value that the user has given to TF_USE_LEGACY_KERAS stands.
     """
     if "tensorflow" not in sys.modules and _is_keras_3():
         os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
@@ -73,8 +73,8 @@ def _import_keras() -> Any:
             raise
         minor = ".".join(importlib.metadata.version("tensorflow").split(".")[:2])
         raise ImportError(
-            "tf_pcl needs Keras 2, which is the package tf-keras where TensorFlow comes with Keras 3: "
-            f"install it by `pip install tf-keras=={minor}.*`"
+            "tf_pcl needs Keras 2, which is the package tf-keras where TensorFlow comes with "
+            f"Keras 3: install it by `pip install tf-keras=={minor}.*`"
         ) from e
 
 
@@ -100,8 +100,8 @@ def foreign_keras(thing: object) -> str | None:
         "set TF_USE_LEGACY_KERAS=1 before TensorFlow is imported, or " if own == "tf_keras" else ""
     )
     return (
-        f"{type(thing).__name__} comes from the package {others.pop()}, and tf_pcl works with Keras 2 "
-        f"of the package {own}: {first}make it with `from tf_pcl.compat import keras`"
+        f"{type(thing).__name__} comes from the package {others.pop()}, and tf_pcl works with "
+        f"Keras 2 of the package {own}: {first}make it with `from tf_pcl.compat import keras`"
     )
 
 
@@ -111,7 +111,7 @@ def _package(of_class: type) -> str:
 
 @functools.cache
 def _addons() -> Any:
-    """The module tensorflow_addons; None where it is not installed or cannot use this TensorFlow."""
+    """Returns tensorflow_addons; None where it is missing or cannot use this TensorFlow."""
     with warnings.catch_warnings():
         # It warns on every import that it has reached its end of life.
         warnings.simplefilter("ignore")
@@ -178,5 +178,5 @@ def _pairwise_distance(features: Any) -> Any:
     products = tf.matmul(features, features, transpose_b=True)
     squared = squares[:, None] + squares[None] - 2.0 * products
     apart = (squared > 0) & ~tf.eye(tf.shape(features)[0], dtype=tf.bool)
-    # The root of 0 has no finite gradient: where features are equal, the root of 1 is taken and dropped.
+    # The root of 0 has no finite gradient: for equal features the root of 1 is taken and dropped.
     return tf.where(apart, tf.sqrt(tf.where(apart, squared, 1.0)), 0.0)
