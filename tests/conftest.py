@@ -2,6 +2,9 @@
 
 import os
 
+# Before TensorFlow: it says which Keras `from tensorflow import keras` is.
+import tf_pcl  # noqa: F401
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np

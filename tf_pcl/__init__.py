@@ -7,6 +7,11 @@ Names are imported when first used, so that what needs no TensorFlow (flags, hel
 
 import importlib
 
+from tf_pcl import compat
+
+# Before anything imports TensorFlow, which reads this once.
+compat.use_keras_2()
+
 __version__ = "0.1.0"
 __all__ = ["data", "methods", "networks", "surgery", "losses", "optimizer", "schedules"]
 

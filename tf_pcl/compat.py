@@ -1,25 +1,188 @@
-"""The one place that decides which Keras, and whether tensorflow-addons, the package uses."""
+"""The one place that decides which Keras, and whether tensorflow-addons, the package uses.
 
+`keras` and `layers` are those of TensorFlow where these are Keras 2. Where TensorFlow comes with
+Keras 3, they are those of tf_keras, which is the name of Keras 2 today. They are imported when they
+are first asked for: to import this module does not import TensorFlow.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import os
+import sys
 import warnings
+from typing import Any
 
-from tensorflow import keras
+__all__ = [
+    "cutout",
+    "foreign_keras",
+    "is_of_keras",
+    "keras",
+    "keras_version",
+    "layers",
+    "pairwise_distance",
+    "use_keras_2",
+]
 
-layers = keras.layers
+# Set by __getattr__ on first use.
+keras: Any
+layers: Any
 
-__all__ = ["is_of_keras", "keras", "layers", "tensorflow_addons"]
+# The packages that a Keras may come from.
+_KERAS_PACKAGES = {"keras", "tf_keras"}
 
 
-def tensorflow_addons():
-    """Returns the module tensorflow_addons.
+def _is_keras_3() -> bool:
+    try:
+        return int(importlib.metadata.version("keras").split(".")[0]) >= 3
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
-    It is imported on first use, and its warning that it has reached its end of life is silenced.
+
+def use_keras_2() -> None:
+    """Asks TensorFlow, if it is not imported yet, to give Keras 2 to everyone in this process.
+
+    A user's own network that says `from tensorflow import keras` then gets the Keras of this
+    package. A value that the user has given to TF_USE_LEGACY_KERAS stands.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        import tensorflow_addons
-    return tensorflow_addons
+    if "tensorflow" not in sys.modules and _is_keras_3():
+        os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "keras":
+        found = _import_keras()
+    elif name == "layers":
+        found = _import_keras().layers
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def _import_keras() -> Any:
+    if not _is_keras_3():
+        from tensorflow import keras
+
+        return keras
+    try:
+        return importlib.import_module("tf_keras")
+    except ModuleNotFoundError as e:
+        if e.name != "tf_keras":
+            raise
+        minor = ".".join(importlib.metadata.version("tensorflow").split(".")[:2])
+        raise ImportError(
+            "tf_pcl needs Keras 2, which is the package tf-keras where TensorFlow comes with "
+            f"Keras 3: install it by `pip install tf-keras=={minor}.*`"
+        ) from e
+
+
+def keras_version() -> str:
+    """Returns the version of the Keras that the package uses."""
+    return importlib.metadata.version("tf_keras" if _is_keras_3() else "keras")
+
+
+def foreign_keras(thing: object) -> str | None:
+    """Says what to do about a model, layer or optimizer of another Keras than the package's.
+
+    Args:
+      thing: any object.
+    Returns:
+      A sentence for the user; None if the object is of this Keras, or of no Keras at all.
+    """
+    own = _package(_import_keras().Model)
+    others = {_package(c) for c in type(thing).__mro__} & _KERAS_PACKAGES - {own}
+    if not others:
+        return None
+    # Under tf_keras the other one is Keras 3, which TensorFlow gives unless it is told otherwise.
+    first = (
+        "set TF_USE_LEGACY_KERAS=1 before TensorFlow is imported, or " if own == "tf_keras" else ""
+    )
+    return (
+        f"{type(thing).__name__} comes from the package {others.pop()}, and tf_pcl works with "
+        f"Keras 2 of the package {own}: {first}make it with `from tf_pcl.compat import keras`"
+    )
 
 
 def is_of_keras(cls: type) -> bool:
     """Says whether a class is defined by Keras itself."""
-    return cls.__module__.split(".")[0] in ("keras", "tf_keras")
+    return _package(cls) in _KERAS_PACKAGES
+
+
+def _package(of_class: type) -> str:
+    return of_class.__module__.partition(".")[0]
+
+
+@functools.cache
+def _addons() -> Any:
+    """Returns tensorflow_addons; None where it is missing or cannot use this TensorFlow."""
+    with warnings.catch_warnings():
+        # It warns on every import that it has reached its end of life.
+        warnings.simplefilter("ignore")
+        try:
+            return importlib.import_module("tensorflow_addons")
+        except ImportError:
+            return None
+
+
+def tensorflow_addons() -> Any:
+    """Returns the module tensorflow_addons, or None where it cannot be imported."""
+    return _addons()
+
+
+def cutout(images: Any, size: int, offset: Any) -> Any:
+    """Blackens a square in every image, by tensorflow-addons where that is installed.
+
+    Args:
+      images: [B, H, W, C], of any dtype.
+      size: the side of the square, an even number of pixels.
+      offset: int32 [B, 2], row and column of the square's centre. What lies outside the image is
+        cut off.
+    Returns:
+      Images of the same shape and dtype.
+    """
+    addons = _addons()
+    if addons is None:
+        return _cutout(images, size, offset)
+    return addons.image.cutout(images, (size, size), offset=offset)
+
+
+def _cutout(images: Any, size: int, offset: Any) -> Any:
+    import tensorflow as tf
+
+    def masked(centres, length):
+        from_first = tf.range(length)[None] - (centres[:, None] - size // 2)
+        return (from_first >= 0) & (from_first < size)
+
+    images = tf.convert_to_tensor(images)
+    offset = tf.convert_to_tensor(offset)
+    rows = masked(offset[:, 0], tf.shape(images)[1])[:, :, None, None]
+    columns = masked(offset[:, 1], tf.shape(images)[2])[:, None, :, None]
+    return tf.where(rows & columns, tf.zeros([], images.dtype), images)
+
+
+def pairwise_distance(features: Any) -> Any:
+    """Computes all Euclidean distances of a batch, by tensorflow-addons where that is installed.
+
+    Args:
+      features: float32 [B, d].
+    Returns:
+      float32 [B, B]; the distance of equal features is 0 and has no gradient.
+    """
+    addons = _addons()
+    if addons is None:
+        return _pairwise_distance(features)
+    return addons.losses.metric_learning.pairwise_distance(features)
+
+
+def _pairwise_distance(features: Any) -> Any:
+    import tensorflow as tf
+
+    squares = tf.reduce_sum(tf.square(features), axis=1)
+    products = tf.matmul(features, features, transpose_b=True)
+    squared = squares[:, None] + squares[None] - 2.0 * products
+    apart = (squared > 0) & ~tf.eye(tf.shape(features)[0], dtype=tf.bool)
+    # The root of 0 has no finite gradient: for equal features the root of 1 is taken and dropped.
+    return tf.where(apart, tf.sqrt(tf.where(apart, squared, 1.0)), 0.0)

@@ -36,9 +36,7 @@ def pairwise_distances(features):
     """
     f = tf.cast(features, tf.float32)
     # Distances come as ‖u‖² + ‖v‖² − 2 u·v: around the mean these are small, and little is lost in their difference.
-    d = compat.tensorflow_addons().losses.metric_learning.pairwise_distance(
-        f - tf.stop_gradient(tf.reduce_mean(f, axis=0))
-    )
+    d = compat.pairwise_distance(f - tf.stop_gradient(tf.reduce_mean(f, axis=0)))
     apart = tf.cast(tf.math.count_nonzero(d), tf.float32)
     return tf.math.divide_no_nan(d * apart, tf.reduce_sum(d))
 

@@ -1,0 +1,164 @@
+"""One Keras for the whole package on both stacks, and what stands in for tensorflow-addons."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow import keras
+
+from tf_pcl import compat, losses
+
+ADDONS = compat.tensorflow_addons()
+KERAS_3 = compat.keras.__name__ == "tf_keras"
+
+
+def python(source, **env):
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(source)],
+        capture_output=True,
+        text=True,
+        env={**{k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}, **env},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def without_addons(monkeypatch):
+    monkeypatch.setattr(compat, "_addons", lambda: None)
+
+
+def test_importing_the_package_gives_a_users_network_its_keras():
+    printed = python(
+        """
+        import sys, tf_pcl
+        assert "tensorflow" not in sys.modules
+        import tensorflow as tf
+        from tensorflow import keras
+        from tensorflow.keras import layers
+        from tf_pcl import compat
+        model = keras.Sequential([keras.Input([2]), layers.Dense(3)])
+        print(isinstance(model, compat.keras.Model))
+        print(isinstance(model.layers[0], compat.layers.Dense))
+        print(compat.foreign_keras(model))
+        """
+    )
+    assert printed.split() == ["True", "True", "None"]
+
+
+def test_the_package_works_where_tensorflow_was_imported_first():
+    printed = python(
+        """
+        import tensorflow as tf
+        tf.keras.layers.Dense  # a notebook has used it
+        from tf_pcl import networks
+        from tf_pcl.compat import keras
+        network = networks.resnet8((8, 8, 1), 10)
+        print(isinstance(network, keras.Model), network(tf.zeros([2, 8, 8, 1])).shape)
+        """
+    )
+    assert printed == "True (2, 10)"
+
+
+def test_own_models_are_not_foreign_and_others_are_told_what_to_do():
+    assert compat.foreign_keras(keras.Sequential()) is None
+    assert compat.foreign_keras(keras.layers.Dense(1)) is None
+    assert compat.foreign_keras("resnet32") is None
+    # The other Keras: Keras 3 beside tf_keras, tf_keras beside the Keras of TensorFlow 2.15.
+    other = __import__("keras" if KERAS_3 else "tf_keras")
+    sentence = compat.foreign_keras(other.layers.Dense(1))
+    assert sentence.startswith(f"Dense comes from the package {other.__name__}, ")
+    assert "from tf_pcl.compat import keras" in sentence
+    assert ("TF_USE_LEGACY_KERAS=1" in sentence) == KERAS_3
+    subclass = type("Mine", (other.Model,), {})
+    assert compat.foreign_keras(subclass()).startswith("Mine comes from")
+
+
+def test_keras_3_without_tf_keras_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(compat, "_is_keras_3", lambda: True)
+    monkeypatch.setitem(sys.modules, "tf_keras", None)
+    minor = ".".join(tf.__version__.split(".")[:2])
+    with pytest.raises(ImportError, match=rf"pip install tf-keras=={minor}\.\*"):
+        compat._import_keras()
+
+
+def test_keras_version_is_of_the_package_in_use():
+    assert compat.keras_version().startswith(".".join(tf.__version__.split(".")[:2]))
+
+
+def by_addons(mine, theirs, x):
+    """Values and gradients of a sum of squares, both ways."""
+    results = []
+    for function in (mine, theirs):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+            total = tf.reduce_sum(tf.square(y) + y)
+        results.append((y.numpy(), tape.gradient(total, x).numpy()))
+    return results
+
+
+IMAGES = np.random.RandomState(0).rand(40, 9, 12, 3).astype(np.float32)
+CENTRES = np.stack([np.random.RandomState(1).randint(0, n, 40) for n in (9, 12)], 1)
+
+
+@pytest.mark.parametrize("size", [2, 6, 20])
+def test_cutout_blackens_a_square(size, without_addons):
+    expected = IMAGES.copy()
+    for image, (row, column) in zip(expected, CENTRES):
+        image[
+            max(0, row - size // 2) : row + size // 2,
+            max(0, column - size // 2) : column + size // 2,
+        ] = 0
+    np.testing.assert_array_equal(compat.cutout(IMAGES, size, CENTRES.astype(np.int32)), expected)
+    ints = compat.cutout((255 * IMAGES).astype(np.uint8), size, CENTRES.astype(np.int32))
+    assert ints.dtype == tf.uint8 and ints.shape == IMAGES.shape
+
+
+def test_distances_of_equal_features_are_zero_and_have_no_gradient(without_addons):
+    x = tf.constant([[0.0, 3.0], [4.0, 0.0], [4.0, 0.0]])
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        d = compat.pairwise_distance(x)
+    np.testing.assert_allclose(d, [[0, 5, 5], [5, 0, 0], [5, 0, 0]], rtol=1e-6)
+    np.testing.assert_allclose(
+        tape.gradient(d, x), [[-3.2, 2.4], [1.6, -1.2], [1.6, -1.2]], rtol=1e-6
+    )
+
+
+if ADDONS is not None:
+    # On a stack without tensorflow-addons there is nothing to compare with.
+
+    @pytest.mark.parametrize("size", [2, 6, 20])
+    def test_cutout_is_that_of_tensorflow_addons(size):
+        offset = tf.constant(CENTRES, tf.int32)
+        (mine, my_gradient), (theirs, their_gradient) = by_addons(
+            lambda x: compat._cutout(x, size, offset),
+            lambda x: ADDONS.image.cutout(x, (size, size), offset),
+            tf.constant(IMAGES),
+        )
+        np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_array_equal(my_gradient, their_gradient)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_pairwise_distance_is_that_of_tensorflow_addons(seed):
+        x = np.random.RandomState(seed).randn(20, 7).astype(np.float32)
+        x[5] = x[11]
+        (mine, my_gradient), (theirs, their_gradient) = by_addons(
+            compat._pairwise_distance,
+            ADDONS.losses.metric_learning.pairwise_distance,
+            tf.constant(x),
+        )
+        np.testing.assert_array_equal(mine, theirs)
+        np.testing.assert_allclose(my_gradient, their_gradient, rtol=1e-5, atol=1e-5)
+
+    def test_the_shared_loss_is_equal_without_tensorflow_addons(monkeypatch):
+        x = tf.random.stateless_normal([16, 5], [0, 1])
+        with_addons = losses.pairwise_distances(x).numpy()
+        monkeypatch.setattr(compat, "_addons", lambda: None)
+        np.testing.assert_array_equal(losses.pairwise_distances(x), with_addons)
