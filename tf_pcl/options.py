@@ -81,15 +81,10 @@ class Options:
     )
 
     # Data.
-    dataset: str = _flag(
-        "cifar100",
-        "cifar10, cifar100, digits, tiny_imagenet, image_folder, or any image-classification data "
-        "set of tensorflow-datasets",
-    )
+    dataset: str = _flag("cifar100", "what to learn from")
     data_dir: typing.Optional[str] = _flag(
         None,
-        "folder of the images (image_folder: SPLIT/CLASS/IMAGE; tiny_imagenet: "
-        "as unpacked) or of tensorflow-datasets",
+        "folder of the data",
         str,
         run_only=True,
     )
@@ -107,7 +102,7 @@ class Options:
     )
     on_bad_image: str = _flag(
         "fail",
-        "image_folder, tiny_imagenet: refuse files that cannot be read, or leave them out",
+        "refuse image files that cannot be read, or leave them out",
         ("fail", "skip"),
     )
     augment: typing.Optional[str] = _flag(
@@ -344,12 +339,15 @@ def define_flags(values=flags.FLAGS):
             define[kind](f.name, f.default, text, flag_values=values)
 
 
-def complete_help(methods, networks, values=flags.FLAGS):
-    """Adds to the flags' help the names of methods and networks, and at flags of methods who takes them, with which default.
+def complete_help(methods, networks, datasets, values=flags.FLAGS):
+    """Adds to the help what the tables of methods, networks and data sets say.
+
+    A flag that only some of the methods take names these, with their defaults.
 
     Args:
       methods: {name: Distiller}.
       networks: names.
+      datasets: {name: data.datasets.Dataset}, as data.datasets.described() gives them.
       values: absl FlagValues in which the flags are defined.
     """
     values["method"].help += (
@@ -359,6 +357,14 @@ def complete_help(methods, networks, values=flags.FLAGS):
         "defaults, in brackets"
     )
     values["network"].help += ". Names: " + ", ".join(networks)
+    values["dataset"].help += ": " + "; ".join(
+        f"{name} ({row.summary})" for name, row in datasets.items()
+    )
+    values["data_dir"].help += ": " + "; ".join(
+        f"{name}: {row.folder}" for name, row in datasets.items() if row.folder
+    )
+    readers = ", ".join(name for name, row in datasets.items() if row.reads_files)
+    values["on_bad_image"].help += f" ({readers})"
     for name in sorted({field.name for field in dataclasses.fields(Options)} - {"network"}):
         takers = [
             method + ("" if default is None else f": {default}")

@@ -238,10 +238,7 @@ def _train(model, data, strategy, options, folder, title, describe, seconds):
         options.epochs,
         views=model.num_views,
         seed=options.seed,
-        flip=options.flip,
-        augment=options.augment,
-        color_jitter=options.color_jitter,
-        cutout=options.cutout,
+        **{name: getattr(options, name) for name in datasets.AUGMENTATIONS if hasattr(options, name)},
     )
     record = Record(folder, rows, options.batch_size, describe, seconds)
     if not start:
