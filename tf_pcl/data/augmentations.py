@@ -2,10 +2,12 @@
 
 A function takes images, Draws that hand out its random numbers, and the value that was asked for;
 it returns images of the same shape. Random numbers are stateless: the same key gives the same
-images. The rows of AUGMENTATIONS are applied in their order.
+images. They depend on the augmentation's name and not on other rows. The rows of AUGMENTATIONS are
+applied in their order.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Mapping
 from typing import Any, Callable, Optional, Union
 
@@ -41,13 +43,15 @@ class Draws:
 
     def uniform(self, *shape: int, low=0, high=1, dtype: tf.DType = tf.float32) -> tf.Tensor:
         """Returns the next random numbers, [B, *shape], uniform in [low, high)."""
-        key = fold_in(self.key, self._calls) if self._calls else self.key
+        key = fold_in(self.key, self._calls)
         self._calls += 1
         return tf.random.stateless_uniform([self.total, *shape], key, low, high, dtype)[self.rows]
 
-    def salted(self, salt: int) -> "Draws":
-        """Returns Draws of other random numbers for the same images."""
-        return Draws(fold_in(self.key, salt), self.total, self.rows)
+    def named(self, name: str) -> "Draws":
+        """Returns Draws for the same images whose random numbers depend on a name as well."""
+        # Python's own hash differs from process to process.
+        key = fold_in(self.key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+        return Draws(key, self.total, self.rows)
 
 
 def random_crop(images: tf.Tensor, draws: Draws, kind: str) -> tf.Tensor:
@@ -182,7 +186,6 @@ class Augmentation:
     allowed: Union[tuple, Callable[[Any], bool]]
     values: str = ""
     default: Callable[[Any], Any] = lambda data: 0
-    salt: int = 0
 
 
 AUGMENTATIONS = {
@@ -192,13 +195,13 @@ AUGMENTATIONS = {
         default=lambda data: "crop" if min(data.image_shape[:2]) <= 64 else "inception",
     ),
     "flip": Augmentation(
-        flip, lambda on: on in (True, False), "true or false", lambda data: data.flip, salt=1
+        flip, lambda on: on in (True, False), "true or false", lambda data: data.flip
     ),
     "color_jitter": Augmentation(
-        color_jitter, lambda strength: 0 <= strength <= 1, "a number from 0 to 1", salt=3
+        color_jitter, lambda strength: 0 <= strength <= 1, "a number from 0 to 1"
     ),
     "cutout": Augmentation(
-        cutout, lambda side: side >= 0 and side % 2 == 0, "an even number of pixels", salt=2
+        cutout, lambda side: side >= 0 and side % 2 == 0, "an even number of pixels"
     ),
 }
 
@@ -231,6 +234,5 @@ def settle(data: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 def augmented(images: tf.Tensor, draws: Draws, settled: Mapping[str, Any]) -> tf.Tensor:
     """Returns images uint8 [B, H, W, C] after the augmentations that `settle` returned."""
     for name, value in settled.items():
-        row = AUGMENTATIONS[name]
-        images = row.function(images, draws.salted(row.salt), value)
+        images = AUGMENTATIONS[name].function(images, draws.named(name), value)
     return images
