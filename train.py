@@ -24,10 +24,11 @@ def _refuse(error):
 
 def _parse(argv):
     if any(argument.startswith(("-help", "--help")) for argument in argv):
+        from tf_pcl.data import datasets
         from tf_pcl.methods import METHODS
         from tf_pcl.networks import NETWORKS
 
-        options.complete_help(METHODS, NETWORKS)
+        options.complete_help(METHODS, NETWORKS, datasets.described())
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as e:

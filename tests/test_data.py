@@ -3,6 +3,7 @@ import os
 import shutil
 import struct
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -10,13 +11,17 @@ import tensorflow as tf
 from conftest import noise, with_labels
 
 from tf_pcl import data
-from tf_pcl.data import augmentations, datasets, image_files, storage
+from tf_pcl.data import augmentations, datasets, from_tfds, image_files, storage
 from tf_pcl.errors import UserError
 
 
 def counted(n=50):
     """An ImageData whose labels number its images."""
     return with_labels(noise(n, 8, 8, 3), np.arange(n))
+
+
+def draws(count, key=(1, 2)):
+    return augmentations.Draws(tf.constant(key), count)
 
 
 def batches(*args, **kwargs):
@@ -34,6 +39,80 @@ def test_every_epoch_is_another_permutation():
     for epoch in epochs:
         assert sorted(epoch) == list(range(50))
     assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[0], np.arange(50))
+
+
+def test_batches_of_a_seed_are_the_same_on_every_machine_and_version(digits):
+    """Stored values hold orders and random numbers; whole numbers alone make these batches."""
+    stored = 0
+    for views, labels in batches(digits, 64, 2, views=2, seed=7, start=20, flip=True)[:4]:
+        stored = zlib.crc32(views.tobytes() + labels.astype("<i4").tobytes(), stored)
+    assert stored == 3925316916
+    d = with_labels(noise(20, 32, 32, 3), np.arange(20))
+    views, labels = batches(d, 4, 2, views=2, seed=7, start=4, cutout=8)[1]
+    assert labels.tolist() == [14, 10, 9, 3]
+    assert zlib.crc32(views.tobytes()) == 2198494703
+
+
+@pytest.mark.parametrize(
+    "kind, stored",
+    [
+        (
+            "crop",
+            [
+                [163, 5, 99, 108, 132, 151, 185, 0, 171],
+                [51, 157, 89, 181, 187, 171, 180, 182, 131],
+                [0, 255, 58, 39, 255, 58, 0, 0, 0],
+                [132, 32, 83, 133, 70, 97, 7, 7, 7],
+                [0, 3, 99, 255, 82, 88, 255, 123, 255],
+                [80, 181, 195, 52, 187, 105, 0, 0, 0],
+                [47, 90, 90, 118, 49, 174, 0, 24, 24],
+                [241, 51, 192, 90, 208, 198, 119, 82, 228],
+            ],
+        ),
+        (
+            "inception",
+            [
+                [237, 40, 120, 92, 147, 122, 23, 0, 181],
+                [98, 93, 89, 111, 62, 56, 120, 115, 132],
+                [0, 62, 143, 101, 151, 122, 172, 134, 163],
+                [154, 75, 145, 160, 127, 26, 151, 108, 76],
+                [0, 81, 232, 147, 0, 255, 159, 160, 167],
+                [75, 151, 79, 126, 125, 84, 161, 171, 135],
+                [75, 76, 140, 148, 98, 63, 0, 112, 67],
+                [214, 118, 129, 199, 95, 174, 99, 141, 202],
+            ],
+        ),
+    ],
+)
+def test_batches_with_all_augmentations_are_those_stored(kind, stored):
+    d = with_labels(noise(20, 32, 32, 3), np.arange(20))
+    settings = dict(augment=kind, flip=True, color_jitter=0.4, cutout=8)
+    views, _ = batches(d, 4, 2, views=2, seed=7, start=4, **settings)[1]
+    # Machines may round a float differently and thus a pixel by one.
+    some = views[:, :, 3::13, 5::11, 1].reshape(8, 9).astype(int)
+    np.testing.assert_allclose(some, stored, atol=1)
+
+
+def meetings(epochs, batch):
+    """How many pairs share a batch in two epochs in turn, and the correlation of neighbours."""
+    of = np.empty_like(epochs)
+    np.put_along_axis(of, epochs, np.arange(epochs.shape[1])[None] // batch, 1)
+    cells = [np.bincount(a * (a.max() + 1) + b) for a, b in zip(of, of[1:])]
+    pairs = np.mean([(n * (n - 1) // 2).sum() for n in cells])
+    return pairs, np.mean([np.corrcoef(e[1:], e[:-1])[0, 1] for e in epochs])
+
+
+def test_the_order_of_epochs_is_as_random_as_numpy_s():
+    # Fewer rounds of the shuffle show with more than 16,384 images.
+    count, batch, epochs = 50_000, 500, 8
+    d = with_labels(np.zeros((count, 1, 1, 1), np.uint8), np.arange(count))
+    ours = np.concatenate([y for _, y in batches(d, batch, epochs)]).reshape(epochs, count)
+    assert (np.sort(ours) == np.arange(count)).all()
+    theirs = np.array([np.random.RandomState(s).permutation(count) for s in range(epochs)])
+    (met, correlation), (expected, chance) = meetings(ours, batch), meetings(theirs, batch)
+    # By chance the first differs by about 0.001, the second is about 0.002.
+    assert abs(met / expected - 1) < 0.01
+    assert abs(correlation) < 0.008 and abs(chance) < 0.008
 
 
 def test_a_batch_is_a_function_of_seed_and_step():
@@ -65,14 +144,64 @@ def test_large_images_are_cropped_as_by_inception():
         d = with_labels(noise(4, side, side, 3), np.arange(4))
         assert same(batches(d, 4, 1), batches(d, 4, 1, augment=kind))
     with pytest.raises(
-        UserError, match="--augment 'incepton' is not known. Did you mean inception"
+        UserError, match="`augment=incepton`: it is not known. Did you mean inception"
     ):
         data.train_batches(d, 4, 1, augment="incepton")
 
 
-def test_pad_crop_flip_gives_shifted_windows_and_mirrors():
+def test_unknown_augmentations_and_values_are_refused():
+    d = counted()
+    for given, text in (
+        ({"cut_out": 4}, "augmentation 'cut_out' is not known. Did you mean cutout"),
+        ({"cutout": 3}, "`cutout=3`: give an even number"),
+        ({"cutout": -2}, "`cutout=-2`"),
+        ({"color_jitter": 1.5}, "`color_jitter=1.5`: give a number from 0 to 1"),
+        ({"flip": "no"}, "`flip=no`: give true or false"),
+    ):
+        with pytest.raises(UserError, match=text):
+            data.train_batches(d, 4, 1, **given)
+
+
+def test_an_augmentation_is_a_function_and_a_row(monkeypatch):
+    d = counted()
+    plain = batches(d, 10, 1, views=2, seed=3)
+    monkeypatch.setitem(
+        augmentations.AUGMENTATIONS,
+        "darken",
+        augmentations.Augmentation(
+            lambda images, draws, most: (
+                images - tf.minimum(images, tf.cast(draws.uniform(1, 1, 1, high=most), tf.uint8))
+            ),
+            lambda most: 0 <= most <= 255,
+            "a number from 0 to 255",
+        ),
+    )
+    # The new row changes nothing where it is not asked for, wherever it stands.
+    rows = augmentations.AUGMENTATIONS
+    monkeypatch.setattr(augmentations, "AUGMENTATIONS", dict(sorted(rows.items())))
+    assert [*augmentations.AUGMENTATIONS][3] == "darken"
+    assert same(plain, batches(d, 10, 1, views=2, seed=3))
+    dark = batches(d, 10, 1, views=2, seed=3, darken=200)
+    by = np.array([a.astype(int) - b for (a, _), (b, _) in zip(plain, dark)]).max((3, 4, 5))
+    assert by.min() >= 0 and by.max() <= 200 and len(np.unique(by)) > 20
+    assert same(dark, joined(d, 10, 1, views=2, seed=3, darken=200))
+    with pytest.raises(UserError, match="`darken=300`: give a number from 0 to 255"):
+        data.train_batches(d, 10, 1, darken=300)
+
+
+def test_draws_are_new_at_each_call_and_those_of_an_image_do_not_depend_on_its_shard():
+    whole = draws(8)
+    first, second = whole.uniform(3).numpy(), whole.uniform(3).numpy()
+    assert not np.array_equal(first, second)
+    part = augmentations.Draws(tf.constant([1, 2]), 8, slice(4, 8))
+    np.testing.assert_array_equal(part.uniform(3), first[4:])
+    np.testing.assert_array_equal(part.uniform(3), second[4:])
+
+
+def test_pad_and_crop_and_flip_give_shifted_windows_and_mirrors():
     images = noise(64, 6, 6, 1) // 2 + 1
-    out = augmentations.pad_crop_flip(tf.constant(images), tf.constant([1, 2]), 1, True).numpy()
+    cropped = augmentations.pad_and_crop(tf.constant(images), draws(64), padding=1)
+    out = augmentations.flip(cropped, draws(64, key=(3, 4))).numpy()
     mirrored = 0
     for image, got in zip(images, out):
         padded = np.pad(image, [(1, 1), (1, 1), (0, 0)])
@@ -84,8 +213,8 @@ def test_pad_crop_flip_gives_shifted_windows_and_mirrors():
         assert plain or mirror
         mirrored += mirror and not plain
     assert 16 < mirrored < 48
-    unflipped = augmentations.pad_crop_flip(tf.constant(images), tf.constant([1, 2]), 0, False)
-    np.testing.assert_array_equal(unflipped, images)
+    uncut = augmentations.pad_and_crop(tf.constant(images), draws(64), padding=0)
+    np.testing.assert_array_equal(uncut, images)
 
 
 def test_inception_windows_lie_within_the_image_and_have_the_paper_s_areas_and_ratios():
@@ -118,35 +247,31 @@ def test_inception_windows_lie_within_the_image_and_have_the_paper_s_areas_and_r
 def test_resized_windows_are_the_image_between_its_pixels():
     images = noise(3, 9, 9, 3)
     whole = tf.constant([[0.0, 0, 9, 9]] * 3)
-    mirrored = np.array([False, True, False])
-    got = augmentations.resized_windows(tf.constant(images), whole, mirrored)
-    np.testing.assert_array_equal(got, [images[0], images[1][:, ::-1], images[2]])
-    # Nine pixels from the centre of the window's first pixel to that of its last, five on: every second is between two.
-    part = augmentations.resized_windows(
-        tf.constant(images), tf.constant([[2.0, 1, 7, 6]] * 3), mirrored
-    )[0].numpy()
+    np.testing.assert_array_equal(augmentations.resized_windows(tf.constant(images), whole), images)
+    # Nine pixels from the centre of the window's first pixel to that of its last, five on: every
+    # second is between two.
+    part = augmentations.resized_windows(tf.constant(images), tf.constant([[2.0, 1, 7, 6]] * 3))[
+        0
+    ].numpy()
     np.testing.assert_array_equal(part[::2, ::2], images[0, 2:7, 1:6])
     between = (images[0, 2:6, 1:6].astype(float) + images[0, 3:7, 1:6]) / 2
     assert np.abs(part[1::2, ::2] - between).max() <= 0.51
 
 
-@pytest.mark.parametrize("mirrored", [False, True])
-def test_windows_at_the_border_have_no_black_edge(mirrored):
+def test_windows_at_the_border_have_no_black_edge():
     first = tf.random.stateless_uniform([1000, 2], [1, 2]) * [35, 25]
     for windows in (
         tf.concat([first, tf.zeros_like(first) + [70, 50]], 1),
         tf.concat([0 * first, [70, 50] - first], 1),
     ):
         white = tf.fill([1000, 70, 50, 1], tf.constant(255, tf.uint8))
-        assert (
-            augmentations.resized_windows(white, windows, tf.fill([1000], mirrored)).numpy() == 255
-        ).all()
+        assert (augmentations.resized_windows(white, windows).numpy() == 255).all()
 
 
-def test_inception_crop_is_stateless_and_mirrors_half():
+def test_inception_crop_is_stateless_and_its_mirror_images_are_half():
     images = tf.constant(noise(8, 20, 20, 3))
     first, again, other = (
-        augmentations.inception_crop(images, tf.constant([1, s]), True).numpy() for s in (2, 2, 3)
+        augmentations.inception_crop(images, draws(8, key=(1, s))).numpy() for s in (2, 2, 3)
     )
     assert (
         first.dtype == np.uint8
@@ -155,32 +280,21 @@ def test_inception_crop_is_stateless_and_mirrors_half():
     )
     # A ramp that falls was mirrored.
     ramp = tf.tile(tf.range(0, 250, 5, dtype=tf.int32)[None, None, :, None], [400, 50, 1, 1])
-    cut = (
-        augmentations.inception_crop(tf.cast(ramp, tf.uint8), tf.constant([1, 2]), True)
-        .numpy()
-        .astype(int)
-    )
+    unflipped = augmentations.inception_crop(tf.cast(ramp, tf.uint8), draws(400))
+    cut = augmentations.flip(unflipped, draws(400, key=(3, 4))).numpy().astype(int)
     assert 150 < (cut[:, 0, 0, 0] > cut[:, 0, -1, 0]).sum() < 250
     assert (np.abs(np.diff(cut[:, 0, :, 0], axis=1)) <= 6).all()
-    unflipped = (
-        augmentations.inception_crop(tf.cast(ramp, tf.uint8), tf.constant([1, 2]), False)
-        .numpy()
-        .astype(int)
-    )
-    assert (np.diff(unflipped[:, 0, :, 0], axis=1) >= 0).all()
+    assert (np.diff(unflipped.numpy().astype(int)[:, 0, :, 0], axis=1) >= 0).all()
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_color_jitter_against_numpy(channels):
     images = noise(200, 5, 5, channels) // 2 + 60
-    seed = tf.constant([1, 2])
     np.testing.assert_array_equal(
-        augmentations.color_jitter(tf.constant(images), seed, 0.0), images
+        augmentations.color_jitter(tf.constant(images), draws(200), 0.0), images
     )
-    got = augmentations.color_jitter(tf.constant(images), seed, 0.3).numpy()
-    factors = tf.random.stateless_uniform(
-        [200, 3, 1, 1, 1], augmentations.fold_in(seed, 3), 0.7, 1.3
-    ).numpy()
+    got = augmentations.color_jitter(tf.constant(images), draws(200), 0.3).numpy()
+    factors = draws(200).uniform(3, 1, 1, 1, low=0.7, high=1.3).numpy()
     b, c, s = factors.transpose(1, 0, 2, 3, 4)
     grey = lambda x: x @ np.array([[0.2989], [0.587], [0.114]]) if channels == 3 else x
     bright = images * b
@@ -193,7 +307,7 @@ def test_color_jitter_against_numpy(channels):
 
 def test_cutout_blackens_one_square():
     out = augmentations.cutout(
-        tf.fill([32, 8, 8, 3], tf.constant(200, tf.uint8)), tf.constant([1, 2]), 4
+        tf.fill([32, 8, 8, 3], tf.constant(200, tf.uint8)), draws(32), 4
     ).numpy()
     black = (out == 0).all(-1)
     assert ((out == 200) | (out == 0)).all()
@@ -366,7 +480,8 @@ def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
     d = data.load("image_folder", folder, image_size=8)
     assert capsys.readouterr().out.splitlines() == [
         "Not .jpg or .png, left alone: 2 .txt, 1 .bmp",
-        "train: 11 images of 2×3 to 8×12 pixels; 3 grey; 2 with alpha (dropped); 1 of 16 bits; 1 CMYK; 2 turned upright",
+        "train: 11 images of 2×3 to 8×12 pixels; 3 grey; 2 with alpha (dropped); 1 of 16 bits; "
+        "1 CMYK; 2 turned upright",
         "test: 2 images of 8×8 pixels",
     ]
     monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
@@ -407,7 +522,7 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
             "test": {"a": [jpeg], "b": [png, b"G"]},
         }
     )
-    with pytest.raises(UserError, match="cannot be read .*--on_bad_image=skip") as refused:
+    with pytest.raises(UserError, match="cannot be read .*`on_bad_image=skip`") as refused:
         data.load("image_folder", folder)
     assert all(
         name in str(refused.value)
@@ -441,7 +556,8 @@ def test_a_class_without_a_readable_image_is_refused(make_folder):
 
 def test_on_bad_image_goes_with_files_only():
     with pytest.raises(
-        UserError, match="--on_bad_image=skip does not go with --dataset=digits: it is for image_f"
+        UserError,
+        match="`on_bad_image=skip`: it does not go with the data set digits: it is for image_f",
     ):
         data.load("digits", on_bad_image="skip")
 
@@ -518,13 +634,25 @@ def test_an_image_that_is_no_longer_there_is_named(make_folder):
 def test_names_of_data_sets():
     for arguments, text in (
         (("cifar11",), "Did you mean cifar1"),
-        (("image_folder",), "needs --data_dir"),
+        (("image_folder",), "needs `data_dir`, a folder of SPLIT/CLASS/IMAGE"),
         (("digits", "/"), "does not go with"),
         (("cifar10", "/nowhere"), "is not there"),
         (("imdb_reviews",), "not for image classification"),
     ):
         with pytest.raises(UserError, match=text):
             data.load(*arguments)
+
+
+def test_rows_say_what_the_data_sets_are():
+    rows = datasets.described()
+    assert [*rows] == [*data.DATASETS, "any other name"]
+    assert [name for name, row in rows.items() if row.reads_files] == [
+        "image_folder",
+        "tiny_imagenet",
+    ]
+    assert datasets.find("digits").folder is None and "SPLIT/CLASS" in rows["image_folder"].folder
+    assert not datasets.find("emnist/letters").flip and datasets.find("cifar10:3.0.2").flip
+    assert all(row.summary and row.folder for name, row in rows.items() if name != "digits")
 
 
 def test_tensorflow_datasets_by_name():
@@ -540,7 +668,10 @@ def test_tensorflow_datasets_by_name():
 
 @pytest.fixture
 def imagenet(tmp_path):
-    """A folder with imagenet2012 as tensorflow-datasets prepares it: images of several sizes, test images without labels."""
+    """A folder with imagenet2012 as tensorflow-datasets prepares it.
+
+    Its images are of several sizes, its test images have no labels.
+    """
     import tensorflow_datasets as tfds
 
     features = tfds.features.FeaturesDict(
@@ -618,9 +749,9 @@ def test_sets_fetched_by_hand_say_so(tmp_path):
 
 
 def test_a_missing_set_without_network_is_refused_soon(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "_reachable", lambda url: False)
+    monkeypatch.setattr(from_tfds, "_reachable", lambda url: False)
     with pytest.raises(
-        UserError, match=r"cifar-100-binary.tar.gz in .*manual, or take --dataset=digits"
+        UserError, match=r"cifar-100-binary.tar.gz in .*manual, or take the data set digits"
     ):
         data.load("cifar100", str(tmp_path))
     assert os.listdir(tmp_path) == []
@@ -629,13 +760,16 @@ def test_a_missing_set_without_network_is_refused_soon(tmp_path, monkeypatch):
 def test_an_address_that_does_not_answer_is_given_up():
     began = time.monotonic()
     # Reserved for documentation: no machine has it.
-    assert not datasets._reachable("http://192.0.2.1/archive.tar.gz", seconds=1)
+    assert not from_tfds._reachable("http://192.0.2.1/archive.tar.gz", seconds=1)
     assert time.monotonic() - began < 5
 
 
 @pytest.fixture
 def tiny_imagenet(tmp_path):
-    """A folder as the archive of Tiny ImageNet unpacks, of three classes; two have the same first word."""
+    """A folder as the archive of Tiny ImageNet unpacks.
+
+    It has three classes, of which two have the same first word.
+    """
     root = tmp_path / "tiny-imagenet-200"
     words = {
         "n3": "crane",
@@ -702,5 +836,5 @@ def test_tiny_imagenet_that_is_damaged(tiny_imagenet):
         annotations.write_text(text)
         with pytest.raises(UserError, match=said):
             load()
-    with pytest.raises(UserError, match="needs --data_dir, the folder tiny-imagenet-200 of"):
+    with pytest.raises(UserError, match="needs `data_dir`, the folder tiny-imagenet-200 of"):
         data.load("tiny_imagenet")

@@ -101,15 +101,10 @@ class Options:
     )
 
     # Data.
-    dataset: str = _flag(
-        "cifar100",
-        "cifar10, cifar100, digits, tiny_imagenet, image_folder, or any image-classification data "
-        "set of tensorflow-datasets",
-    )
+    dataset: str = _flag("cifar100", "what to learn from")
     data_dir: Optional[str] = _flag(
         None,
-        "folder of the images (image_folder: SPLIT/CLASS/IMAGE; tiny_imagenet: "
-        "as unpacked) or of tensorflow-datasets",
+        "folder of the data",
         str,
         run_only=True,
     )
@@ -127,7 +122,7 @@ class Options:
     )
     on_bad_image: str = _flag(
         "fail",
-        "image_folder, tiny_imagenet: refuse files that cannot be read, or leave them out",
+        "refuse image files that cannot be read, or leave them out",
         ("fail", "skip"),
     )
     augment: Optional[str] = _flag(
@@ -360,16 +355,19 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def complete_help(
-    methods: Mapping[str, Any], networks: Iterable[str], values: flags.FlagValues = flags.FLAGS
+    methods: Mapping[str, Any],
+    networks: Iterable[str],
+    datasets: Mapping[str, Any],
+    values: flags.FlagValues = flags.FLAGS,
 ) -> None:
-    """Adds to the flags' help what the tables know.
+    """Adds to the flags' help what the tables of methods, networks and data sets say.
 
-    These are the names of methods and networks and, at each flag that some methods take, these
-    methods with their defaults.
+    A flag that only some of the methods take names these, with their defaults.
 
     Args:
       methods: {name: Distiller}.
       networks: names.
+      datasets: {name: data.datasets.Dataset}, as data.datasets.described() gives them.
       values: absl FlagValues in which the flags are defined.
     """
     values["method"].help += (
@@ -377,6 +375,14 @@ def complete_help(
         "defaults, in brackets"
     )
     values["network"].help += ". Names: " + ", ".join(networks)
+    values["dataset"].help += ": " + "; ".join(
+        f"{name} ({row.summary})" for name, row in datasets.items()
+    )
+    values["data_dir"].help += ": " + "; ".join(
+        f"{name}: {row.folder}" for name, row in datasets.items() if row.folder
+    )
+    readers = ", ".join(name for name, row in datasets.items() if row.reads_files)
+    values["on_bad_image"].help += f" ({readers})"
     taken = {method: cls.parameters() for method, cls in methods.items()}
     for name in sorted(set(names()) - {"network"}):
         takers = [

@@ -1,4 +1,11 @@
-"""Data: sets by name (datasets), stateless augmentation (augment), tf.data pipelines (pipeline)."""
+"""Labelled images: data sets by name, and tf.data pipelines of augmented training batches.
 
-from tf_pcl.data.datasets import ImageData, load
+`datasets` has the table of data sets and `load`; each data set or family of them has a file of its
+own (`digits`, `image_folder`, `tiny_imagenet`, `from_tfds`). `storage` keeps the images of a split,
+`image_files` decodes files, `augmentations` has the table of random augmentations and `pipeline`
+makes batches.
+"""
+
+from tf_pcl.data.augmentations import AUGMENTATIONS
+from tf_pcl.data.datasets import DATASETS, ImageData, load
 from tf_pcl.data.pipeline import steps_per_epoch, test_batches, train_batches

@@ -1,101 +1,144 @@
-"""Random augmentations of uint8 batches [B, H, W, C], stateless: the same seed gives the same images."""
+"""Random augmentations of uint8 images [B, H, W, C]: for each, one function and one row.
+
+A function takes images, Draws that hand out its random numbers, and the value that was asked for;
+it returns images of the same shape. Random numbers are stateless: the same key gives the same
+images. They depend on the augmentation's name and not on other rows. The rows of AUGMENTATIONS are
+applied in their order.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from typing import Any, Callable, Optional, Union
 
 import tensorflow as tf
 
 from tf_pcl import compat
+from tf_pcl.errors import UserError, choose
 
 
-def fold_in(seed, *data):
-    """A new seed int [2] from a seed and integers."""
-    for d in data:
-        seed = tf.random.experimental.stateless_fold_in(seed, d)
+def fold_in(seed: tf.Tensor, *numbers: Union[int, tf.Tensor]) -> tf.Tensor:
+    """Returns a new seed int [2] that is a function of a seed and of integers."""
+    for number in numbers:
+        seed = tf.random.experimental.stateless_fold_in(seed, number)
     return seed
 
 
-def pad_crop_flip(images, seed, padding, flip, rows=slice(None), total=None):
-    """Zero-pads by `padding` pixels, cuts a random window of the old size, mirrors half of the windows if `flip`.
+class Draws:
+    """Hands out the random numbers of the images at hand.
+
+    These images are rows of a global batch. An image's numbers depend on the key, on how many
+    calls came before, and on the image's row in the global batch. Workers that have different rows
+    therefore draw together what one worker with the whole batch would.
+
+    Args:
+      key: a seed, int [2].
+      total: the size of the global batch.
+      rows: the rows of the global batch that are at hand, B of them.
+    """
+
+    def __init__(self, key: tf.Tensor, total: int, rows: slice = slice(None)):
+        self.key, self.total, self.rows = key, total, rows
+        self._calls = 0
+
+    def uniform(self, *shape: int, low=0, high=1, dtype: tf.DType = tf.float32) -> tf.Tensor:
+        """Returns the next random numbers, [B, *shape], uniform in [low, high)."""
+        key = fold_in(self.key, self._calls)
+        self._calls += 1
+        return tf.random.stateless_uniform([self.total, *shape], key, low, high, dtype)[self.rows]
+
+    def named(self, name: str) -> "Draws":
+        """Returns Draws for the same images whose random numbers depend on a name as well."""
+        # Python's own hash differs from process to process.
+        key = fold_in(self.key, zlib.crc32(name.encode()) & 0x7FFFFFFF)
+        return Draws(key, self.total, self.rows)
+
+
+def random_crop(images: tf.Tensor, draws: Draws, kind: str) -> tf.Tensor:
+    """Cuts a random window out of each image, as "crop" or "inception" do."""
+    return CROPS[kind](images, draws)
+
+
+def pad_and_crop(images: tf.Tensor, draws: Draws, padding: Optional[int] = None) -> tf.Tensor:
+    """Zero-pads images on every side and cuts a random window of the old size.
 
     Args:
       images: uint8 [B, H, W, C].
-      seed: int [2].
-      padding: pixels on every side.
-      flip: whether to mirror left-right.
-      rows, total: if `images` are rows `rows` of a batch of `total`, they are treated as they would be within it.
+      draws: the random numbers.
+      padding: in pixels; an eighth of the shorter side by default.
     """
     h, w = images.shape[1:3]
-    total = total or tf.shape(images)[0]
-    offsets = tf.random.stateless_uniform(
-        [total, 2], fold_in(seed, 0), 0, 2 * padding + 1, tf.int32
-    )[rows]
-    down, right = tf.range(h), tf.range(w)
-    columns = tf.tile(right[None], [tf.shape(offsets)[0], 1])
-    if flip:
-        mirrored = tf.random.stateless_uniform([total, 1], fold_in(seed, 1))[rows] < 0.5
-        columns = tf.where(mirrored, right[::-1], columns)
+    if padding is None:
+        padding = max(1, round(min(h, w) / 8))
+    offsets = draws.uniform(2, high=2 * padding + 1, dtype=tf.int32)
     images = tf.pad(images, [[0, 0], [padding, padding], [padding, padding], [0, 0]])
-    images = tf.gather(images, offsets[:, :1] + down, axis=1, batch_dims=1)
-    return tf.gather(images, offsets[:, 1:] + columns, axis=2, batch_dims=1)
+    images = tf.gather(images, offsets[:, :1] + tf.range(h), axis=1, batch_dims=1)
+    return tf.gather(images, offsets[:, 1:] + tf.range(w), axis=2, batch_dims=1)
 
 
-def inception_crop(images, seed, flip, rows=slice(None), total=None):
-    """Cuts a random window, resizes it to the old size, mirrors half of the windows if `flip` (Szegedy et al., 2015).
+def inception_crop(images: tf.Tensor, draws: Draws) -> tf.Tensor:
+    """Cuts a random window and resizes it to the old size (Szegedy et al., 2015).
 
-    A window's ratio of width to height is log-uniform in [3/4, 4/3], its area uniform from 8 % of the image to the largest
-    that fits. It is cut from the image as it is given, which for photos is one already resized.
+    A window's ratio of width to height is log-uniform in [3/4, 4/3], its area uniform from 8 % of
+    the image to the largest that fits. It is cut from the image as it is given, which for photos is
+    one already resized.
 
     Args:
-      images, seed, flip, rows, total: as in pad_crop_flip.
+      images: uint8 [B, H, W, C].
+      draws: the random numbers.
     """
-    h, w = images.shape[1:3]
-    total = total or tf.shape(images)[0]
-    windows = inception_windows(
-        tf.random.stateless_uniform([total, 4], fold_in(seed, 0))[rows], h, w
-    )
-    mirrored = tf.random.stateless_uniform([total], fold_in(seed, 1))[rows] < (0.5 if flip else 0)
-    return resized_windows(images, windows, mirrored)
+    return resized_windows(images, inception_windows(draws.uniform(4), *images.shape[1:3]))
 
 
-def inception_windows(draws, h, w):
-    """Windows (top, left, bottom, right) in images of `h` × `w` pixels, float32 [B, 4], from `draws` in [0, 1), [B, 4]."""
-    ratio = (4 / 3) ** (2 * draws[:, 0] - 1)
+def inception_windows(uniform: tf.Tensor, h: int, w: int) -> tf.Tensor:
+    """Returns windows (top, left, bottom, right) in images of `h` × `w` pixels, float32 [B, 4].
+
+    Args:
+      uniform: numbers in [0, 1), float32 [B, 4].
+      h: height of the images.
+      w: width of the images.
+    """
+    ratio = (4 / 3) ** (2 * uniform[:, 0] - 1)
     largest = tf.minimum(1.0, tf.minimum(w / h / ratio, h / w * ratio))
     smallest = tf.minimum(0.08, largest)
-    area = h * w * (smallest + (largest - smallest) * draws[:, 1])
+    area = h * w * (smallest + (largest - smallest) * uniform[:, 1])
     height, width = tf.sqrt(area / ratio), tf.sqrt(area * ratio)
-    top, left = draws[:, 2] * (h - height), draws[:, 3] * (w - width)
+    top, left = uniform[:, 2] * (h - height), uniform[:, 3] * (w - width)
     return tf.stack([top, left, top + height, left + width], 1)
 
 
-def resized_windows(images, windows, mirrored):
-    """`windows` (of inception_windows) of uint8 [B, H, W, C], resized to H × W and mirrored where `mirrored`, bool [B]."""
-    h, w = images.shape[1:3]
-    # crop_and_resize counts from the centre of the first pixel, 0, to that of the last, 1, and blackens what is beyond.
-    top, left, bottom, right = (
-        tf.clip_by_value(edge, 1e-6, 1 - 1e-6)
-        for edge in tf.unstack((windows - [0, 0, 1, 1]) / [h - 1, w - 1, h - 1, w - 1], axis=1)
-    )
-    left, right = tf.where(mirrored, right, left), tf.where(mirrored, left, right)
-    return _uint8(
-        tf.image.crop_and_resize(
-            images, tf.stack([top, left, bottom, right], 1), tf.range(tf.shape(images)[0]), [h, w]
-        )
-    )
-
-
-def color_jitter(images, seed, strength, rows=slice(None), total=None):
-    """Scales brightness, contrast and saturation (grey images have none), each by a factor in [1 - strength, 1 + strength].
+def resized_windows(images: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
+    """Cuts one window of each image, uint8 [B, H, W, C], and resizes it to H × W.
 
     Args:
-      images, seed, rows, total: as in pad_crop_flip, C is 1 or 3.
-      strength: in [0, 1].
+      images: uint8 [B, H, W, C].
+      windows: those of inception_windows, float32 [B, 4].
     """
-    total = total or tf.shape(images)[0]
-    brightness, contrast, saturation = tf.unstack(
-        tf.random.stateless_uniform(
-            [total, 3, 1, 1, 1], fold_in(seed, 3), 1 - strength, 1 + strength
-        )[rows],
-        axis=1,
+    h, w = images.shape[1:3]
+    # crop_and_resize counts from the centre of the first pixel, 0, to that of the last, 1, and
+    # blackens what is beyond.
+    edges = tf.clip_by_value(
+        (windows - [0, 0, 1, 1]) / [h - 1, w - 1, h - 1, w - 1], 1e-6, 1 - 1e-6
     )
+    return _uint8(tf.image.crop_and_resize(images, edges, tf.range(tf.shape(images)[0]), [h, w]))
+
+
+def flip(images: tf.Tensor, draws: Draws, value: bool = True) -> tf.Tensor:
+    """Mirrors half of the images left-right."""
+    del value
+    return tf.where(draws.uniform(1, 1, 1) < 0.5, images[:, :, ::-1], images)
+
+
+def color_jitter(images: tf.Tensor, draws: Draws, strength: float) -> tf.Tensor:
+    """Scales brightness, contrast and saturation (grey images have none) by random factors.
+
+    Args:
+      images: uint8 [B, H, W, C], C is 1 or 3.
+      draws: the random numbers.
+      strength: in [0, 1]; factors lie in [1 - strength, 1 + strength].
+    """
+    factors = draws.uniform(3, 1, 1, 1, low=1 - strength, high=1 + strength)
+    brightness, contrast, saturation = tf.unstack(factors, axis=1)
     grey = lambda x: tf.image.rgb_to_grayscale(x) if images.shape[-1] == 3 else x
     x = tf.cast(images, tf.float32) * brightness
     mean = tf.reduce_mean(grey(x), [1, 2, 3], keepdims=True)
@@ -103,20 +146,93 @@ def color_jitter(images, seed, strength, rows=slice(None), total=None):
     return _uint8(grey(x) + saturation * (x - grey(x)))
 
 
-def _uint8(x):
+def cutout(images: tf.Tensor, draws: Draws, size: int) -> tf.Tensor:
+    """Blackens a random square in each image, partly outside at the borders.
+
+    Source: DeVries and Taylor, 2017.
+
+    Args:
+      images: uint8 [B, H, W, C].
+      draws: the random numbers.
+      size: side of the square, an even number of pixels.
+    """
+    h, w = images.shape[1:3]
+    centre = draws.uniform(2) * tf.constant([h, w], tf.float32)
+    return compat.tensorflow_addons().image.cutout(
+        images, (size, size), offset=tf.cast(centre, tf.int32)
+    )
+
+
+def _uint8(x: tf.Tensor) -> tf.Tensor:
     return tf.saturate_cast(tf.round(x), tf.uint8)
 
 
-def cutout(images, seed, size, rows=slice(None), total=None):
-    """Blackens a random square of `size` pixels in each image, partly outside at the borders (DeVries and Taylor, 2017).
+CROPS = {"crop": pad_and_crop, "inception": inception_crop}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """A row of AUGMENTATIONS.
 
     Args:
-      images, seed, rows, total: as in pad_crop_flip.
-      size: an even number of pixels.
+      function: (images uint8 [B, H, W, C], draws, value) -> images of the same shape.
+      allowed: the names that its value may be, or a function that says whether a value is allowed.
+      values: what values are allowed, in words; needed where `allowed` is a function.
+      default: a function of an ImageData that gives the value where none is given. Images are left
+        alone where the value is false or 0.
     """
-    h, w = images.shape[1:3]
-    total = total or tf.shape(images)[0]
-    centre = tf.random.stateless_uniform([total, 2], fold_in(seed, 2))[rows]
-    return compat.tensorflow_addons().image.cutout(
-        images, (size, size), offset=tf.cast(centre * tf.constant([h, w], tf.float32), tf.int32)
-    )
+
+    function: Callable[[tf.Tensor, Draws, Any], tf.Tensor]
+    allowed: Union[tuple, Callable[[Any], bool]]
+    values: str = ""
+    default: Callable[[Any], Any] = lambda data: 0
+
+
+AUGMENTATIONS = {
+    "augment": Augmentation(
+        random_crop,
+        tuple(CROPS),
+        default=lambda data: "crop" if min(data.image_shape[:2]) <= 64 else "inception",
+    ),
+    "flip": Augmentation(
+        flip, lambda on: on in (True, False), "true or false", lambda data: data.flip
+    ),
+    "color_jitter": Augmentation(
+        color_jitter, lambda strength: 0 <= strength <= 1, "a number from 0 to 1"
+    ),
+    "cutout": Augmentation(
+        cutout, lambda side: side >= 0 and side % 2 == 0, "an even number of pixels"
+    ),
+}
+
+
+def settle(data: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {name: value} of the augmentations to apply, in the order of AUGMENTATIONS.
+
+    Args:
+      data: an ImageData, which gives the value of those that are not given or given as None.
+      given: {name: value} of what was asked for.
+
+    Raises:
+      UserError: if there is no such augmentation or it does not take the value.
+    """
+    for name in given:
+        choose("augmentation", name, AUGMENTATIONS)
+    settled = {}
+    for name, row in AUGMENTATIONS.items():
+        value = given.get(name)
+        value = row.default(data) if value is None else value
+        if isinstance(row.allowed, tuple):
+            choose(name, value, row.allowed, parameter=name)
+        elif not row.allowed(value):
+            raise UserError(f"give {row.values}", parameter=name, value=value, allowed=row.values)
+        if value:
+            settled[name] = value
+    return settled
+
+
+def augmented(images: tf.Tensor, draws: Draws, settled: Mapping[str, Any]) -> tf.Tensor:
+    """Returns images uint8 [B, H, W, C] after the augmentations that `settle` returned."""
+    for name, value in settled.items():
+        images = AUGMENTATIONS[name].function(images, draws.named(name), value)
+    return images

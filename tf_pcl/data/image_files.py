@@ -1,13 +1,17 @@
-"""Image files as people have them: of any size, grey or CMYK, with alpha, turned by EXIF, damaged.
+"""Decodes image files of any size, grey or CMYK, with alpha, turned by EXIF, or damaged.
 
-Every file becomes uint8 [H, W, 3]: grey is repeated, alpha dropped (colours stay as they are stored, as in serving and in
-most libraries), CMYK converted, 16 bits cut to 8, and a JPEG turned upright as its EXIF orientation says.
+Every file becomes uint8 [H, W, 3]: grey is repeated, alpha is dropped (colours stay as they are
+stored, as in serving and in most libraries), CMYK is converted, 16 bits are cut to 8, and a JPEG is
+turned upright as its EXIF orientation says.
 """
 
 import collections
 import concurrent.futures
+import os
+import random
 import struct
-import typing
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
@@ -19,8 +23,15 @@ from tf_pcl.errors import UserError
 TRAITS = ("grey", "with alpha (dropped)", "of 16 bits", "CMYK", "turned upright")
 
 
-class Header(typing.NamedTuple):
-    """What an image file says of itself: pixels once upright, EXIF orientation 1–8 (1: upright), those of TRAITS it has."""
+class Header(NamedTuple):
+    """What an image file says of itself.
+
+    Args:
+      width: in pixels, once the image is upright.
+      height: in pixels, once the image is upright.
+      orientation: EXIF orientation 1–8; 1 is upright.
+      traits: those of TRAITS that it has.
+    """
 
     width: int
     height: int
@@ -28,8 +39,12 @@ class Header(typing.NamedTuple):
     traits: tuple = ()
 
 
-def header(data):
-    """The Header of the bytes of a JPEG, PNG, GIF or BMP file; ValueError where they are of no such file."""
+def header(data: bytes) -> Header:
+    """Reads the header of a JPEG, PNG, GIF or BMP file from its bytes.
+
+    Raises:
+      ValueError: if they are of no such file or end within the header.
+    """
     try:
         if data.startswith(b"\xff\xd8"):
             return _jpeg(data)
@@ -53,7 +68,7 @@ def _traits(*present):
     return tuple(trait for trait, there in zip(TRAITS, present) if there)
 
 
-def _jpeg(data):
+def _jpeg(data: bytes) -> Header:
     turn, at = 1, 2
     while True:
         at = data.index(b"\xff", at)
@@ -73,8 +88,12 @@ def _jpeg(data):
         at += 2 + size
 
 
-def orientation(exif):
-    """The orientation 1–8 in EXIF data (bytes from the TIFF header on); 1 where it has none or is damaged."""
+def orientation(exif: bytes) -> int:
+    """Returns the orientation 1–8 in EXIF data, 1 where it has none or is damaged.
+
+    Args:
+      exif: the bytes from the TIFF header on.
+    """
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order:
         try:
@@ -89,8 +108,16 @@ def orientation(exif):
     return 1
 
 
-def upright(image, turn):
-    """Turns an image [H, W, C] of EXIF orientation `turn` (int, 1–8) upright; [W, H, C] for 5 to 8."""
+def upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
+    """Turns an image upright.
+
+    Args:
+      image: [H, W, C].
+      turn: its EXIF orientation, an int from 1 to 8.
+
+    Returns:
+      The image, [W, H, C] for the orientations 5 to 8.
+    """
 
     def turned():
         plain = tf.cond(turn >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image)
@@ -104,15 +131,20 @@ def upright(image, turn):
     return tf.cond(turn > 1, turned, lambda: image)
 
 
-def decode(encoded, channels=3):
-    """uint8 [H, W, channels] of the bytes of an image file; of an animation the first frame."""
+def decode(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
+    """Decodes the bytes of an image file, uint8 [H, W, channels]; an animation's first frame."""
     image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
     image.set_shape([None, None, channels])
     return image
 
 
-def resize(images, size):
-    """Cuts the square in the middle of uint8 [..., H, W, C] and resizes it to `size` pixels a side."""
+def resize(images: tf.Tensor, size: int) -> tf.Tensor:
+    """Cuts the square in the middle of images and resizes it to `size` pixels a side.
+
+    Args:
+      images: uint8 [..., H, W, C].
+      size: in pixels.
+    """
     h, w = tf.shape(images)[-3], tf.shape(images)[-2]
     side = tf.minimum(h, w)
     top, left = (h - side) // 2, (w - side) // 2
@@ -122,24 +154,30 @@ def resize(images, size):
     )
 
 
-def load(splits, classes, image_size, on_bad_image):
+def load(
+    splits: Mapping[str, Sequence[tuple[str, int]]],
+    classes: Sequence[str],
+    image_size: Optional[int],
+    on_bad_image: str,
+) -> dict[str, Union[storage.Arrays, storage.Files]]:
     """Reads every image file once and prints, in a line a split, what was found.
 
     Args:
-      splits: {name: (paths, labels)}, at least one path each.
+      splits: {name: [(path, label)]}, at least one path each; they are shuffled.
       classes: names in the order of the labels.
       image_size: pixels a side, or None where all images are of one size.
       on_bad_image: "fail", or "skip" to leave out files that cannot be read.
-    Returns:
-      {name: storage.Arrays, or Files where they exceed MEMORY_LIMIT}, of the files that can be read.
-    Raises:
-      UserError: if files cannot be read (naming the first of them), images differ in size without `image_size`, or a
-        class of a split has no image left.
-    """
-    headers = {split: _headers(paths) for split, (paths, _) in splits.items()}
-    shape = (image_size, image_size, 3) if image_size else _one_shape(splits, headers)
 
-    any_turned = any(h and h.orientation > 1 for found in headers.values() for h in found)
+    Returns:
+      {name: the files that can be read, as Arrays, or as Files where they exceed MEMORY_LIMIT}.
+
+    Raises:
+      UserError: if files cannot be read (naming the first of them), images differ in size without
+        `image_size`, or a class of a split has no image left.
+    """
+    files = {split: _Files(split, examples) for split, examples in splits.items()}
+    shape = (image_size, image_size, 3) if image_size else _one_shape([*files.values()])
+    any_turned = any((part.turns > 1).any() for part in files.values())
 
     def prepare(encoded, turn):
         image = decode(encoded)
@@ -148,70 +186,84 @@ def load(splits, classes, image_size, on_bad_image):
         return resize(image, image_size) if image_size else tf.ensure_shape(image, shape)
 
     kept, bad = {}, []
-    for split, (paths, labels) in splits.items():
-        in_memory = len(paths) * np.prod(shape) <= storage.MEMORY_LIMIT
-        if not in_memory:
-            print(
-                f"{split}: reading {len(paths):,} images once, to find those that cannot be read …",
-                flush=True,
-            )
-        paths, labels = np.array(paths, object), np.asarray(labels)
-        turns = np.array([h.orientation if h else 1 for h in headers[split]], np.int32)
-        images, readable = (
-            np.zeros((len(paths) if in_memory else 0, *shape), np.uint8),
-            np.zeros(len(paths), bool),
-        )
-        # One pixel is enough to know that a file can be decoded.
-        read = prepare if in_memory else lambda encoded, turn: prepare(encoded, turn)[0, 0, 0]
-        for index, batch in _readable(
-            [i for i, h in enumerate(headers[split]) if h], paths, turns, read
-        ):
-            readable[index] = True
-            if in_memory:
-                images[index] = batch
-        good = np.flatnonzero(readable)
-        bad += [*paths[~readable]]
-        print(_report(split, [headers[split][i] for i in good], len(paths) - len(good)), flush=True)
-        emptied = [classes[k] for k in np.setdiff1d(labels, labels[good])]
+    for split, part in files.items():
+        kept[split], unreadable = part.read(prepare, shape)
+        bad += unreadable
+        emptied = [classes[k] for k in np.setdiff1d(part.labels, kept[split].labels)]
         if emptied and on_bad_image == "skip":
             raise UserError(
-                f"no image of {', '.join(emptied[:3])} in {split} can be read, such as {_names(bad)}: mend them "
-                "or take the class out"
+                f"no image of {', '.join(emptied[:3])} in {split} can be read, such as "
+                f"{_names(bad)}: mend them or take the class out"
             )
-        kept[split] = (
-            storage.Arrays(images if readable.all() else images[good], labels[good])
-            if in_memory
-            else storage.Files(paths[good], turns[good], labels[good], prepare, shape)
-        )
     if bad and on_bad_image == "fail":
         raise UserError(
-            f"{_names(bad)} cannot be read as a JPEG or PNG image: mend or remove, or leave out whatever cannot "
-            "be read with --on_bad_image=skip"
+            f"{_names(bad)} cannot be read as a JPEG or PNG image: mend or remove, or leave out "
+            "whatever cannot be read with `on_bad_image=skip`"
         )
     if bad:
         print(f"Left out: {_names(bad)}", flush=True)
     return kept
 
 
-def _names(paths):
+class _Files:
+    """The image files of a split, and what their headers say (None for those without one)."""
+
+    def __init__(self, split: str, examples: Sequence[tuple[str, int]]):
+        # Shuffled as by tfds.ImageFolder, so that the first images, of which a mean is taken, are
+        # of all classes.
+        examples = list(examples)
+        random.Random(split).shuffle(examples)
+        self.split = split
+        self.paths = np.array([os.fsencode(path) for path, _ in examples], object)
+        self.labels = np.array([label for _, label in examples])
+        self.headers = _headers(self.paths)
+        self.turns = np.array([h.orientation if h else 1 for h in self.headers], np.int32)
+
+    def read(self, prepare, shape) -> tuple[Union[storage.Arrays, storage.Files], list[bytes]]:
+        """Reads all files, prints a report, and returns those kept and the paths of the others."""
+        count = len(self.paths)
+        in_memory = count * np.prod(shape) <= storage.MEMORY_LIMIT
+        if not in_memory:
+            print(
+                f"{self.split}: reading {count:,} images once, to find those that cannot be read …",
+                flush=True,
+            )
+        images = np.zeros((count if in_memory else 0, *shape), np.uint8)
+        readable = np.zeros(count, bool)
+        # One pixel is enough to know that a file can be decoded.
+        read = prepare if in_memory else lambda encoded, turn: prepare(encoded, turn)[0, 0, 0]
+        for index, batch in self._decodable(read):
+            readable[index] = True
+            if in_memory:
+                images[index] = batch
+        good = np.flatnonzero(readable)
+        print(_report(self.split, [self.headers[i] for i in good], count - len(good)), flush=True)
+        bad, labels = [*self.paths[~readable]], self.labels[good]
+        if in_memory:
+            return storage.Arrays(images if readable.all() else images[good], labels), bad
+        return storage.Files(self.paths[good], self.turns[good], labels, prepare, shape), bad
+
+    def _decodable(self, read):
+        """Yields (indices, what `read` makes of them) of the files that can be decoded."""
+        index = np.array([i for i, h in enumerate(self.headers) if h], np.int64)
+        files = tf.data.Dataset.from_tensor_slices(
+            (index, tf.constant(self.paths[index], tf.string), self.turns[index])
+        ).map(
+            lambda i, path, turn: (i, read(tf.io.read_file(path), turn)),
+            num_parallel_calls=tf.data.AUTOTUNE,
+        )
+        return files.ignore_errors().batch(512).as_numpy_iterator()
+
+
+def _names(paths: Sequence[bytes]) -> str:
     more = f" and {len(paths) - 20:,} more" if len(paths) > 20 else ""
     return ", ".join(path.decode(errors="replace") for path in paths[:20]) + more
 
 
-def _readable(index, paths, turns, read):
-    """(indices, what `read` makes of them), in batches, of those files of `index` that can be read and decoded."""
-    files = tf.data.Dataset.from_tensor_slices(
-        (np.array(index, np.int64), tf.constant(paths[index], tf.string), turns[index])
-    ).map(
-        lambda i, path, turn: (i, read(tf.io.read_file(path), turn)),
-        num_parallel_calls=tf.data.AUTOTUNE,
-    )
-    return files.ignore_errors().batch(512).as_numpy_iterator()
-
-
-def _headers(paths):
-    """The Headers of files, None for those that cannot be read."""
-    # Several at once, since a network disk answers late; in parts, since a task costs more than a header.
+def _headers(paths: np.ndarray) -> list[Optional[Header]]:
+    """Returns the Headers of files, None for those that cannot be read."""
+    # Several at once, since a network disk answers late; in parts, since a task costs more than
+    # a header.
     parts = [paths[i : i + 500] for i in range(0, len(paths), 500)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return [
@@ -221,7 +273,7 @@ def _headers(paths):
         ]
 
 
-def _header_of(path):
+def _header_of(path: bytes) -> Optional[Header]:
     try:
         with open(path, "rb") as f:
             start = f.read(1 << 16)
@@ -233,41 +285,31 @@ def _header_of(path):
         return None
 
 
-def _one_shape(splits, headers):
-    """(H, W, 3) that all images have; UserError, naming two files, where they differ."""
-    known = [
-        (path, h)
-        for split, (paths, _) in splits.items()
-        for path, h in zip(paths, headers[split])
-        if h
-    ]
+def _one_shape(splits: Sequence[_Files]) -> tuple[int, int, int]:
+    """Returns the (H, W, 3) that all images have; UserError, naming two files, if they differ."""
+    known = [(path, h) for part in splits for path, h in zip(part.paths, part.headers) if h]
     if not known:
         return (1, 1, 3)
-    (path, first), *others = known
-    for other, h in others:
+    path, first = known[0]
+    for other, h in known:
         if (h.width, h.height) != (first.width, first.height):
             raise UserError(
-                f"images differ in size: {path.decode(errors='replace')} is {first.width}×{first.height}, "
-                f"{other.decode(errors='replace')} is {h.width}×{h.height} (width × height). Give "
-                "--image_size=PIXELS to bring them to one size."
+                f"images differ in size: {_names([path])} is {first.width}×{first.height}, "
+                f"{_names([other])} is {h.width}×{h.height} (width × height). Give "
+                "`image_size=PIXELS` to bring them to one size."
             )
     return (first.height, first.width, 3)
 
 
-def _report(split, headers, unreadable):
-    """A line that says what the images of a split are."""
+def _report(split: str, headers: Sequence[Header], unreadable: int) -> str:
+    """Returns a line that says what the images of a split are."""
+    line = f"{split}: {len(headers):,} images"
     sizes = sorted({(h.width * h.height, f"{h.width}×{h.height}") for h in headers})
+    if sizes:
+        largest = f" to {sizes[-1][1]}" if len(sizes) > 1 else ""
+        line += f" of {sizes[0][1]}{largest} pixels"
     counts = collections.Counter(trait for h in headers for trait in h.traits)
     notes = [f"{counts[trait]:,} {trait}" for trait in TRAITS if counts[trait]]
-    return "; ".join(
-        [
-            f"{split}: {len(headers):,} images"
-            + (
-                f" of {sizes[0][1]}" + (f" to {sizes[-1][1]}" if len(sizes) > 1 else "") + " pixels"
-                if sizes
-                else ""
-            ),
-            *notes,
-            *([f"{unreadable:,} cannot be read"] if unreadable else []),
-        ]
-    )
+    if unreadable:
+        notes.append(f"{unreadable:,} cannot be read")
+    return "; ".join([line, *notes])

@@ -15,7 +15,7 @@ from tf_pcl import optimizer
 from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.methods.distiller import Distiller, Stage
-from tf_pcl.options import Options
+from tf_pcl.options import Options, names
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.callbacks import Progress, Record, Row, Save
 from tf_pcl.training.checkpoints import Checkpoints
@@ -152,11 +152,8 @@ class Trainer:
             views=model.num_views,
             seed=options.seed,
             start=start,
-            flip=options.flip,
-            augment=options.augment,
-            color_jitter=options.color_jitter,
-            cutout=options.cutout,
             shard=shard,
+            **{name: getattr(options, name) for name in datasets.AUGMENTATIONS if name in names()},
         )
 
     def _seed(self, number: int, last: bool) -> int:
