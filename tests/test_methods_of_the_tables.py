@@ -305,10 +305,9 @@ def shaken(module, seed=3):
 
 
 def convolve(x, kernel, stride=1):
-    """Same-padded convolution of [B, H, W, c] with [k, k, c, n]."""
+    """Convolution of [B, H, W, c] with [k, k, c, n], k odd, padded alike on all sides."""
     k, sides = kernel.shape[0], x.shape[1:3]
-    pads = [max((-(-n // stride) - 1) * stride + k - n, 0) for n in sides]
-    x = np.pad(x, [(0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)])
+    x = np.pad(x, [(0, 0), *[(k // 2, k // 2)] * 2, (0, 0)])
     out = np.zeros((len(x), *(-(-n // stride) for n in sides), kernel.shape[-1]))
     for i in range(out.shape[1]):
         for j in range(out.shape[2]):
