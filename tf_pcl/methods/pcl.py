@@ -17,8 +17,10 @@ No gradient flows into a teacher. Deployed is the mean model of peer 1.
 
 What the paper leaves open: g counts training steps (`ema_every="epoch"` counts epochs); β, unless given, is 0.999, when
 steps are counted capped so that the average spans at most 1 % of training; the mean teacher sees the same views as the
-peers and uses batch statistics; the BatchNorm statistics that it is deployed with are its own, from those passes; the
-m views pass the trunk as one batch.
+peers and uses batch statistics; the BatchNorm statistics that it is deployed with are its own, from those passes. If epochs
+are counted, an update moves the weights far from those that the passes before it saw; it therefore averages the BatchNorm
+statistics with the peers', with the same φ, as implementations that average all buffers do. After the first update, φ = 0,
+the mean teacher is the peers themselves, statistics included. The m views pass the trunk as one batch.
 """
 
 import tensorflow as tf
@@ -138,7 +140,7 @@ class PCL(Distiller):
 
     def after_step(self, done):
         if self.mean:
-            self.shadow.update(self.decay(done))
+            self.shadow.update(self.decay(done), statistics=self.ema_every == "epoch")
 
     def decay(self, done):
         """φ for the update after `done` steps; between the ends of epochs 1, no update, if epochs are counted."""
