@@ -121,6 +121,21 @@ def test_peers_begin_apart_and_see_their_own_views():
         np.testing.assert_allclose(model.student.target(j)(views[:, j]), alone, atol=1e-4)
 
 
+def test_views_share_the_trunks_batch_statistics_or_have_their_own():
+    views = noise(6, 3, *SHAPE)
+    views[:, 1] //= 4
+    together, apart = (build(trunk_batch=way) for way in ("together", "apart"))
+    apart.student.set_weights(together.student.get_weights())
+    trunk, raw = apart.student.trunk, apart.preprocess
+    own = [trunk(raw(views[:, j]), training=True) for j in range(3)]
+    joint = tf.split(trunk(raw(np.concatenate(list(views.swapaxes(0, 1)))), training=True), 3)
+    for model, want in ((together, joint), (apart, own)):
+        for got, expected in zip(model.student.low(tf.constant(views), True), want):
+            np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert max(np.abs(a - b).max() for a, b in zip(own, joint)) > 0.1
+    assert apart.mean.trunk_batch == "apart"
+
+
 @pytest.mark.parametrize(
     "kwargs, updates",
     [
@@ -211,6 +226,7 @@ def test_schedules_are_reported():
         ({"peers": 1}, "at least 2 peers"),
         ({"ema_every": "steps"}, "Did you mean step"),
         ({"views": "both"}, "own, shared"),
+        ({"trunk_batch": "alone"}, "apart, together"),
         ({"deploy": "ensemble", "ensemble_teacher": "none"}, "no ensemble to deploy"),
         ({"split_at": "stage_9"}, "stage_2"),
     ],

@@ -10,8 +10,10 @@ import tensorflow as tf
 from tensorflow import keras
 
 from tf_pcl import networks, surgery
-from tf_pcl.methods import PCL, OKDDip
+from tf_pcl.errors import UserError
+from tf_pcl.methods import PCL, Baseline, OKDDip
 from tf_pcl.networks import blocks
+from tf_pcl.training import run
 
 layers = keras.layers
 CIFAR, IMAGENET = ((32, 32, 3), 100), ((224, 224, 3), 1000)
@@ -100,6 +102,29 @@ def test_any_image_size_in_low_precision(name):
         assert logits.shape == (2, 10) and logits.dtype == tf.float32
         assert tf.reduce_all(tf.math.is_finite(logits)) and tf.math.reduce_std(logits) > 0
     assert model.get_layer("features").compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("fan", ["fan_in", "fan_out"])
+def test_kernels_can_be_drawn_by_fan_in_or_fan_out(fan):
+    drawn = networks.build("resnet18", *IMAGENET, initializer=fan)
+    for model in (drawn, surgery.clone(drawn)):
+        kernels = [w.numpy() for w in model.weights if len(w.shape) == 4]
+        assert len(kernels) == 20
+        for k in kernels:
+            size = k.shape[0] * k.shape[1] * k.shape[2 if fan == "fan_in" else 3]
+            assert k.std() == pytest.approx((2 / size) ** 0.5, rel=0.05)
+    assert np.abs(drawn.weights[0] - build("resnet18").weights[0]).max() > 0.01
+    with pytest.raises(UserError, match="fan_in, fan_out"):
+        networks.build("resnet8", (8, 8, 1), 10, initializer="fan")
+
+
+def test_a_run_draws_its_network_as_asked(digits):
+    kernels = {
+        fan: run.around(digits, Baseline, "resnet14", initializer=fan).trainable_weights[0].numpy()
+        for fan in ("fan_in", "fan_out")
+    }
+    # The first convolution reads 9 · 1 values and makes 9 · 16.
+    assert kernels["fan_in"].std() == pytest.approx(4 * kernels["fan_out"].std(), rel=0.3)
 
 
 class Published:

@@ -20,7 +20,8 @@ steps are counted capped so that the average spans at most 1 % of training; the 
 peers and uses batch statistics; the BatchNorm statistics that it is deployed with are its own, from those passes. If epochs
 are counted, an update moves the weights far from those that the passes before it saw; it therefore averages the BatchNorm
 statistics with the peers', with the same φ, as implementations that average all buffers do. After the first update, φ = 0,
-the mean teacher is the peers themselves, statistics included. The m views pass the trunk as one batch.
+the mean teacher is the peers themselves, statistics included. The m views pass the trunk as one batch, whose BatchNorm statistics they share; with
+`trunk_batch="apart"` each view has its own, as where the networks are called view by view.
 """
 
 import tensorflow as tf
@@ -51,6 +52,7 @@ class PCL(Distiller):
       peer_teacher: "mean" (the paper's), "mutual" (the other peers themselves; nothing is averaged and peer 1 is deployed)
         or "none".
       views: "own", one view for each peer, or "shared", one for all.
+      trunk_batch: "together" or "apart", whether all views share the trunk's BatchNorm statistics or each has its own.
       deploy: "peer", mean peer 1, or "ensemble", all mean peers with the ensemble classifier (PCL-E).
       preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
     """
@@ -71,6 +73,7 @@ class PCL(Distiller):
         ensemble_teacher="features",
         peer_teacher="mean",
         views="own",
+        trunk_batch="together",
         deploy="peer",
         preprocess=None,
     ):
@@ -95,16 +98,19 @@ class PCL(Distiller):
         self.peer_teacher = choose("--peer_teacher", peer_teacher, ("mean", "mutual", "none"))
         self.deploy = choose("--deploy", deploy, ("peer", "ensemble"))
         self.num_views = peers if choose("--views", views, ("own", "shared")) == "own" else 1
+        choose("--trunk_batch", trunk_batch, ("together", "apart"))
 
         trunk, branch = split(network, split_at)
         ensemble = self.ensemble_teacher
-        self.student = Collaborators(trunk, branch, self.peer_names, self.preprocess, ensemble)
+        self.student = Collaborators(
+            trunk, branch, self.peer_names, self.preprocess, ensemble, trunk_batch
+        )
         self.exits = (*self.peer_names, *(["ensemble"] if ensemble != "none" else []))
         self.deployed_exit = "ensemble" if deploy == "ensemble" else "peer_1"
         self.mean = None
         if peer_teacher == "mean":
             self.mean = Collaborators(
-                clone(trunk), branch, self.peer_names, self.preprocess, ensemble
+                clone(trunk), branch, self.peer_names, self.preprocess, ensemble, trunk_batch
             )
             self.shadow = Shadow(self.student, self.mean)
             self.exits += tuple(f"mean_{name}" for name in self.exits)
@@ -170,12 +176,12 @@ class Collaborators(Peers):
     """The peers and their ensemble classifier.
 
     Args:
-      trunk, branch, names, preprocess: as in Peers.
+      trunk, branch, names, preprocess, trunk_batch: as in Peers.
       ensemble: "features", "logits" or "none", as in PCL.
     """
 
-    def __init__(self, trunk, branch, names, preprocess, ensemble):
-        super().__init__(trunk, branch, names, preprocess)
+    def __init__(self, trunk, branch, names, preprocess, ensemble, trunk_batch="together"):
+        super().__init__(trunk, branch, names, preprocess, trunk_batch)
         self.ensemble = ensemble
         if ensemble == "features":
             d, classes = branch.output_shape["features"][-1], branch.output_shape["logits"][-1]

@@ -15,11 +15,13 @@ class Peers(keras.Model):
       trunk, branch: as surgery.split gives them.
       names: the peers' exits; each gets a freshly initialised copy of the branch.
       preprocess: a layer in front of the trunk.
+      trunk_batch: "together" or "apart", whether the views pass the trunk as one batch, which shares BatchNorm's
+        statistics, or one after another.
     """
 
-    def __init__(self, trunk, branch, names, preprocess, name="peers"):
+    def __init__(self, trunk, branch, names, preprocess, trunk_batch="together", name="peers"):
         super().__init__(name=name)
-        self.preprocess = preprocess
+        self.preprocess, self.trunk_batch = preprocess, trunk_batch
         self.trunk = trunk
         self.names = tuple(names)
         self.branches = []
@@ -35,7 +37,12 @@ class Peers(keras.Model):
 
     def low(self, views, training=False):
         """The trunk's output [B, …] for each of the v views, a list."""
-        # The views go through the trunk as one batch of v·B images, which share its BatchNorm statistics.
+        if self.trunk_batch == "apart":
+            return [
+                self.trunk(self.preprocess(view), training=training)
+                for view in tf.unstack(views, axis=1)
+            ]
+        # One batch of v·B images, which share the trunk's BatchNorm statistics.
         images = tf.reshape(tf.transpose(views, [1, 0, 2, 3, 4]), [-1, *views.shape[2:]])
         return tf.split(self.trunk(self.preprocess(images), training=training), views.shape[1])
 

@@ -81,7 +81,13 @@ def run(options):
         with strategy.scope():
             arguments["teacher"] = export.load(options.teacher, data.classes)
     notes = {}
-    make = functools.partial(around, data, weights={options.network: options.weights}, notes=notes)
+    make = functools.partial(
+        around,
+        data,
+        weights={options.network: options.weights},
+        initializer=options.initializer,
+        notes=notes,
+    )
     stages = method.stages(make, names if len(names) > 1 else names[0], **arguments)
 
     def built(i, trained):
@@ -158,17 +164,22 @@ def run(options):
     return results
 
 
-def around(data, cls, network, *, weights=None, trunk_share=None, notes=None, **arguments):
+def around(
+    data, cls, network, *, weights=None, initializer=None, trunk_share=None, notes=None, **arguments
+):
     """A `cls` around one network or a list, each a name or a keras.Model, for the images of `data`.
 
     Args:
       weights: {name: file of the weights that this network starts from, or None}.
+      initializer: as in networks.build.
       trunk_share: as in surgery.propose_cut.
       notes: a dict that gets lines for people as keys.
     """
     several = network if isinstance(network, (list, tuple)) else [network]
     several = [
-        networks.build(one, data.image_shape, len(data.classes)) if isinstance(one, str) else one
+        networks.build(one, data.image_shape, len(data.classes), initializer)
+        if isinstance(one, str)
+        else one
         for one in several
     ]
     raw = {networks.standardises_itself(one) for one in several}
