@@ -47,3 +47,28 @@ def sgd(w, gradients, rates, momentum=0.9, decay=5e-4, nesterov=True):
         w = w - lr * (d + momentum * v if nesterov else v)
         path.append(w)
     return path
+
+
+def convolve(x, kernel, stride=1):
+    """Convolution of [B, H, W, c] with [k, k, c, n], k odd, padded alike on all sides."""
+    k, sides = kernel.shape[0], x.shape[1:3]
+    x = np.pad(x, [(0, 0), *[(k // 2, k // 2)] * 2, (0, 0)])
+    out = np.zeros((len(x), *(-(-n // stride) for n in sides), kernel.shape[-1]))
+    for i in range(out.shape[1]):
+        for j in range(out.shape[2]):
+            patch = x[:, i * stride : i * stride + k, j * stride : j * stride + k]
+            out[:, i, j] = np.einsum("bhwc,hwcn->bn", patch, kernel)
+    return out
+
+
+def batch_norm(x, gamma, beta, mean, variance):
+    """BatchNorm of [..., c] with the statistics that are given."""
+    return gamma * (x - mean) / np.sqrt(np.asarray(variance, np.float64) + 1e-5) + beta
+
+
+def max_pool(x):
+    """3×3 max pooling with stride 2 of [B, H, W, c], padded with −∞ by one pixel on all sides."""
+    x = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=-np.inf)
+    rows, columns = (range(0, n - 2, 2) for n in x.shape[1:3])
+    windows = [[x[:, i : i + 3, j : j + 3].max((1, 2)) for j in columns] for i in rows]
+    return np.array(windows).transpose(2, 0, 1, 3)

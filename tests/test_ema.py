@@ -29,6 +29,20 @@ def test_shadow_follows_the_recursion_and_leaves_statistics_alone():
         np.testing.assert_array_equal(w.numpy(), before)
 
 
+def test_statistics_are_averaged_where_asked_for():
+    source, shadow = (resnet8((8, 8, 1), 10) for _ in range(2))
+    ema = Shadow(source, shadow)
+    want = [w.numpy().astype(np.float64) for w in shadow.weights]
+    for g in range(1, 4):
+        for w in source.weights:
+            w.assign_add(tf.random.normal(w.shape, seed=g))
+        ema.update(oracle.phi(g, 0.7), statistics=True)
+        phi = oracle.phi(g, 0.7)
+        want = [phi * t + (1 - phi) * s.numpy() for t, s in zip(want, source.weights)]
+    for w, expected in zip(shadow.weights, want):
+        np.testing.assert_allclose(w.numpy(), expected, atol=1e-5)
+
+
 def test_models_built_otherwise_are_refused():
     dense = lambda units: keras.Sequential([keras.Input((3,)), keras.layers.Dense(units)])
     with pytest.raises(ValueError, match="different weights"):

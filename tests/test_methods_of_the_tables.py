@@ -252,6 +252,17 @@ def test_okddip_attention_targets_and_the_gradient_through_them(m, d, T, step):
             assert gradient.numpy()[index] == pytest.approx((ends[0] - ends[1]) / 2e-4, abs=1e-5)
 
 
+def test_okddip_matrices_start_as_the_authors_linear_layers():
+    model = build("okddip", networks.resnet8)
+    for kernel in (model.query.kernel.numpy(), model.key.kernel.numpy()):
+        d, limit = len(kernel), len(kernel) ** -0.5
+        assert kernel.shape == (d, d // 8) == (64, 8)
+        # The deviation of a uniform variable is its limit / √3; 512 draws tell it to some percent.
+        assert 0.95 * limit < np.abs(kernel).max() <= limit
+        assert kernel.std() == pytest.approx(limit / 3**0.5, rel=0.1)
+    assert np.abs(model.query.kernel - model.key.kernel).max() > limit
+
+
 def test_cl_rescales_the_gradient_into_the_trunk_alone():
     model = build("cl", peers=4)
     views = tf.constant(noise(8, 1, *SHAPE))
@@ -304,24 +315,11 @@ def shaken(module, seed=3):
     ]
 
 
-def convolve(x, kernel, stride=1):
-    """Same-padded convolution of [B, H, W, c] with [k, k, c, n]."""
-    k, sides = kernel.shape[0], x.shape[1:3]
-    pads = [max((-(-n // stride) - 1) * stride + k - n, 0) for n in sides]
-    x = np.pad(x, [(0, 0), *((p // 2, p - p // 2) for p in pads), (0, 0)])
-    out = np.zeros((len(x), *(-(-n // stride) for n in sides), kernel.shape[-1]))
-    for i in range(out.shape[1]):
-        for j in range(out.shape[2]):
-            patch = x[:, i * stride : i * stride + k, j * stride : j * stride + k]
-            out[:, i, j] = np.einsum("bhwc,hwcn->bn", patch, kernel)
-    return out
-
-
 def norm_relu(x, weights, training):
     gamma, beta, mean, variance = weights
     axes = tuple(range(x.ndim - 1))
     mean, variance = (x.mean(axes), x.var(axes)) if training else (mean, variance)
-    return np.maximum(gamma * (x - mean) / np.sqrt(variance + 1e-5) + beta, 0)
+    return np.maximum(oracle.batch_norm(x, gamma, beta, mean, variance), 0)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -348,8 +346,8 @@ def test_ffl_fusion(training):
     )
     for name, kept in zip(peers(3), np.split(maps, 3, axis=-1)):
         np.testing.assert_allclose(kept.mean((1, 2)), student[name].features, rtol=1e-4, atol=1e-5)
-    x = norm_relu(convolve(maps, depthwise * np.eye(3 * 64)), norm_1, training)
-    x = norm_relu(convolve(x, pointwise), norm_2, training)
+    x = norm_relu(oracle.convolve(maps, depthwise * np.eye(3 * 64)), norm_1, training)
+    x = norm_relu(oracle.convolve(x, pointwise), norm_2, training)
     np.testing.assert_allclose(
         student["ensemble"].logits, x.mean((1, 2)) @ kernel + bias, rtol=1e-5, atol=1e-5
     )
@@ -370,7 +368,7 @@ def test_byot_exits_stand_after_each_stage_but_the_last(training):
         x = to_stage(model.preprocess(images), training=training).numpy().astype(np.float64)
         strides = [1, *[2] * (2 - i), 1]
         for stride, (conv,), norm in zip(strides, convs_and_norms[::2], convs_and_norms[1::2]):
-            x = norm_relu(convolve(x, conv, stride), norm, training)
+            x = norm_relu(oracle.convolve(x, conv, stride), norm, training)
         assert len(convs_and_norms) == 2 * len(strides)
         got = student[f"exit_{i + 1}"]
         np.testing.assert_allclose(got.features, x.mean((1, 2)), rtol=1e-4, atol=1e-5)

@@ -121,6 +121,21 @@ def test_peers_begin_apart_and_see_their_own_views():
         np.testing.assert_allclose(model.student.target(j)(views[:, j]), alone, atol=1e-4)
 
 
+def test_views_share_the_trunks_batch_statistics_or_have_their_own():
+    views = noise(6, 3, *SHAPE)
+    views[:, 1] //= 4
+    together, apart = (build(trunk_batch=way) for way in ("together", "apart"))
+    apart.student.set_weights(together.student.get_weights())
+    trunk, raw = apart.student.trunk, apart.preprocess
+    own = [trunk(raw(views[:, j]), training=True) for j in range(3)]
+    joint = tf.split(trunk(raw(np.concatenate(list(views.swapaxes(0, 1)))), training=True), 3)
+    for model, want in ((together, joint), (apart, own)):
+        for got, expected in zip(model.student.low(tf.constant(views), True), want):
+            np.testing.assert_allclose(got, expected, atol=1e-4)
+    assert max(np.abs(a - b).max() for a, b in zip(own, joint)) > 0.1
+    assert apart.mean.trunk_batch == "apart"
+
+
 @pytest.mark.parametrize(
     "kwargs, updates",
     [
@@ -162,6 +177,29 @@ def test_mean_teacher_keeps_statistics_of_its_own_passes():
     assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(after, of_students))
 
 
+def test_mean_teacher_of_epochs_is_usable_after_the_first(digits):
+    """The first update, φ = 0, makes it the peers; with the statistics of its own passes it would only guess."""
+    batch, steps = 64, len(digits.train) // 64
+    model = PCL(
+        networks.resnet8(SHAPE, CLASSES),
+        preprocess=networks.standardise(digits.mean, digits.std),
+        ema_every="epoch",
+    )
+    model.compile(epochs=8, steps_per_epoch=steps)
+    step = tf.function(model.train_step)
+    for k in range(steps):
+        images, labels = digits.train.fetch(tf.range(k * batch, (k + 1) * batch))
+        step((tf.repeat(images[:, None], 3, axis=1), labels))
+    for w, of_mean in zip(model.student.weights, model.mean.weights):
+        np.testing.assert_allclose(of_mean, w, rtol=1e-5, atol=1e-6, err_msg=w.name)
+    images, labels = digits.test.images, digits.test.labels.numpy()
+    logits = {name: e.logits.numpy() for name, e in model.all_exits(images).items()}
+    error = {name: 100 * np.mean(z.argmax(-1) != labels) for name, z in logits.items()}
+    for name in ("peer_1", "peer_2", "peer_3", "ensemble"):
+        assert error[f"mean_{name}"] == pytest.approx(error[name], abs=0.5)
+    assert error["mean_peer_1"] < 50
+
+
 def test_high_capacity_network_is_the_mean_ensemble():
     model = build(deploy="ensemble")
     images = noise(5, *SHAPE)
@@ -188,6 +226,7 @@ def test_schedules_are_reported():
         ({"peers": 1}, "at least 2 peers"),
         ({"ema_every": "steps"}, "Did you mean step"),
         ({"views": "both"}, "own, shared"),
+        ({"trunk_batch": "alone"}, "apart, together"),
         ({"deploy": "ensemble", "ensemble_teacher": "none"}, "no ensemble to deploy"),
         ({"split_at": "stage_9"}, "stage_2"),
     ],

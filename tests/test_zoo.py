@@ -1,13 +1,21 @@
 """The networks are those of the tables: exact parameter counts, forward cost, where the branch begins, any image size."""
 
 import functools
+import re
 
+import numpy as np
+import oracle
 import pytest
 import tensorflow as tf
 from tensorflow import keras
 
 from tf_pcl import networks, surgery
+from tf_pcl.errors import UserError
+from tf_pcl.methods import PCL, Baseline, OKDDip
+from tf_pcl.networks import blocks
+from tf_pcl.training import run
 
+layers = keras.layers
 CIFAR, IMAGENET = ((32, 32, 3), 100), ((224, 224, 3), 1000)
 # Images and classes, trainable parameters, GFLOP of one image's forward pass, the trunk's output.
 # For ImageNet they are torchvision's (1.814 and 4.089 G multiply-adds).
@@ -76,6 +84,15 @@ def test_the_branch_is_the_last_stage_and_all_after_it(name):
     assert trunk.count_params() + branch.count_params() == build(name).count_params()
 
 
+def test_methods_classify_the_512_pooled_channels_of_vgg16():
+    network = networks.vgg16((32, 32, 1), 10)
+    assert network.get_layer("features").output_shape == (None, 512)
+    ensemble = PCL(network, peers=3).student.ensemble_classifier
+    assert ensemble.count_params() == 3 * 512 * 10 + 10
+    okddip = OKDDip(network, peers=2)
+    assert okddip.query.kernel.shape == okddip.key.kernel.shape == (512, 64)
+
+
 @pytest.mark.parametrize("name", networks.NETWORKS)
 def test_any_image_size_in_low_precision(name):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
@@ -85,3 +102,99 @@ def test_any_image_size_in_low_precision(name):
         assert logits.shape == (2, 10) and logits.dtype == tf.float32
         assert tf.reduce_all(tf.math.is_finite(logits)) and tf.math.reduce_std(logits) > 0
     assert model.get_layer("features").compute_dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("fan", ["fan_in", "fan_out"])
+def test_kernels_can_be_drawn_by_fan_in_or_fan_out(fan):
+    drawn = networks.build("resnet18", *IMAGENET, initializer=fan)
+    for model in (drawn, surgery.clone(drawn)):
+        kernels = [w.numpy() for w in model.weights if len(w.shape) == 4]
+        assert len(kernels) == 20
+        for k in kernels:
+            size = k.shape[0] * k.shape[1] * k.shape[2 if fan == "fan_in" else 3]
+            assert k.std() == pytest.approx((2 / size) ** 0.5, rel=0.05)
+    assert np.abs(drawn.weights[0] - build("resnet18").weights[0]).max() > 0.01
+    with pytest.raises(UserError, match="fan_in, fan_out"):
+        networks.build("resnet8", (8, 8, 1), 10, initializer="fan")
+
+
+def test_a_run_draws_its_network_as_asked(digits):
+    kernels = {
+        fan: run.around(digits, Baseline, "resnet14", initializer=fan).trainable_weights[0].numpy()
+        for fan in ("fan_in", "fan_out")
+    }
+    # The first convolution reads 9 · 1 values and makes 9 · 16.
+    assert kernels["fan_in"].std() == pytest.approx(4 * kernels["fan_out"].std(), rel=0.3)
+
+
+class Published:
+    """The blocks of the published PyTorch networks in NumPy float64, with the weights of ours in inference mode.
+
+    Args:
+      model: a network whose layers were made in the order in which the blocks here use them.
+    """
+
+    def __init__(self, model):
+        number = lambda layer: int(re.search(r"\d*$", layer.name)[0] or 0)
+        self.weights = {
+            kind: iter(
+                [
+                    [w.astype(np.float64) for w in layer.get_weights()]
+                    for layer in sorted(model.layers, key=number)
+                    if isinstance(layer, kind)
+                ]
+            )
+            for kind in (layers.Conv2D, layers.BatchNormalization)
+        }
+
+    def conv_norm(self, x, stride=1):
+        (kernel,) = next(self.weights[layers.Conv2D])
+        x = oracle.convolve(x, kernel, stride)
+        return oracle.batch_norm(x, *next(self.weights[layers.BatchNormalization]))
+
+    def conv_norm_relu(self, x, stride=1):
+        return np.maximum(self.conv_norm(x, stride), 0)
+
+    def basic_block(self, x, stride=1, shortcut=False):
+        y = self.conv_norm(self.conv_norm_relu(x, stride))
+        return np.maximum(y + (self.conv_norm(x, stride) if shortcut else x), 0)
+
+    def bottleneck(self, x, stride, paths):
+        ys = [self.conv_norm_relu(self.conv_norm_relu(x), stride) for _ in range(paths)]
+        y = self.conv_norm(np.concatenate(ys, axis=-1))
+        return np.maximum(y + self.conv_norm(x, stride), 0)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 9)])
+def test_blocks_pad_as_the_published_networks(size):
+    images = keras.Input((*size, 3))
+    x = layers.MaxPooling2D(3, 2)(blocks.pad(blocks.conv_norm_relu(images, 8, 7, 2), 3))
+    x = blocks.sections(x, [1, 2], blocks.basic_block, (8,))
+    x = blocks.bottleneck(x, 8, 24, strides=2, paths=2)
+    model = keras.Model(images, blocks.classifier(x, 7))
+    rng = np.random.RandomState(0)
+    for w in model.weights:
+        fan_in = np.prod(w.shape[:-1])
+        w.assign(
+            rng.uniform(0.5, 1.5, w.shape) if fan_in == 1 else rng.randn(*w.shape) / fan_in**0.5
+        )
+
+    image = rng.randn(2, *size, 3)
+    published = Published(model)
+    x = oracle.max_pool(published.conv_norm_relu(image, 2))
+    x = published.basic_block(published.basic_block(x), 2, shortcut=True)
+    x = published.bottleneck(published.basic_block(x), 2, paths=2)
+    kernel, bias = model.get_layer("logits").get_weights()
+    want = x.mean((1, 2)) @ kernel + bias
+    np.testing.assert_allclose(model(image), want, atol=1e-3 * np.abs(want).max())
+    assert not any(list(left) for left in published.weights.values())
+
+
+def test_the_pooling_of_a_large_images_stem_is_padded_alike():
+    network = networks.resnet18((32, 32, 3), 10)
+    stem = next(layer for layer in network.layers if isinstance(layer, layers.ReLU)).output
+    pooled = next(
+        layer for layer in network.layers if isinstance(layer, layers.MaxPooling2D)
+    ).output
+    before, after = keras.Model(network.input, [stem, pooled])(tf.random.normal((2, 32, 32, 3)))
+    np.testing.assert_array_equal(after, oracle.max_pool(before.numpy()))

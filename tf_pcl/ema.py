@@ -4,8 +4,8 @@
 class Shadow:
     """Keeps the trainable weights of `shadow` at an exponential moving average of those of `source`.
 
-    BatchNorm's moving statistics are left alone: the shadow collects its own from its forward passes, as in Mean Teacher
-    (Tarvainen and Valpola, 2017). The shadow stays `trainable`, since a frozen BatchNorm layer would not use batch
+    BatchNorm's moving statistics are left alone unless update() is told to average them: the shadow collects its own from
+    its forward passes, as in Mean Teacher (Tarvainen and Valpola, 2017). The shadow stays `trainable`, since a frozen BatchNorm layer would not use batch
     statistics; whoever trains `source` leaves the shadow's weights out of the optimizer.
 
     Args:
@@ -21,9 +21,21 @@ class Shadow:
                 "source and shadow have different weights: build both from the same network"
             )
         shadow.set_weights(source.get_weights())
-        self.pairs = list(zip(source.trainable_weights, shadow.trainable_weights))
+        self.trained = list(zip(source.trainable_weights, shadow.trainable_weights))
+        # What both hold in common, such as a layer in front of them, and counters have no average.
+        self.statistics = [
+            (s, t)
+            for s, t in zip(source.non_trainable_weights, shadow.non_trainable_weights)
+            if s is not t and s.dtype.is_floating
+        ]
 
-    def update(self, decay):
-        """θ^t ← φ θ^t + (1 − φ) θ, with φ = `decay` in [0, 1]."""
-        for source, shadow in self.pairs:
+    def update(self, decay, statistics=False):
+        """θ^t ← φ θ^t + (1 − φ) θ, with φ = `decay` in [0, 1].
+
+        Args:
+          decay: φ, a scalar.
+          statistics: whether BatchNorm's moving statistics are averaged in the same way. They are needed where an update
+            moves the weights far between two passes, so that those of the passes before no longer fit.
+        """
+        for source, shadow in self.trained + (self.statistics if statistics else []):
             shadow.assign_add((1.0 - decay) * (source - shadow))

@@ -84,6 +84,12 @@ class Options:
         "classes in it is left out",
         str,
     )
+    initializer: Optional[str] = _flag(
+        None,
+        "draw the convolutions' kernels of --network with variance 2 / fan_in or 2 / fan_out; "
+        "default: as the network does, fan_in for those named below",
+        ("fan_in", "fan_out"),
+    )
     peers: Optional[int] = _flag(
         None,
         "number of peers, a leader not counted; default for several networks: theirs",
@@ -202,6 +208,11 @@ class Options:
     )
     views: Optional[str] = _flag(
         None, "each peer has its own view, or all share one", ("own", "shared")
+    )
+    trunk_batch: Optional[str] = _flag(
+        None,
+        "views pass the shared layers in one batch with common BatchNorm statistics, or each apart",
+        ("together", "apart"),
     )
     deploy: Optional[str] = _flag(
         None, "export one mean peer, or all with the ensemble classifier", ("peer", "ensemble")

@@ -15,6 +15,12 @@ p^T(z) = softmax(z / T), the loss is (section 3.2)
 What the paper leaves open: F is the vector that a fully connected layer classifies, after pooling; the bottleneck is 1×1
 conv to d/4 → for each stage that follows, 3×3 conv with stride 2 → 1×1 conv to d → global average pooling, with BN and ReLU
 after each convolution.
+
+Published implementations weigh the terms otherwise. In one of the authors' own, distillation carries no T², with T = 3 a
+ninth of the weight here; `distill_share` = 0.3 / (0.3 + 9 · 0.7) = 0.045 gives a shallow exit its proportion of
+cross-entropy to distillation. One that others often build on has α = 0.1, weighs the last exit's cross-entropy with 1 − α
+too, and adds 1e-6 times the squared distances summed over the batch: at 128 images that is `hint_weight` = 1.28e-4, a 234th
+of the paper's 0.03 on the mean over the batch.
 """
 
 import tensorflow as tf

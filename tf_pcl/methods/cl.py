@@ -49,7 +49,9 @@ class CL(Distiller):
         super().__init__(preprocess)
         self.temperature, self.distill_share = temperature, distill_share
         self.exits = self.peer_exits = peer_names(peers)
-        self.peers = Peers(Target.of(network), self.exits, split_at, self.preprocess)
+        self.peers = Peers(
+            Target.of(network), self.exits, split_at=split_at, preprocess=self.preprocess
+        )
 
     def students(self, views, training):
         low = self.peers.low(views, training)

@@ -63,7 +63,9 @@ class FFL(Distiller):
         )
         self.peer_exits = peer_names(peers)
         self.exits = (*self.peer_exits, "ensemble")
-        self.peers = Peers(Target.of(network), self.peer_exits, split_at, self.preprocess)
+        self.peers = Peers(
+            Target.of(network), self.peer_exits, split_at=split_at, preprocess=self.preprocess
+        )
         self.fusion = fusion(self.peers.branches[0], peers)
 
     @property

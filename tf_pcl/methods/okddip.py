@@ -12,12 +12,13 @@ and the ramp-up weight ω, the attention, the targets and the loss are (section 
 W_q and W_k learn from the targets alone, which are therefore not cut from the gradient; nor is the leader's, as in the
 authors' published code. Deployed is the leader.
 
-What the paper leaves open: d/8 is rounded down, but not to 0; attention is computed in float32.
+What the paper leaves open: d/8 is rounded down, but not to 0; each entry of W_q and W_k is uniform in ±1/√d at the start, as
+linear layers are in the authors' framework; attention is computed in float32.
 """
 
 import tensorflow as tf
 
-from tf_pcl.compat import layers
+from tf_pcl.compat import keras, layers
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.methods.peers import Peers, peer_names
@@ -59,10 +60,19 @@ class OKDDip(Distiller):
         )
         self.peer_exits = peer_names(peers)
         self.exits = (*self.peer_exits, "leader")
-        self.peers = Peers(Target.of(network), self.exits, split_at, self.preprocess)
+        self.peers = Peers(
+            Target.of(network), self.exits, split_at=split_at, preprocess=self.preprocess
+        )
         d = self.peers.branches[0].output_shape["features"][-1]
         self.query, self.key = (
-            layers.Dense(max(1, d // 8), use_bias=False, dtype="float32", name=name)
+            layers.Dense(
+                max(1, d // 8),
+                use_bias=False,
+                # Uniform in ±√(3 · scale / d).
+                kernel_initializer=keras.initializers.VarianceScaling(1 / 3, "fan_in", "uniform"),
+                dtype="float32",
+                name=name,
+            )
             for name in ("query", "key")
         )
         for matrix in (self.query, self.key):

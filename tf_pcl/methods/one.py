@@ -59,7 +59,9 @@ class ONE(Distiller):
         )
         self.peer_exits = peer_names(peers)
         self.exits = (*self.peer_exits, "ensemble")
-        self.peers = Peers(Target.of(network), self.peer_exits, split_at, self.preprocess)
+        self.peers = Peers(
+            Target.of(network), self.peer_exits, split_at=split_at, preprocess=self.preprocess
+        )
         self.gate = gate(self.peers.trunk, peers)
 
     def students(self, views, training):

@@ -17,9 +17,14 @@ No gradient flows into a teacher. Deployed is the mean model of peer 1.
 
 What the paper leaves open: g counts training steps (`ema_every="epoch"` counts epochs); β, unless given, is 0.999, when
 steps are counted capped so that the average spans at most 1 % of training; the mean teacher sees the same views as the
-peers and uses batch statistics; the BatchNorm statistics that it is deployed with are its own, from those passes; the
-m views pass the trunk as one batch.
+peers and uses batch statistics; the BatchNorm statistics that it is deployed with are its own, from those passes. If epochs
+are counted, an update moves the weights far from those that the passes before it saw; it therefore averages the BatchNorm
+statistics with the peers', with the same φ, as implementations that average all buffers do. After the first update, φ = 0,
+the mean teacher is the peers themselves, statistics included. The m views pass the trunk as one batch, whose BatchNorm statistics they share; with
+`trunk_batch="apart"` each view has its own, as where the networks are called view by view.
 """
+
+import functools
 
 import tensorflow as tf
 
@@ -50,6 +55,7 @@ class PCL(Distiller):
       peer_teacher: "mean" (the paper's), "mutual" (the other peers themselves; nothing is averaged and peer 1 is deployed)
         or "none".
       views: "own", one view for each peer, or "shared", one for all.
+      trunk_batch: "together" or "apart", whether all views share the trunk's BatchNorm statistics or each has its own.
       deploy: "peer", mean peer 1, or "ensemble", all mean peers with the ensemble classifier (PCL-E).
       preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
     """
@@ -70,6 +76,7 @@ class PCL(Distiller):
         ensemble_teacher="features",
         peer_teacher="mean",
         views="own",
+        trunk_batch="together",
         deploy="peer",
         preprocess=None,
     ):
@@ -93,15 +100,23 @@ class PCL(Distiller):
         self.deploy = one_of("deploy", deploy, "peer", "ensemble")
         self.num_views = peers if one_of("views", views, "own", "shared") == "own" else 1
 
+        one_of("trunk_batch", trunk_batch, "together", "apart")
+
         target = Target.of(network)
-        self.student = Collaborators(target, self.peer_exits, split_at, self.preprocess, ensemble)
+        collaborators = functools.partial(
+            Collaborators,
+            target,
+            self.peer_exits,
+            preprocess=self.preprocess,
+            trunk_batch=trunk_batch,
+            ensemble=ensemble,
+        )
+        self.student = collaborators(split_at=split_at)
         self.exits = (*self.peer_exits, *(["ensemble"] if ensemble != "none" else []))
         self.deployed_exit = "ensemble" if deploy == "ensemble" else "peer_1"
         self.mean = None
         if peer_teacher == "mean":
-            self.mean = Collaborators(
-                target, self.peer_exits, self.student.cut, self.preprocess, ensemble
-            )
+            self.mean = collaborators(split_at=self.student.cut)
             self.shadow = Shadow(self.student, self.mean)
             self.exits += tuple(f"mean_{name}" for name in self.exits)
             self.deployed_exit = f"mean_{self.deployed_exit}"
@@ -136,7 +151,7 @@ class PCL(Distiller):
 
     def after_step(self, done):
         if self.mean:
-            self.shadow.update(self.decay(done))
+            self.shadow.update(self.decay(done), statistics=self.ema_every == "epoch")
 
     def decay(self, done):
         """φ for the update after `done` steps; between the ends of epochs 1, no update, if epochs are counted."""
@@ -166,12 +181,12 @@ class Collaborators(Peers):
     """The peers and their ensemble classifier.
 
     Args:
-      target, names, split_at, preprocess: as in Peers.
+      target, names, **arguments: as in Peers.
       ensemble: "features", "logits" or "none", as in PCL.
     """
 
-    def __init__(self, target, names, split_at, preprocess, ensemble):
-        super().__init__(target, names, split_at, preprocess)
+    def __init__(self, target, names, *, ensemble, **arguments):
+        super().__init__(target, names, **arguments)
         self.ensemble = ensemble
         if ensemble == "features":
             shapes = self.branches[0].output_shape

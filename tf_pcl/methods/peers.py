@@ -23,6 +23,8 @@ class Peers(keras.Model):
       names: the peers' exits.
       split_at: the name of the trunk's last layer, or a Cut; by default what propose_cut says.
       preprocess: a layer in front of the trunk.
+      trunk_batch: "together" if the views pass the trunk as one batch and share the statistics of
+        its BatchNorm, "apart" if they pass it one after another.
 
     Attributes:
       cut: where the networks were cut.
@@ -34,12 +36,14 @@ class Peers(keras.Model):
         self,
         target: Target,
         names: Sequence[str],
-        split_at: Any,
+        *,
         preprocess: keras.layers.Layer,
+        split_at: Any = None,
+        trunk_batch: str = "together",
         name: str = "peers",
     ):
         super().__init__(name=name)
-        self.preprocess, self.names = preprocess, tuple(names)
+        self.preprocess, self.names, self.trunk_batch = preprocess, tuple(names), trunk_batch
         branches = []
         for _ in names:
             network = target.new()
@@ -70,7 +74,12 @@ class Peers(keras.Model):
 
     def low(self, views: tf.Tensor, training: bool = False) -> list:
         """Returns the trunk's output [B, …] for each of the v views."""
-        # The views pass the trunk as one batch of v·B images and share its BatchNorm statistics.
+        if self.trunk_batch == "apart":
+            return [
+                self.trunk(self.preprocess(view), training=training)
+                for view in tf.unstack(views, axis=1)
+            ]
+        # One batch of v·B images, which share the statistics of the trunk's BatchNorm.
         images = tf.reshape(tf.transpose(views, [1, 0, 2, 3, 4]), [-1, *views.shape[2:]])
         return tf.split(self.trunk(self.preprocess(images), training=training), views.shape[1])
 

@@ -5,7 +5,7 @@ They take standardised images; `standardise` makes the layer that turns raw imag
 
 from tf_pcl.networks.densenet import densenet40_12
 from tf_pcl.networks.preprocessing import preprocessing, standardise, standardises_itself
-from tf_pcl.networks.registry import NETWORKS, build, find, target
+from tf_pcl.networks.registry import NETWORKS, build, find, initialise, target
 from tf_pcl.networks.resnets import (
     resnet,
     resnet8,

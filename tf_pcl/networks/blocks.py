@@ -1,17 +1,28 @@
 """What the networks are built from: functions from a feature map [B, H, W, channels] to another.
 
-Convolutions pad with zeros to the size ceil(H / strides), so that no image is too small, and are initialised as He et al.
-(2015): normal, variance 2 / fan-in.
+Convolutions pad with zeros to the size ⌈H / strides⌉, so that no image is too small: (k − 1) / 2 pixels on all sides for an
+odd size k, as the published networks do. Keras's "same" is that at stride 1 alone; at stride 2 it pads an even image at the
+bottom and on the right only, so that a residual block's branch would look one pixel beside its 1×1 shortcut. Convolutions
+are initialised as He et al. (2015): normal, variance 2 / fan-in.
 """
 
 from tf_pcl.compat import layers
 
 
 def conv(x, filters, size, strides=1, use_bias=False):
-    """Convolution, without a bias unless asked for."""
+    """Convolution of an odd size, padded alike on all sides, without a bias unless asked for."""
+    # At stride 1 Keras pads within the convolution; at a larger one a layer of its own is needed.
+    padding = "same"
+    if size > 1 and strides > 1:
+        x, padding = pad(x, size), "valid"
     return layers.Conv2D(
-        filters, size, strides, padding="same", use_bias=use_bias, kernel_initializer="he_normal"
+        filters, size, strides, padding=padding, use_bias=use_bias, kernel_initializer="he_normal"
     )(x)
+
+
+def pad(x, size):
+    """Zeros around a map, so that a window of odd `size` can be centred on every pixel."""
+    return layers.ZeroPadding2D((size - 1) // 2)(x)
 
 
 def norm(x):
@@ -75,22 +86,22 @@ def _residual(x, y, strides, name):
     return layers.ReLU(name=name)(layers.Add()([x, y]))
 
 
-def stages(x, blocks, block, widths):
-    """Stages of residual blocks; each but the first halves height and width and doubles the channels.
+def sections(x, blocks, block, widths):
+    """Sections of residual blocks; each but the first halves height and width and doubles the channels.
 
     Args:
       x: [B, H, W, channels].
-      blocks: number of blocks in each stage; the stages' outputs are the layers stage_1, stage_2, …
+      blocks: number of blocks in each section; the sections' outputs are the layers stage_1, stage_2, …
       block: basic_block or bottleneck.
-      widths: what the block takes for its channels in the first stage.
+      widths: what the block takes for its channels in the first section.
     Returns:
-      The last stage's output.
+      The last section's output.
     """
-    for stage, count in enumerate(blocks):
+    for section, count in enumerate(blocks):
         for i in range(count):
-            strides = 2 if stage and i == 0 else 1
-            name = f"stage_{stage + 1}" if i == count - 1 else None
-            x = block(x, *(width * 2**stage for width in widths), strides=strides, name=name)
+            strides = 2 if section and i == 0 else 1
+            name = f"stage_{section + 1}" if i == count - 1 else None
+            x = block(x, *(width * 2**section for width in widths), strides=strides, name=name)
     return x
 
 

@@ -22,12 +22,12 @@ def densenet40_12(input_shape, num_classes):
     growth = 12
     images = keras.Input(input_shape, name="images")
     x = conv(images, 2 * growth, 3)
-    for stage in (1, 2, 3):
+    for section in (1, 2, 3):
         for _ in range(6):
             new = norm_relu_conv(norm_relu_conv(x, 4 * growth, 1), growth, 3)
             x = layers.Concatenate()([x, new])
-        if stage < 3:
+        if section < 3:
             x = norm_relu_conv(x, x.shape[-1] // 2, 1)
-            x = layers.AveragePooling2D(padding="same", name=f"stage_{stage}")(x)
+            x = layers.AveragePooling2D(padding="same", name=f"stage_{section}")(x)
     x = layers.ReLU(name="stage_3")(norm(x))
     return keras.Model(images, classifier(x, num_classes), name="densenet40_12")

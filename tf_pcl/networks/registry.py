@@ -4,7 +4,7 @@ import functools
 import importlib
 from typing import Any, Callable, Optional
 
-from tf_pcl.compat import keras
+from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError, choose, one_line
 from tf_pcl.networks import applications
 from tf_pcl.networks.densenet import densenet40_12
@@ -42,19 +42,21 @@ def target(
     name: str,
     input_shape: tuple,
     num_classes: int,
+    *,
     load: Optional[Callable[[keras.Model], Any]] = None,
+    initializer: Optional[str] = None,
 ) -> Target:
     """Returns the network of this name as a Target, which can be made several times.
 
     Args:
-      name, input_shape, num_classes: as in `build`.
+      name, input_shape, num_classes, initializer: as in `build`.
       load: gives the first instance weights trained before; see Target.
 
     Raises:
       UserError: if there is no such network.
     """
     find(name)
-    build_it = functools.partial(build, name, input_shape, num_classes)
+    build_it = functools.partial(build, name, input_shape, num_classes, initializer)
     return Target(build_it, input_shape=tuple(input_shape), load=load)
 
 
@@ -91,7 +93,9 @@ def _import(name):
     return function
 
 
-def build(name: str, input_shape: tuple, num_classes: int) -> keras.Model:
+def build(
+    name: str, input_shape: tuple, num_classes: int, initializer: Optional[str] = None
+) -> keras.Model:
     """Builds a network by its name.
 
     Args:
@@ -99,6 +103,8 @@ def build(name: str, input_shape: tuple, num_classes: int) -> keras.Model:
         function (input_shape, num_classes) of the user's own that returns a keras.Model.
       input_shape: (H, W, channels).
       num_classes: C ≥ 2.
+      initializer: "fan_in" or "fan_out" to draw the convolutions as `initialise` does; by default they are as the
+        network's function makes them.
 
     Returns:
       A functional keras.Model from float images [B, H, W, channels] to [B, C].
@@ -127,4 +133,25 @@ def build(name: str, input_shape: tuple, num_classes: int) -> keras.Model:
         raise UserError(
             f"network {name} has no trainable weights: all its layers are frozen, or it has none"
         )
+    if initializer:
+        initialise(model, initializer)
     return model
+
+
+def initialise(network: keras.Model, fan: str) -> None:
+    """Draws the kernels of a network's convolutions anew, normal with variance 2 / fan (He et al., 2015).
+
+    Args:
+      network: a keras.Model, changed in place; a copy of it draws in the same way. Depthwise and transposed convolutions
+        stay as they are.
+      fan: "fan_in", size² · channels that a kernel reads, or "fan_out", size² · channels that it makes. Code published in
+        PyTorch often takes the latter, which starts smaller where a convolution adds channels.
+
+    Raises:
+      UserError: if `fan` is another word.
+    """
+    fan = choose("initializer", fan, ("fan_in", "fan_out"))
+    for layer in network.submodules:
+        if type(layer) is layers.Conv2D:
+            layer.kernel_initializer = keras.initializers.VarianceScaling(2.0, fan)
+            layer.kernel.assign(layer.kernel_initializer(layer.kernel.shape, layer.kernel.dtype))

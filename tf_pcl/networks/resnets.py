@@ -8,26 +8,33 @@ scale starts at 1.
 """
 
 from tf_pcl.compat import keras, layers
-from tf_pcl.networks.blocks import basic_block, bottleneck, classifier, conv_norm_relu, stages
+from tf_pcl.networks.blocks import (
+    basic_block,
+    bottleneck,
+    classifier,
+    conv_norm_relu,
+    pad,
+    sections,
+)
 
 
 def resnet(
     blocks, input_shape, num_classes, name=None, *, block=basic_block, widths=(16,), stem=16
 ):
-    """A CIFAR ResNet: a 3×3 convolution, then stages of residual blocks at full, half, quarter … size.
+    """A CIFAR ResNet: a 3×3 convolution, then sections of residual blocks at full, half, quarter … size.
 
     Args:
-      blocks: number of blocks in each stage; the stages' outputs are the layers stage_1, stage_2, …
+      blocks: number of blocks in each section; the sections' outputs are the layers stage_1, stage_2, …
       input_shape: (H, W, channels) of standardised images.
       num_classes: C.
       name: of the model.
-      block, widths: the kind of block and its channels in the first stage, as in blocks.stages.
+      block, widths: the kind of block and its channels in the first section, as in blocks.sections.
       stem: channels of the first convolution.
     Returns:
       A functional keras.Model from images [B, H, W, channels] to logits float32 [B, C].
     """
     images = keras.Input(input_shape, name="images")
-    x = stages(conv_norm_relu(images, stem, 3), blocks, block, widths)
+    x = sections(conv_norm_relu(images, stem, 3), blocks, block, widths)
     return keras.Model(images, classifier(x, num_classes), name=name)
 
 
@@ -70,13 +77,15 @@ def wrn20_8(input_shape, num_classes):
 
 def _imagenet(blocks, input_shape, num_classes, name, block, widths):
     images = keras.Input(input_shape, name="images")
-    x = layers.MaxPooling2D(3, 2, padding="same")(conv_norm_relu(images, 64, 7, 2))
-    return keras.Model(images, classifier(stages(x, blocks, block, widths), num_classes), name=name)
+    # After a ReLU no value is below the padding's zeros, so that they never win where −∞ would not.
+    x = layers.MaxPooling2D(3, 2)(pad(conv_norm_relu(images, 64, 7, 2), 3))
+    x = sections(x, blocks, block, widths)
+    return keras.Model(images, classifier(x, num_classes), name=name)
 
 
 def resnet18(input_shape, num_classes):
     """Basic blocks [2, 2, 2, 2] after a 7×7 convolution and a max pooling of stride 2: 11,689,512 parameters with 1000
-    classes. For images of 224, whose last stage is 7×7, and of 64, 2×2."""
+    classes. For images of 224, whose last section is 7×7, and of 64, 2×2."""
     return _imagenet([2, 2, 2, 2], input_shape, num_classes, "resnet18", basic_block, (64,))
 
 

@@ -29,6 +29,7 @@ class Assembly:
       data: the data set.
       weights: {network's name: path of the weights that it starts from}.
       trunk_share: how much of a network's forward cost its peers share, as in surgery.propose_cut.
+      initializer: how convolutions are drawn, as in networks.build.
 
     Attributes:
       lines: what was decided on the way, for people: whole lines, each once, in order.
@@ -40,8 +41,10 @@ class Assembly:
         *,
         weights: Optional[Mapping[str, str]] = None,
         trunk_share: Optional[float] = None,
+        initializer: Optional[str] = None,
     ):
-        self.data, self.weights, self.trunk_share = data, dict(weights or {}), trunk_share
+        self.data, self.weights = data, dict(weights or {})
+        self.trunk_share, self.initializer = trunk_share, initializer
         self.lines: list[str] = []
 
     def __call__(
@@ -90,6 +93,7 @@ class Assembly:
             self.data.image_shape,
             len(self.data.classes),
             load=load if network in self.weights else None,
+            initializer=self.initializer,
         )
 
     def _load_weights(self, name: str, cls: type[Distiller], network: keras.Model) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 import tf_pcl
+from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData
 from tf_pcl.methods import METHODS
@@ -90,7 +91,7 @@ def results(
             "tf_pcl": tf_pcl.__version__,
             "python": platform.python_version(),
             "tensorflow": tf.__version__,
-            "keras": keras.__version__,
+            "keras": compat.keras_version(),
             "numpy": np.__version__,
         },
     }

@@ -45,7 +45,12 @@ def run(options: Options) -> dict[str, Any]:
     workdir.check_data(facts)
 
     weights = {options.network: options.weights} if options.weights else {}
-    make = Assembly(data, weights=weights, trunk_share=options.trunk_share)
+    make = Assembly(
+        data,
+        weights=weights,
+        trunk_share=options.trunk_share,
+        initializer=options.initializer,
+    )
     with strategy.scope():
         stages = METHODS[options.method].stages(make, _target(options), **arguments)
     first = trainer.build_all(stages)[0]
