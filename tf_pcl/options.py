@@ -79,7 +79,7 @@ class Options:
     )
     weights: Optional[str] = _flag(
         None,
-        "what --network starts from in every stage: .weights.h5, .h5, .keras, a "
+        "what --network starts from in every stage: imagenet for applications.NAME, .weights.h5, .h5, .keras, a "
         "SavedModel, a TensorFlow checkpoint or a run's workdir; a classifier of other "
         "classes in it is left out",
         str,
@@ -89,6 +89,11 @@ class Options:
         "draw the convolutions' kernels of --network with variance 2 / fan_in or 2 / fan_out; "
         "default: as the network does, fan_in for those named below",
         ("fan_in", "fan_out"),
+    )
+    preprocess: str = _flag(
+        "auto",
+        "what the network sees: standardised images, raw ones of 0-255, or as it needs them",
+        ("auto", "standardise", "none"),
     )
     peers: Optional[int] = _flag(
         None,
@@ -395,7 +400,7 @@ def complete_help(
     readers = ", ".join(name for name, row in datasets.items() if row.reads_files)
     values["on_bad_image"].help += f" ({readers})"
     taken = {method: cls.parameters() for method, cls in methods.items()}
-    for name in sorted(set(names()) - {"network"}):
+    for name in sorted(set(names()) - {"network", "preprocess"}):
         takers = [
             method + ("" if own[name] is None else f": {own[name]}")
             for method, own in taken.items()

@@ -3,8 +3,9 @@
 They take standardised images; `standardise` makes the layer that turns raw images into such.
 """
 
+from tf_pcl.networks.applications import load_imagenet
 from tf_pcl.networks.densenet import densenet40_12
-from tf_pcl.networks.preprocessing import preprocessing, standardise, standardises_itself
+from tf_pcl.networks.preprocessing import preprocessing, scales_raw_images, standardise
 from tf_pcl.networks.registry import NETWORKS, build, find, initialise, target
 from tf_pcl.networks.resnets import (
     resnet,

@@ -4,7 +4,7 @@ import inspect
 from typing import Callable
 
 from tf_pcl.compat import keras
-from tf_pcl.errors import choose
+from tf_pcl.errors import UserError, choose, one_line
 
 PREFIX = "applications."
 
@@ -17,6 +17,37 @@ def application(name: str) -> Callable[..., keras.Model]:
     """
     known = {n: f for n, f in vars(keras.applications).items() if inspect.isfunction(f)}
     return known[choose("network of keras.applications", name[len(PREFIX) :], known)]
+
+
+def load_imagenet(name: str, network: keras.Model) -> tuple:
+    """Gives a network that `builder` built the weights that Keras publishes for ImageNet.
+
+    Keras downloads them. The classifier stays as it is.
+
+    Returns:
+      loaded, fresh: the names of the layers that got weights, and of the one that did not.
+
+    Raises:
+      UserError: if they cannot be had.
+    """
+    try:
+        source = application(name)(
+            weights="imagenet", include_top=False, input_shape=network.input_shape[1:]
+        )
+    except Exception as e:  # Whatever the download raises, and sizes that Keras refuses.
+        raise UserError(
+            f"Keras cannot give the weights of {name}: {one_line(e)}; give a file of them",
+            parameter="weights",
+            value="imagenet",
+        ) from e
+    known = {layer.name: layer for layer in source.layers if layer.weights}
+    holders = [layer for layer in network.layers if layer.weights]
+    *body, last = holders
+    # Keras numbers the names of some layers on from one model to the next; their order stays.
+    for layer, given in zip(body, known.values()):
+        layer.set_weights(given.get_weights())
+    network.loaded_weights = True
+    return [layer.name for layer in body], [last.name]
 
 
 def builder(name: str) -> Callable[[tuple, int], keras.Model]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from tf_pcl.compat import keras
 from tf_pcl.networks import applications
+from tf_pcl.surgery.observe import first_weighted_input
 
 
 def standardise(mean: Sequence[float], std: Sequence[float]) -> keras.layers.Layer:
@@ -41,7 +42,24 @@ def preprocessing(name: str, input_shape: tuple) -> Optional[keras.Model]:
     return keras.Model(images, prepared, name="preprocess_input")
 
 
-def standardises_itself(network: keras.Model) -> bool:
-    """Says whether the network scales raw images itself, with Rescaling or Normalization."""
-    scaling = (keras.layers.Rescaling, keras.layers.Normalization)
-    return any(isinstance(layer, scaling) for layer in network.submodules)
+def scales_raw_images(
+    network: keras.Model, images: np.ndarray, standard: keras.layers.Layer
+) -> bool:
+    """Says whether a network brings raw images to scale itself.
+
+    What counts is what reaches the first layer that has weights: whether it is nearer to unit
+    scale if the network gets raw images, or if it gets standardised ones.
+
+    Args:
+      network: a functional keras.Model.
+      images: raw images [B, H, W, C], 0–255.
+      standard: the layer that standardises them.
+    """
+
+    def distance(given):
+        seen = first_weighted_input(network, given)
+        size = [seen.std(), np.sqrt(np.mean(np.square(seen)))]
+        return np.abs(np.log(np.maximum(size, 1e-6))).sum()
+
+    raw = np.asarray(images, np.float32)
+    return bool(distance(raw) < distance(np.asarray(standard(raw))))

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.surgery.graph import leaves, sublayers
+from tf_pcl.surgery.trial import trials
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def flops(model: keras.Model) -> dict:
         found[owner[id(layer)]] += 2 * kernels[id(layer)][1] * places
 
     shape = [side or 32 for side in model.input_shape[1:]]
-    with _watched((layer for layer, _ in kernels.values()), lambda *_: None, count):
+    with trials, _watched((layer for layer, _ in kernels.values()), lambda *_: None, count):
         model(tf.zeros([1, *shape], model.inputs[0].dtype), training=False)
     return found
 
@@ -95,6 +96,6 @@ def first_weighted_input(model: keras.Model, images: np.ndarray) -> np.ndarray:
         for layer in sublayers(model)
         if not isinstance(layer, keras.Model) and any(id(w) in trained for w in own_weights(layer))
     ]
-    with _watched(holders, note, lambda *_: None):
+    with trials, _watched(holders, note, lambda *_: None):
         model(tf.cast(images, model.inputs[0].dtype), training=False)
     return seen[0] if seen else np.asarray(images, np.float32)

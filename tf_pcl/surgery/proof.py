@@ -5,7 +5,6 @@ of random generators are put back.
 """
 
 import random
-import time
 from collections.abc import Iterable
 from typing import Callable, NamedTuple, Optional
 
@@ -15,6 +14,7 @@ import tensorflow as tf
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.surgery.graph import sublayers
+from tf_pcl.surgery.trial import trials
 
 TOLERANCE = 1e-3  # Of the largest output; convolutions may sum in another order.
 
@@ -29,22 +29,6 @@ class Run(NamedTuple):
     outputs: list
     changes: list
     gradients: Optional[list]
-
-
-class Stopwatch:
-    """Adds up the seconds that proofs take."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def __enter__(self):
-        self._began = time.perf_counter()
-
-    def __exit__(self, *exception):
-        self.seconds += time.perf_counter() - self._began
-
-
-stopwatch = Stopwatch()
 
 
 def images_for(model: keras.Model) -> tf.Tensor:
@@ -139,7 +123,7 @@ def same(
     Raises:
       UserError: if they differ.
     """
-    with stopwatch:
+    with trials:
         images = images_for(model)
         sides = [(reference or model, model), (other, twin or model)]
         state = [states(side) for _, side in sides]
@@ -193,7 +177,7 @@ def answers_once(model: keras.Model) -> None:
     Raises:
       UserError: if it is random, by dropout with training=True or a random operation.
     """
-    with stopwatch:
+    with trials:
         images, state = images_for(model), states(model)
         infer = lambda images, training: model(images, training=training)
         before = [v.numpy() for v in state]
@@ -219,7 +203,7 @@ def owns_its_variables(model: keras.Model) -> None:
     Raises:
       UserError: if it does, as a Lambda layer that closes over a variable.
     """
-    with stopwatch:
+    with trials:
         strategy = tf.distribute.get_strategy()
 
         @tf.function

@@ -7,7 +7,7 @@ from typing import Any, Optional, Union
 from tf_pcl import networks, surgery
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData
-from tf_pcl.errors import UserError
+from tf_pcl.errors import UserError, choose
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.options import Options, names
@@ -30,6 +30,8 @@ class Assembly:
       weights: {network's name: path of the weights that it starts from}.
       trunk_share: how much of a network's forward cost its peers share, as in surgery.propose_cut.
       initializer: how convolutions are drawn, as in networks.build.
+      preprocess: what the networks see: "standardise"d images, raw ones ("none"), or "auto": raw
+        ones if the network brings them to scale itself.
 
     Attributes:
       lines: what was decided on the way, for people: whole lines, each once, in order.
@@ -42,9 +44,11 @@ class Assembly:
         weights: Optional[Mapping[str, str]] = None,
         trunk_share: Optional[float] = None,
         initializer: Optional[str] = None,
+        preprocess: str = "auto",
     ):
         self.data, self.weights = data, dict(weights or {})
         self.trunk_share, self.initializer = trunk_share, initializer
+        self.preprocess = choose("", preprocess, ("auto", "standardise", "none"), "preprocess")
         self.lines: list[str] = []
 
     def __call__(
@@ -98,7 +102,10 @@ class Assembly:
 
     def _load_weights(self, name: str, cls: type[Distiller], network: keras.Model) -> None:
         path = self.weights[name]
-        loaded, fresh = surgery.load_weights(network, workdirs.saved_model(path) or path)
+        if path == "imagenet":
+            loaded, fresh = networks.load_imagenet(name, network)
+        else:
+            loaded, fresh = surgery.load_weights(network, workdirs.saved_model(path) or path)
         line = f"`weights={path}`: {len(loaded)} layers loaded"
         line += f", not {fresh[0]}" if fresh else ""
         line += "; peers' own classifiers start afresh" if "peers" in cls.parameters() else ""
@@ -107,28 +114,41 @@ class Assembly:
     def _preprocess(
         self, network: Network, several: list[keras.Model]
     ) -> Optional[keras.layers.Layer]:
-        raw = {networks.standardises_itself(one) for one in several}
-        if len(raw) > 1:
-            raise UserError(
-                "of the networks, some scale raw images themselves and some do not: they cannot "
-                "see the same images; give networks of one kind"
+        standard = networks.standardise(self.data.mean, self.data.std)
+        if self.preprocess == "auto":
+            sample = self.data.train.first(64)
+            raw = {networks.scales_raw_images(one, sample, standard) for one in several}
+            if len(raw) > 1:
+                raise UserError(
+                    "of the networks, some scale raw images themselves and some do not: they "
+                    "cannot see the same images; give networks of one kind"
+                )
+            as_they_are = raw.pop()
+        else:
+            as_they_are = self.preprocess == "none"
+        if as_they_are:
+            self._say(
+                "images: as they are, 0–255"
+                + (", which the network scales itself" if self.preprocess == "auto" else "")
             )
-        if raw.pop():
             return None
         if isinstance(network, str) and network in self.weights:
             published = networks.preprocessing(network, self.data.image_shape)
             if published is not None:
+                self._say(f"images: through the preprocess_input of {network}")
                 return published
-        return networks.standardise(self.data.mean, self.data.std)
+        self._say("images: standardised by the mean and deviation of the training images")
+        return standard
 
     def _cut(self, network: keras.Model) -> Cut:
         """Returns where the peers' networks are cut, and says so where their author did not."""
         cut = surgery.propose_cut(network, self.trunk_share)
-        if self.trunk_share or len(surgery.section_names(network)) < 2:
-            self._say(
-                f"no `split_at`: the peers share the network up to layer {cut.name}, "
-                f"{100 * cut.share:.0f} % of its forward cost"
-            )
+        extreme = not 0.1 <= cut.share <= 0.9
+        if self.trunk_share or extreme or len(surgery.section_names(network)) < 2:
+            line = f"no `split_at`: the peers share the network up to layer {cut.name}, "
+            line += f"{100 * cut.share:.0f} % of its forward cost"
+            line += ", which is unusual: look at the other cuts" if extreme else ""
+            self._say(line)
         return cut
 
     def _say(self, line: str) -> None:
@@ -143,7 +163,7 @@ def method_arguments(options: Options) -> dict[str, Any]:
     Raises:
       UserError: if an option is given that this method does not take.
     """
-    possible = set(names()) - {"network"}
+    possible = set(names()) - {"network", "preprocess"}  # These go to the Assembly.
     taken = {name: possible & _taken(cls) for name, cls in METHODS.items()}
     chosen = taken[options.method]
     given = {

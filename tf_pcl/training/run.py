@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from tf_pcl import data as datasets
-from tf_pcl import networks
+from tf_pcl import networks, surgery
 from tf_pcl.errors import choose
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller, Stage
@@ -50,6 +50,7 @@ def run(options: Options) -> dict[str, Any]:
         weights=weights,
         trunk_share=options.trunk_share,
         initializer=options.initializer,
+        preprocess=options.preprocess,
     )
     with strategy.scope():
         stages = METHODS[options.method].stages(make, _target(options), **arguments)
@@ -57,7 +58,8 @@ def run(options: Options) -> dict[str, Any]:
 
     workdir.begin(options, facts)
     opening = report.opening(options, data, steps, strategy.num_replicas_in_sync)
-    print(opening, *make.lines, sep="\n", flush=True)
+    checked = f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
+    print(opening, *make.lines, checked, sep="\n", flush=True)
     return _train_all(trainer, stages, first, workdir)
 
 
