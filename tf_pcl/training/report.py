@@ -4,6 +4,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import keras as keras_package
 import numpy as np
 import tensorflow as tf
 
@@ -90,7 +91,7 @@ def results(
             "tf_pcl": tf_pcl.__version__,
             "python": platform.python_version(),
             "tensorflow": tf.__version__,
-            "keras": keras.__version__,
+            "keras": keras_package.__version__,
             "numpy": np.__version__,
         },
     }
