@@ -1,23 +1,29 @@
 """Speed and memory of a training step, alone and within training.
 
-    python benchmarks/step.py --dataset=image_folder --data_dir=FOLDER --networks=resnet32 --methods=baseline,pcl
+    python benchmarks/step.py --dataset=image_folder --data_dir=FOLDER --methods=baseline,pcl
 
-For every network, precision and method (each of its stages): seconds from nothing to the end of the first step; images/s
-(augmented views not counted) of the bare step, one batch of real views stepped over and over; its time as a multiple of the
-first method's in that precision; what part of that speed fit reaches on the real input pipeline, with a record and
-TensorBoard's logs written as train.py does; and the memory that training takes at its peak, over that of a process that has
-but loaded TensorFlow and the images. Speeds are taken in turns, in rounds, so that a noisy machine disturbs them alike; the
-medians count. Memory is taken in a process of its own.
+It prints a line for every network, precision and method (each of its stages):
+
+- the seconds from nothing to the end of the first step;
+- the images/s (augmented views not counted) of the bare step, which takes one batch of real views
+  over and over;
+- the time of a step as a multiple of the first method's in that precision;
+- what part of that speed `fit` reaches on the real input pipeline, with a record and TensorBoard's
+  logs written as in a run;
+- the memory that training takes at its peak, over that of a process that has only loaded TensorFlow
+  and the images. It is taken in a process of its own.
+
+Speeds are taken in turns, in rounds, so that a noisy machine disturbs all alike. The medians count.
 """
 
 import contextlib
-import functools
 import multiprocessing
 import os
 import re
 import sys
 import tempfile
 import time
+from typing import Any, NamedTuple, Optional
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -29,8 +35,9 @@ from absl import app, flags
 from tf_pcl import data
 from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
+from tf_pcl.training.assemble import Assembly
 from tf_pcl.training.callbacks import Record
-from tf_pcl.training.run import around
+from tf_pcl.training.workdir import Workdir
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("dataset", "digits", "data set")
@@ -48,140 +55,153 @@ flags.DEFINE_bool("memory", True, "measure memory too; on Linux")
 
 
 class Clock(keras.callbacks.Callback):
-    """The seconds of a step, from the first step's end on."""
+    """Measures the seconds of a step, from the first step's end on."""
 
-    def on_epoch_begin(self, epoch, logs=None):
-        self.ends = []
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.ends: list[float] = []
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         self.ends.append(time.perf_counter())
 
     @property
-    def seconds(self):
+    def seconds(self) -> float:
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
 
 
+class Case(NamedTuple):
+    """What is measured: one stage of a method, whose number counts from 0."""
+
+    network: str
+    teacher_network: str
+    precision: str
+    method: str
+    stage: int
+
+
 class Trained:
-    """The last of some stages, trained; those before are built and not trained.
+    """A stage that is trained; those before it are built and not trained.
 
     Args:
-      stages: of Distiller.stages; loaded: an ImageData; batch_size: images a step; steps: steps a round.
+      case: what is measured.
+      loaded: the images.
+      batch_size: images a step.
+      steps: steps a round.
     """
 
-    def __init__(self, stages, loaded, batch_size, steps):
+    def __init__(self, case: Case, loaded: data.ImageData, batch_size: int, steps: int):
         began = time.perf_counter()
-        models = []
+        keras.mixed_precision.set_global_policy(case.precision)
+        stages = stages_of(case, loaded)[: case.stage + 1]
+        models: list[Any] = []
         for stage in stages:
             models.append(stage.build(models))
-        self.model, self.name, self.batch_size, self.steps = (
-            models[-1],
-            stages[-1].name,
-            batch_size,
-            steps,
-        )
+        self.model, self.name = models[-1], stages[-1].name
+        self.batch_size, self.steps = batch_size, steps
         self.model.compile(epochs=300, steps_per_epoch=steps + 1)
         self.stream = data.train_batches(loaded, batch_size, 300, views=self.model.num_views)
         self.batch = iter(tf.data.Dataset.from_tensors(next(iter(self.stream))).repeat())
         self.step = self.model.make_train_function()
         self.step(self.batch)["loss"].numpy()
         self.first = time.perf_counter() - began
-        self.alone, self.in_fit = [], []
+        self.alone: list[float] = []
+        self.in_fit: list[float] = []
 
-    def take_turn(self, folder):
-        """One round: seconds of a step, alone and, if there is a folder for its records, in fit."""
+    def take_turn(self, folder: Optional[str]) -> None:
+        """Takes the seconds of a step, alone and, with a folder for a run's records, in `fit`."""
         began = time.perf_counter()
         for _ in range(self.steps):
             logs = self.step(self.batch)
         logs["loss"].numpy()
         self.alone.append((time.perf_counter() - began) / self.steps)
         if folder:
-            record, clock = Record(folder, [], self.batch_size, lambda rows: rows), Clock()
+            record = Record(Workdir(folder), [], self.batch_size, lambda rows: rows)
+            clock = Clock()
             self.model.fit(
                 self.stream, steps_per_epoch=self.steps + 1, verbose=0, callbacks=[record, clock]
             )
             self.in_fit.append(clock.seconds)
 
 
-def stages_of(method, network, loaded, teacher_network):
-    """[Distiller.stages of the first stage, of the first two, …]"""
-    arguments = (
-        {"teacher_network": teacher_network}
-        if "teacher_network" in METHODS[method].parameters()
-        else {}
-    )
-    stages = METHODS[method].stages(functools.partial(around, loaded), network, **arguments)
-    return [stages[: i + 1] for i in range(len(stages))]
+def stages_of(case: Case, loaded: data.ImageData) -> list[Any]:
+    """Returns all stages of a case's method."""
+    method, arguments = METHODS[case.method], {}
+    if "teacher_network" in method.parameters():
+        arguments["teacher_network"] = case.teacher_network
+    return method.stages(Assembly(loaded), case.network, **arguments)
 
 
-def peak_memory(source, method, network, teacher_network, stage, precision, batch_size):
-    """GiB that a few steps take at most; to be called in a process of its own. `source`: arguments of data.load."""
+def peak_memory(source: tuple, case: Case, batch_size: int) -> float:
+    """Returns the GiB that a few steps take at most.
+
+    Args:
+      source: the arguments of data.load.
+      case: what is measured.
+      batch_size: images a step.
+    """
     with contextlib.redirect_stdout(None):
         loaded = data.load(*source)
     before = most_memory()
-    keras.mixed_precision.set_global_policy(precision)
-    Trained(
-        stages_of(method, network, loaded, teacher_network)[stage], loaded, batch_size, 2
-    ).take_turn(None)
+    Trained(case, loaded, batch_size, steps=2).take_turn(None)
     return most_memory() - before
 
 
-def most_memory():
-    """GiB that this process has held at most, as Linux counts them."""
+def most_memory() -> float:
+    """Returns the GiB that this process has held at most, as Linux counts them."""
+    # Not getrusage, in which a process inherits its parent's.
     with open("/proc/self/status") as f:
-        # Not getrusage, in which a process inherits its parent's.
-        return int(re.search(r"VmHWM:\s+(\d+) kB", f.read()).group(1)) / 2**20
+        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", f.read())
+    return int(kib) / 2**20
 
 
-def main(argv):
+def measure(network: str, loaded: data.ImageData) -> dict[Case, Trained]:
+    """Measures the speed of every precision, method and stage with one network."""
+    trained = {}
+    for precision in FLAGS.precisions:
+        for method in FLAGS.methods:
+            first = Case(network, FLAGS.teacher_network, precision, method, 0)
+            for i in range(len(stages_of(first, loaded))):
+                case = first._replace(stage=i)
+                trained[case] = Trained(case, loaded, FLAGS.batch_size, FLAGS.steps)
+    for _ in range(FLAGS.rounds):
+        for one in trained.values():
+            with tempfile.TemporaryDirectory() as folder:
+                one.take_turn(folder if FLAGS.in_fit else None)
+    return trained
+
+
+def line(case: Case, one: Trained, yardstick: Trained, source: tuple) -> str:
+    """Returns the line of a case, whose times are compared to the yardstick's."""
+    seconds = np.median(one.alone)
+    text = (
+        f"{case.network:24} {case.precision:15} {' '.join([case.method, one.name]):24} "
+        f"{one.first:8.1f} s {FLAGS.batch_size / seconds:9.1f}  "
+        f"{seconds / np.median(yardstick.alone):8.2f}    "
+    )
+    if FLAGS.in_fit:
+        text += f"{100 * np.median(np.divide(one.alone, one.in_fit)):8.1f} %"
+    if FLAGS.memory:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            gib = pool.apply(peak_memory, (source, case, FLAGS.batch_size))
+        text += f"{gib:6.2f} GiB"
+    return text
+
+
+def main(argv: list[str]) -> None:
     del argv
     tf.get_logger().setLevel("ERROR")
     source = FLAGS.dataset, FLAGS.data_dir, FLAGS.image_size
     loaded = data.load(*source)
     print(
-        f"{'network':24} {'precision':15} {'method':24} first step  images/s  × {FLAGS.methods[0]:10}"
+        f"{'network':24} {'precision':15} {'method':24} first step  images/s  "
+        f"× {FLAGS.methods[0]:10}"
         f"{'in fit' if FLAGS.in_fit else '':>8}{'memory' if FLAGS.memory else '':>10}",
         flush=True,
     )
     for network in FLAGS.networks:
-        trained = {}
-        for precision in FLAGS.precisions:
-            keras.mixed_precision.set_global_policy(precision)
-            for method in FLAGS.methods:
-                for i, stages in enumerate(
-                    stages_of(method, network, loaded, FLAGS.teacher_network)
-                ):
-                    trained[precision, method, i] = Trained(
-                        stages, loaded, FLAGS.batch_size, FLAGS.steps
-                    )
-        for _ in range(FLAGS.rounds):
-            for one in trained.values():
-                with tempfile.TemporaryDirectory() as folder:
-                    one.take_turn(folder if FLAGS.in_fit else None)
-        for (precision, method, i), one in trained.items():
-            seconds = np.median(one.alone)
-            times = seconds / np.median(trained[precision, FLAGS.methods[0], 0].alone)
-            line = (
-                f"{network:24} {precision:15} {' '.join([method, one.name]):24} {one.first:8.1f} s "
-                f"{FLAGS.batch_size / seconds:9.1f}  {times:8.2f}    "
-            )
-            if FLAGS.in_fit:
-                line += f"{100 * np.median(np.divide(one.alone, one.in_fit)):8.1f} %"
-            if FLAGS.memory:
-                with multiprocessing.get_context("spawn").Pool(1) as pool:
-                    gib = pool.apply(
-                        peak_memory,
-                        (
-                            source,
-                            method,
-                            network,
-                            FLAGS.teacher_network,
-                            i,
-                            precision,
-                            FLAGS.batch_size,
-                        ),
-                    )
-                line += f"{gib:6.2f} GiB"
-            print(line, flush=True)
+        trained = measure(network, loaded)
+        for case, one in trained.items():
+            yardstick = trained[case._replace(method=FLAGS.methods[0], stage=0)]
+            print(line(case, one, yardstick, source), flush=True)
         del trained
         keras.backend.clear_session()
 

@@ -1,4 +1,4 @@
-"""Methods of several stages: their equations in NumPy float64, and the stages as a run goes through them."""
+"""Methods of several stages: their equations in NumPy float64, and their stages in a run."""
 
 import json
 import shutil
@@ -60,7 +60,7 @@ def huber(x, y):
 
 
 def ctsl_mkt(z, f, z_alone, alpha, beta, gamma, beta_1, beta_2, t, own=None):
-    """The loss terms; what teaches is constant, so that `own`, if given, are the logits and features that vary."""
+    """Returns the loss terms. `own` are the logits and features that vary, where not all do."""
     own_z, own_f = own or (z, f)
     m, terms = len(z), dict.fromkeys(("ce", "mutual", "self", "distance", "angle"), 0.0)
     for k in range(m):
@@ -278,6 +278,7 @@ def ban(tmp_path_factory):
     return workdir, run.run(Options(**QUICK, method="ban", workdir=str(workdir)))
 
 
+@pytest.mark.slow
 def test_every_stage_leaves_what_a_run_leaves(ban):
     workdir, results = ban
     for i, folder in enumerate([workdir / "1-generation_0", workdir / "2-generation_1", workdir]):
@@ -308,6 +309,7 @@ def test_every_stage_leaves_what_a_run_leaves(ban):
     )
 
 
+@pytest.mark.slow
 def test_every_stage_begins_with_weights_of_its_own(tmp_path, monkeypatch):
     train, first = Trainer.train, []
 
@@ -325,6 +327,7 @@ def remove(folder, *patterns):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lost, goes_on",
     [
@@ -360,6 +363,7 @@ def test_a_run_goes_on_from_any_stage(ban, lost, goes_on, tmp_path, capsys):
     assert [row["epoch"] for row in Workdir(str(workdir)).read_rows()] == [1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", ["", "1-generation_0", "export/saved_model/1"])
 def test_kd_with_a_teacher_that_is_there(ban, of, tmp_path):
     workdir, before = ban
@@ -372,6 +376,7 @@ def test_kd_with_a_teacher_that_is_there(ban, of, tmp_path):
     assert results["parameters"]["deployed"] == results["parameters"]["training"]
 
 
+@pytest.mark.slow
 def test_different_networks_learn_together(tmp_path):
     for method, exits in (
         ("dml", {"peer_1", "peer_2"}),
@@ -403,6 +408,7 @@ def test_different_networks_learn_together(tmp_path):
     assert [s["deployed"] for s in stages] == ["peer_1", "peer_2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, text",
     [
@@ -450,6 +456,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_teacher_of_other_classes_or_that_is_damaged_is_refused(ban, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(ban[0] / "export", teacher)

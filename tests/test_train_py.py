@@ -87,6 +87,7 @@ def undisturbed(tmp_path_factory):
     return workdir, out
 
 
+@pytest.mark.slow
 def test_a_run_leaves_what_the_contract_says(undisturbed):
     workdir, out = undisturbed
     for path in (
@@ -107,7 +108,7 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
     assert f"{results['deployed_error']:.2f} %  (deployed)" in out
     assert re.findall(r" - (\S+): ", out) == ["loss", "error/peer_1", "val_error/mean_peer_1"] * 3
     assert len(metrics(workdir)) == 3
-    # The flagfile repeats the run: here, in the same workdir, it finds it finished and trains nothing.
+    # The flagfile repeats the run. In the same workdir it finds it finished and trains nothing.
     before = (workdir / "metrics.csv").read_text()
     done = subprocess.run(
         [
@@ -127,6 +128,7 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
     )
 
 
+@pytest.mark.slow
 def test_killed_mid_epoch_and_resumed_is_bit_for_bit_the_same(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir)
@@ -152,6 +154,7 @@ def test_killed_mid_epoch_and_resumed_is_bit_for_bit_the_same(undisturbed, tmp_p
     assert metrics(undisturbed[0]) == metrics(workdir)
 
 
+@pytest.mark.slow
 def test_killed_in_a_later_stage_and_resumed_is_bit_for_bit_the_same(tmp_path):
     ctsl_mkt = ["--method=ctsl_mkt", "--epochs=1"]
     for name in ("whole", "killed"):
@@ -173,6 +176,7 @@ def test_killed_in_a_later_stage_and_resumed_is_bit_for_bit_the_same(tmp_path):
         assert metrics(tmp_path / "whole" / folder) == metrics(tmp_path / "killed" / folder)
 
 
+@pytest.mark.slow
 def test_a_signal_before_training_ends_in_one_line(tmp_path):
     process = start(tmp_path / "run")
     while "epochs of 22 steps" not in process.stdout.readline():
@@ -182,6 +186,7 @@ def test_a_signal_before_training_ends_in_one_line(tmp_path):
     assert process.returncode == 1 and err.startswith("train.py: stopped") and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir, "--checkpoint_every=100epochs")

@@ -60,11 +60,10 @@ def test_the_whole_state_is_in_a_checkpoint(tmp_path):
         model.train_step(data)
     Checkpoints(model, str(tmp_path)).save(3)
     Checkpoints(other, str(tmp_path)).restore()
-    for m in (model, other):
-        for mine, its in zip(model.weights, other.weights):
-            np.testing.assert_array_equal(mine, its)
-        for mine, its in zip(model.optimizer.variables, other.optimizer.variables):
-            np.testing.assert_array_equal(mine, its)
+    for mine, its in zip(model.weights, other.weights):
+        np.testing.assert_array_equal(mine, its)
+    for mine, its in zip(model.optimizer.variables, other.optimizer.variables):
+        np.testing.assert_array_equal(mine, its)
     assert other.step.numpy() == 3 and other.optimizer.iterations.numpy() == 3
     # The means of the epoch so far, too.
     assert {k: float(v.result()) for k, v in model.mean_of.items()} == {
@@ -92,6 +91,7 @@ def test_rows_survive_a_round_trip(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().splitlines()[1] == "1,0.1,"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_saved_model_of_encoded_images_and_hub(channels, tmp_path):
     import tensorflow_hub as hub
@@ -135,6 +135,7 @@ def test_saved_model_of_encoded_images_and_hub(channels, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_saved_model_that_answers_otherwise_is_noticed(tmp_path):
     model = METHODS["baseline"](networks.resnet8(SHAPE, CLASSES))
     deployed = model.deployed()
@@ -229,6 +230,7 @@ def test_where_a_run_is_unless_told(given, worker, path):
     assert Workdir.of_run(options, worker).path == path
 
 
+@pytest.mark.slow
 def test_other_data_in_a_workdir_are_refused(tmp_path, make_folder):
     train = {"a": [noise(8, 8, 3)] * 6, "b": [noise(8, 8, 3, seed=1)] * 6}
     folder = make_folder({"train": train, "test": train})
@@ -250,6 +252,7 @@ def test_other_data_in_a_workdir_are_refused(tmp_path, make_folder):
     assert before == sorted((p, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replicas, monkeypatch):
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: two_replicas)
     results = run.run(
@@ -318,6 +321,7 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
     )
 
 
+@pytest.mark.slow
 def test_going_on_between_epochs_starts_the_epoch_s_means_afresh(tmp_path):
     settings = Options(**{**QUICK, "method": "baseline", "workdir": str(tmp_path)})
     run.run(settings)

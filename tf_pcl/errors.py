@@ -6,7 +6,19 @@ from collections.abc import Collection
 from typing import Any, Optional
 
 
-class UserError(ValueError):
+class _NamesParameters(Exception):
+    """An error whose text names parameters of the library in backquotes, as in "`peers=1`: …"."""
+
+    def as_flags(self, flags: Collection[str]) -> str:
+        """Returns the text on one line, with each backquoted name that is in `flags` as a flag."""
+
+        def flag(match: "re.Match[str]") -> str:
+            return f"--{match[1]}{match[2] or ''}" if match[1] in flags else match[0]
+
+        return re.sub(r"`(\w+)(=[^`]*)?`", flag, " ".join(str(self).split()))
+
+
+class UserError(_NamesParameters, ValueError):
     """Raised when something was asked for that cannot be done.
 
     The text names parameters of the library in backquotes, as in "`peers=1`: …". The command line
@@ -30,19 +42,9 @@ class UserError(ValueError):
         self.parameter, self.value, self.allowed = parameter, value, allowed
         super().__init__(f"`{parameter}={value}`: {problem}" if parameter else problem)
 
-    def as_flags(self, flags: Collection[str]) -> str:
-        """Returns the text on one line, with every backquoted parameter in `flags` written as a flag."""
 
-        def flag(match: "re.Match[str]") -> str:
-            return f"--{match[1]}{match[2] or ''}" if match[1] in flags else match[0]
-
-        return re.sub(r"`(\w+)(=[^`]*)?`", flag, " ".join(str(self).split()))
-
-
-class Stopped(Exception):
+class Stopped(_NamesParameters):
     """Raised when a run ends before its last step; the text says why and what was saved."""
-
-    as_flags = UserError.as_flags
 
 
 def choose(what: str, name: Any, allowed: Collection[str], parameter: Optional[str] = None) -> Any:

@@ -1,0 +1,96 @@
+"""The command line's verbs, as a process calls them and within this one."""
+
+import ast
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tf_pcl import cli
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def called(*arguments, cwd=ROOT):
+    return subprocess.run(
+        [sys.executable, "-m", "tf_pcl", *arguments], cwd=cwd, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]])
+def test_verbs_are_listed(arguments):
+    done = called(*arguments)
+    assert done.returncode == 0 and not done.stderr
+    for verb, row in cli.VERBS.items():
+        assert f"  {verb}  {row.summary}\n" in done.stdout and row.summary.endswith(".")
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["trian"], "tf-pcl: verb 'trian' is not known. Did you mean train? Allowed: train.\n"),
+        (
+            ["train", "--epochs=0"],
+            "tf-pcl train: --epochs=0: out of range: it must be at least 1\n",
+        ),
+        (
+            ["train", "--split_at=x", "--trunk_share=0.5"],
+            "tf-pcl train: --split_at=x does not go with --trunk_share=0.5: give one of them\n",
+        ),
+        (
+            ["train", "--lr_decay_epochs=a,b"],
+            "tf-pcl train: --lr_decay_epochs=a,b: could not convert string to float: 'a'; give "
+            "numbers, such as 150,225\n",
+        ),
+    ],
+)
+def test_errors_begin_with_the_verb_and_name_flags(arguments, line):
+    done = called(*arguments)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_a_recipe_is_found_by_its_name_where_no_file_is(tmp_path, monkeypatch):
+    name = "pcl-resnet32-cifar100.flags"
+    monkeypatch.chdir(tmp_path)
+    found = [f"--flagfile={ROOT / 'flags' / name}"]
+    assert cli._with_recipes([f"--flagfile={name}"]) == found
+    assert cli._with_recipes([f"-flagfile={name}"]) == found
+    assert cli._with_recipes(["--flagfile", name])[1:] == [str(ROOT / "flags" / name)]
+    for other in (f"--flagfile=./{name}", "--flagfile=absent", "--flagfile=", "--flagfile", name):
+        assert cli._with_recipes([other]) == [other]
+    (tmp_path / name).write_text("--epochs=1\n")
+    assert cli._with_recipes([f"--flagfile={name}"]) == [f"--flagfile={name}"]
+
+
+def test_an_import_that_fails_is_shown_as_what_it_is(tmp_path):
+    source = (
+        "import sys; from tf_pcl import cli; sys.modules['tf_pcl.training'] = None; "
+        "cli.run_verb('train', 'here', [])"
+    )
+    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of tf_pcl.training")
+
+
+def texts(path):
+    """The string literals of a file, docstrings among them."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+# The rooms that speak of parameters; options.py and cli.py make flags of them.
+SPEAK_OF_PARAMETERS = ("errors.py", "optimizer.py", "training/*.py")
+
+
+def test_only_the_command_line_speaks_of_flags():
+    package = ROOT / "tf_pcl"
+    paths = [path for pattern in SPEAK_OF_PARAMETERS for path in package.glob(pattern)]
+    assert len(paths) > 8
+    for path in paths:
+        for text in texts(path):
+            # The one flag of another program.
+            text = text.replace("tensorboard --logdir", "")
+            assert not re.search(r"--[a-z]", text), f"{path}: {text}"

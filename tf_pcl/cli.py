@@ -1,0 +1,189 @@
+"""The command line: tf-pcl VERB [flags]. A verb is a row of VERBS.
+
+Exit status: 0 when done; 2 for what was asked wrongly, with one line on stderr; 1 when a run ended
+  early.
+"""
+
+import os
+import pathlib
+import re
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, NoReturn, Union
+
+from absl import app, flags, logging
+
+from tf_pcl import options
+from tf_pcl.errors import Stopped, UserError, choose
+
+PROGRAM = "tf-pcl"
+HELP = ("--help", "-help", "--helpshort", "-helpshort", "-h")
+# A checkout has the recipes beside the package, an installed package has them inside.
+_PACKAGE = pathlib.Path(__file__).parent
+RECIPES = [_PACKAGE / "flags", _PACKAGE.parent / "flags"]
+
+
+class Verb(NamedTuple):
+    """Something that the command line does.
+
+    Attributes:
+      summary: one line for --help.
+      define_flags: defines its absl flags.
+      complete_help: adds to the help of its flags what takes seconds to find out.
+      run: does it, given the arguments that are not flags. UserError and Stopped end it in one
+        line.
+    """
+
+    summary: str
+    define_flags: Callable[[], None]
+    complete_help: Callable[[], None]
+    run: Callable[[list[str]], Any]
+
+
+def main() -> NoReturn:
+    """Runs the verb that the command line names: tf-pcl VERB [flags]."""
+    verb, *arguments = sys.argv[1:] or ["--help"]
+    if verb in HELP:
+        print(_overview())
+        sys.exit(0)
+    try:
+        choose("verb", verb, VERBS)
+    except UserError as e:
+        sys.exit(_refuse(PROGRAM, str(e)))
+    run_verb(verb, f"{PROGRAM} {verb}", arguments)
+
+
+def run_verb(verb: str, program: str, arguments: Sequence[str]) -> NoReturn:
+    """Runs one verb and exits.
+
+    Args:
+      verb: its name in VERBS.
+      program: what the user called, with which errors begin.
+      arguments: what follows it on the command line.
+    """
+    # TensorFlow's C++ side reports missing GPU libraries as errors on machines without a GPU, and
+    # what fails in it comes as a Python exception as well.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # A network of the user's own, module:function, is looked for where the command is given.
+    sys.path.append(os.getcwd())
+    row = VERBS[verb]
+    modules = set(flags.FLAGS.flags_by_module_dict())
+    row.define_flags()
+    own = set(flags.FLAGS.flags_by_module_dict()) - modules
+
+    def parse(argv: list[str]) -> list[str]:
+        if any(argument.startswith(("-help", "--help")) for argument in argv):
+            row.complete_help()
+        if set(HELP) & set(argv):
+            print(_help(row, program, own))
+            sys.exit(0)
+        try:
+            return flags.FLAGS([argv[0], *_with_recipes(argv[1:])])[1:]
+        except flags.Error as e:
+            sys.exit(_refuse(program, str(e)))
+
+    app.run(lambda rest: _call(row, program, rest), [program, *arguments], flags_parser=parse)
+
+
+def _call(row: Verb, program: str, rest: list[str]) -> int:
+    """Runs a verb and returns the exit status."""
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+    # A training under way handles signals itself; elsewhere SIGTERM is what Ctrl-C is.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        row.run(rest)
+    except UserError as e:
+        return _refuse(program, _as_flags(e))
+    except KeyboardInterrupt:
+        print(
+            f"{program}: stopped, not within a training; what was saved stands, and the same "
+            "command goes on from there",
+            file=sys.stderr,
+        )
+        return 1
+    except Stopped as e:
+        if e.__cause__:
+            traceback.print_exception(type(e.__cause__), e.__cause__, e.__cause__.__traceback__)
+        print(f"{program}: {_as_flags(e)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _as_flags(error: Union[UserError, Stopped]) -> str:
+    # The one place where the parameters that the library names become flags.
+    return error.as_flags(list(flags.FLAGS))
+
+
+def _refuse(program: str, text: str) -> int:
+    """Says in one line what was asked wrongly and returns the exit status."""
+    print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
+    return 2
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    rows = "\n".join(f"  {verb:{width}}  {row.summary}" for verb, row in VERBS.items())
+    return (
+        f"usage: {PROGRAM} VERB [flags]\n\n{rows}\n\n"
+        f"{PROGRAM} VERB --help lists the flags of a verb."
+    )
+
+
+def _help(row: Verb, program: str, modules: set[str]) -> str:
+    """Returns the help of a verb, whose flags are those that `modules` define."""
+    lists = "\n".join(flags.FLAGS.module_help(name) for name in sorted(modules))
+    return (
+        f"usage: {program} [flags]\n\n{row.summary}\n{lists}\n\n"
+        "--flagfile=NAME reads flags from a file, or from the recipe of this name.\n"
+        "--helpfull lists those of absl too."
+    )
+
+
+def _with_recipes(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with the recipes' paths for flagfiles that are not there."""
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        match = re.fullmatch(r"--?flagfile(?:=(.*))?", argument)
+        if match and match[1] is not None:
+            found[i] = f"--flagfile={_recipe(match[1])}"
+        elif match and i + 1 < len(found):
+            found[i + 1] = _recipe(arguments[i + 1])
+    return found
+
+
+def _recipe(name: str) -> str:
+    """Returns the path of a recipe; a file that is there, or any other name, stays as it is."""
+    if os.path.exists(os.path.expanduser(name)) or os.path.basename(name) != name:
+        return name
+    return next((str(folder / name) for folder in RECIPES if (folder / name).is_file()), name)
+
+
+def _complete_train_help() -> None:
+    from tf_pcl.data import datasets
+    from tf_pcl.methods import METHODS
+    from tf_pcl.networks import NETWORKS
+
+    options.complete_help(METHODS, NETWORKS, datasets.described())
+
+
+def _train(rest: list[str]) -> None:
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag: flags begin with --, as in --epochs=300")
+    chosen = options.from_flags()
+    # TensorFlow takes seconds to import: not before the flags are known to be good.
+    from tf_pcl.training import run
+
+    run.run(chosen)
+
+
+VERBS = {
+    "train": Verb(
+        "Trains a network with a method of online knowledge distillation.",
+        options.define_flags,
+        _complete_train_help,
+        _train,
+    ),
+}
