@@ -9,13 +9,22 @@ def softmax(z, T=1.0):
     return e / e.sum(-1, keepdims=True)
 
 
-def ce(y, z):
-    return -np.mean([np.log(p[k]) for k, p in zip(y, softmax(z))])
+def ce(y, z, weights=1.0):
+    """The mean over the batch of w·CE; y are class numbers [B] or probabilities [B, C], weights [B] or 1."""
+    y = np.asarray(y)
+    q = np.eye(np.shape(z)[-1])[y] if y.ndim == 1 else y
+    return -np.mean(weights * np.sum(q * np.log(softmax(z)), axis=-1))
 
 
-def kl(q, p):
-    """Mean over the batch of Σ_c q_c (log q_c − log p_c)."""
-    return np.mean(np.sum(q * (np.log(q) - np.log(p)), axis=-1))
+def kl(q, p, weights=1.0):
+    """The mean over the batch of w·Σ_c q_c (log q_c − log p_c)."""
+    return np.mean(weights * np.sum(q * (np.log(q) - np.log(p)), axis=-1))
+
+
+def error(y, z):
+    """Percent of the images whose largest logit is not that of their class, or of their most probable one."""
+    y = np.asarray(y)
+    return 100 * np.mean(np.argmax(z, -1) != (y if y.ndim == 1 else np.argmax(y, -1)))
 
 
 def omega(e, alpha, weight=1.0):
@@ -26,13 +35,13 @@ def phi(g, beta):
     return min(1 - 1 / g, beta)
 
 
-def pcl(y, z, z_e, z_t, T, w):
+def pcl(y, z, z_e, z_t, T, w, weights=1.0):
     """(L_c, ω L_pe, ω L_pm)."""
     m = len(z)
-    l_c = sum(ce(y, zj) for zj in z) + ce(y, z_e)
-    l_pe = T**2 * sum(kl(softmax(z_e, T), softmax(zj, T)) for zj in z)
+    l_c = sum(ce(y, zj, weights) for zj in z) + ce(y, z_e, weights)
+    l_pe = T**2 * sum(kl(softmax(z_e, T), softmax(zj, T), weights) for zj in z)
     l_pm = T**2 * sum(
-        sum(kl(softmax(z_t[i], T), softmax(z[j], T)) for i in range(m) if i != j) / (m - 1)
+        sum(kl(softmax(z_t[i], T), softmax(z[j], T), weights) for i in range(m) if i != j) / (m - 1)
         for j in range(m)
     )
     return l_c, w * l_pe, w * l_pm

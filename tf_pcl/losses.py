@@ -1,14 +1,83 @@
-"""The losses that the methods share: functions of logits [B, C] that return a float32 scalar, a mean over the batch."""
+"""The losses that the methods share: scalars, means over the batch [B, C] of logits.
 
+Inside `weighted(weights)` every image counts with its weight, as with Keras's sample_weight: a loss
+is Σ w·l / B. So an equation reads the same with weights and without.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Optional
+
+import numpy as np
 import tensorflow as tf
 
 from tf_pcl import compat
+from tf_pcl.errors import UserError
+
+# A context variable, since each replica traces its step in a thread of its own.
+_weights: contextvars.ContextVar = contextvars.ContextVar("weights", default=None)
+
+
+@contextlib.contextmanager
+def weighted(weights: Optional[tf.Tensor]) -> Iterator[None]:
+    """Weighs the images of the batch in all losses that are computed inside.
+
+    Args:
+      weights: float32 [B], at least 0; None if all weigh 1.
+    """
+    token = _weights.set(weights)
+    try:
+        yield
+    finally:
+        _weights.reset(token)
+
+
+def batch_mean(values: tf.Tensor) -> tf.Tensor:
+    """Returns the mean of losses of images, or of pairs or triples of them, each times its weight.
+
+    Args:
+      values: [B], one an image; or [G, G] or [G, G, G], one a pair or triple of the images of the
+        global batch. A pair or triple weighs the geometric mean of its images' weights: an image of
+        weight 0 is in none that counts, and weights that are all c make the loss c times as large.
+
+    Returns:
+      A scalar.
+    """
+    weights = _weights.get()
+    if weights is None:
+        return tf.reduce_mean(values)
+    rank = values.shape.rank
+    if rank > 1:
+        root = tf.pow(of_all_replicas(weights), 1 / rank)
+        weights = root
+        for _ in range(rank - 1):
+            weights = weights[..., None] * root
+    return tf.reduce_mean(tf.cast(weights, values.dtype) * values)
+
+
+def of_all_replicas(values: tf.Tensor) -> tf.Tensor:
+    """Returns the values [G, …] of the global batch from those [B, …] of this replica."""
+    context = tf.distribute.get_replica_context()
+    # A handle of its own, as in triplet_angles.
+    return (
+        context.all_gather(values, axis=0)
+        if context is not None and context.num_replicas_in_sync > 1
+        else tf.identity(values)
+    )
 
 
 def cross_entropy(labels, logits):
-    """CE(y, z) of class indices int [B] against logits [B, C]."""
-    logits = tf.cast(logits, tf.float32)
-    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits))
+    """CE(y, z) of labels, class numbers int [B] or probabilities [B, C], against logits [B, C]."""
+    return batch_mean(cross_entropies(labels, logits))
+
+
+def cross_entropies(labels, logits):
+    """CE(y, z) of each image, float32 [B], without its weight; arguments as in `cross_entropy`."""
+    logits, labels = tf.cast(logits, tf.float32), tf.convert_to_tensor(labels)
+    if labels.shape.rank == 2:
+        return tf.nn.softmax_cross_entropy_with_logits(tf.cast(labels, tf.float32), logits)
+    return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
 
 
 def distillation(teacher, student, temperature=1.0, cut=True):
@@ -23,7 +92,7 @@ def distillation(teacher, student, temperature=1.0, cut=True):
         teacher = tf.stop_gradient(teacher)
     log_q = tf.nn.log_softmax(tf.cast(teacher, tf.float32) / temperature)
     log_p = tf.nn.log_softmax(tf.cast(student, tf.float32) / temperature)
-    return temperature**2 * tf.reduce_mean(tf.reduce_sum(tf.exp(log_q) * (log_q - log_p), axis=-1))
+    return temperature**2 * batch_mean(tf.reduce_sum(tf.exp(log_q) * (log_q - log_p), axis=-1))
 
 
 def pairwise_distances(features):
@@ -56,3 +125,32 @@ def triplet_angles(features):
     apart = squared > 0
     directions = to * tf.where(apart, tf.math.rsqrt(tf.where(apart, squared, 1.0)), 0.0)
     return tf.matmul(directions, directions, transpose_b=True)
+
+
+def balanced_class_weights(labels, num_classes: int) -> dict[int, float]:
+    """Returns weights with which all classes count alike, for fit's `class_weight`.
+
+    With n_c images of class c, n in all and K classes that have any, class c weighs n / (K n_c), as
+    in scikit-learn's "balanced"; the mean weight of an image is 1. A class without images weighs 0.
+
+    Args:
+      labels: class numbers, int [N], N ≥ 1.
+      num_classes: C.
+
+    Raises:
+      UserError: if there are no labels, or one is not in 0 … C − 1.
+    """
+    labels = np.asarray(labels).reshape(-1)
+    if not labels.size or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(
+            "balanced weights need class numbers, and "
+            f"{labels.size} labels of type {labels.dtype} came"
+        )
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise UserError(
+            f"the labels go from {labels.min()} to {labels.max()}, and class numbers from 0 to "
+            f"{num_classes - 1} are allowed"
+        )
+    counts = np.bincount(labels.astype(np.int64), minlength=num_classes)
+    present = np.count_nonzero(counts)
+    return {c: float(labels.size / (present * n)) if n else 0.0 for c, n in enumerate(counts)}

@@ -27,7 +27,7 @@ import tensorflow as tf
 
 from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
-from tf_pcl.losses import cross_entropy, distillation
+from tf_pcl.losses import batch_mean, cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
 from tf_pcl.networks.blocks import conv_norm_relu
 from tf_pcl.surgery import Target, deployable, section_names, with_features
@@ -103,7 +103,7 @@ class BYOT(Distiller):
 def squared_distance(f, g):
     """‖f − g‖² of features [B, d], the mean over the batch, a float32 scalar."""
     difference = tf.cast(f, tf.float32) - tf.cast(g, tf.float32)
-    return tf.reduce_mean(tf.reduce_sum(tf.square(difference), axis=-1))
+    return batch_mean(tf.reduce_sum(tf.square(difference), axis=-1))
 
 
 def shallow_exit(map_shape, halvings, width, classes, name):

@@ -15,8 +15,9 @@ over the images u, v, w of the batch, Σ as a mean, with δ = 1 in Huber's loss,
 not zero, and ∠(u, v, w) the angle at v. α = β = γ = β_2 = 1, β_1 = 2, t = 4. No gradient flows into z_k', f_k' or z̄_k.
 Deployed is network 1.
 
-Chosen here: the values of the weights and of t; with more than two networks, the mean over all k' ≠ k; the
-frozen copies see the same view, in inference mode; each stage is trained by the whole recipe.
+Chosen here: the values of the weights and of t; with more than two networks, the mean over all k' ≠ k; the frozen copies
+see the same view, in inference mode; each stage is trained by the whole recipe; where images have weights, a pair or triple
+has the geometric mean of theirs, and μ_k is the mean over all pairs.
 """
 
 import itertools
@@ -24,7 +25,14 @@ import itertools
 import tensorflow as tf
 
 from tf_pcl.errors import UserError
-from tf_pcl.losses import cross_entropy, distillation, pairwise_distances, triplet_angles
+from tf_pcl.losses import (
+    batch_mean,
+    cross_entropy,
+    distillation,
+    of_all_replicas,
+    pairwise_distances,
+    triplet_angles,
+)
 from tf_pcl.methods.baseline import Baseline
 from tf_pcl.methods.distiller import Distiller, Exit, Stage
 from tf_pcl.methods.peers import check_peers, peer_names
@@ -153,16 +161,5 @@ def mutual_huber(x, y):
     # the gradient of one without constants is that of the two with constants together.
     r = x - y
     q = tf.stop_gradient(tf.clip_by_value(r, -1.0, 1.0))
-    loss = tf.reduce_mean(q * (r - q / 2))
+    loss = batch_mean(q * (r - q / 2))
     return loss + tf.stop_gradient(loss)
-
-
-def of_all_replicas(features):
-    """The features [B, d] of the global batch from those of a replica, so that all its images are related to each other."""
-    context = tf.distribute.get_replica_context()
-    # A handle of its own, as in losses_module.triplet_angles.
-    return (
-        context.all_gather(features, axis=0)
-        if context.num_replicas_in_sync > 1
-        else tf.identity(features)
-    )

@@ -4,7 +4,6 @@ import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import keras as keras_package
 import numpy as np
 import tensorflow as tf
 

@@ -58,7 +58,9 @@ def run(options: Options) -> dict[str, Any]:
 
     workdir.begin(options, facts)
     opening = report.opening(options, data, steps, strategy.num_replicas_in_sync)
-    checked = f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
+    checked = (
+        f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
+    )
     print(opening, *make.lines, checked, sep="\n", flush=True)
     return _train_all(trainer, stages, first, workdir)
 
