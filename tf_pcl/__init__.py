@@ -2,7 +2,8 @@
 
     from tf_pcl import data, methods, networks
 
-Names are imported when first used, so that what needs no TensorFlow (flags, help) does not wait for it.
+Names are imported when first used, so that what needs no TensorFlow (flags, help) does not wait
+for it.
 """
 
 import importlib

@@ -4,12 +4,14 @@
 class Shadow:
     """Keeps the trainable weights of `shadow` at an exponential moving average of those of `source`.
 
-    BatchNorm's moving statistics are left alone unless update() is told to average them: the shadow collects its own from
-    its forward passes, as in Mean Teacher (Tarvainen and Valpola, 2017). The shadow stays `trainable`, since a frozen BatchNorm layer would not use batch
+    BatchNorm's moving statistics are left alone unless update() is told to average them: the
+    shadow collects its own from its forward passes, as in Mean Teacher (Tarvainen and Valpola,
+    2017). The shadow stays `trainable`, since a frozen BatchNorm layer would not use batch
     statistics; whoever trains `source` leaves the shadow's weights out of the optimizer.
 
     Args:
-      source, shadow: two keras models built alike. The shadow starts as a copy of the source, statistics included.
+      source, shadow: two keras models built alike. The shadow starts as a copy of the source,
+        statistics included.
     Raises:
       ValueError: if the weights do not pair up.
     """
@@ -33,9 +35,9 @@ class Shadow:
         """θ^t ← φ θ^t + (1 − φ) θ, with φ = `decay` in [0, 1].
 
         Args:
-          decay: φ, a scalar.
-          statistics: whether BatchNorm's moving statistics are averaged in the same way. They are needed where an update
-            moves the weights far between two passes, so that those of the passes before no longer fit.
+          decay: φ, a scalar. statistics: whether BatchNorm's moving statistics are averaged in the
+            same way. They are needed where an update moves the weights far between two passes, so
+            that those of the passes before no longer fit.
         """
         for source, shadow in self.trained + (self.statistics if statistics else []):
             shadow.assign_add((1.0 - decay) * (source - shadow))

@@ -104,7 +104,8 @@ def pairwise_distances(features):
       float32 [B, B].
     """
     f = tf.cast(features, tf.float32)
-    # Distances come as ‖u‖² + ‖v‖² − 2 u·v: around the mean these are small, and little is lost in their difference.
+    # Distances come as ‖u‖² + ‖v‖² − 2 u·v: around the mean these are small, and little is lost in
+    # their difference.
     d = compat.pairwise_distance(f - tf.stop_gradient(tf.reduce_mean(f, axis=0)))
     apart = tf.cast(tf.math.count_nonzero(d), tf.float32)
     return tf.math.divide_no_nan(d * apart, tf.reduce_sum(d))
@@ -118,7 +119,8 @@ def triplet_angles(features):
     Returns:
       float32 [B, B, B], at [v, u, w] cos∠(u, v, w), the corner being v.
     """
-    # The gradients of the two uses are added apart from those of other uses: the sum of two has but one order.
+    # The gradients of the two uses are added apart from those of other uses: the sum of two has
+    # but one order.
     f = tf.identity(tf.cast(features, tf.float32))
     to = f[None] - f[:, None]  # [v, u]: from v to u
     squared = tf.reduce_sum(tf.square(to), axis=-1, keepdims=True)

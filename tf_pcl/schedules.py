@@ -35,7 +35,8 @@ def default_ema_decay(total_steps):
 
 def step_decay(learning_rate, decay_epochs, steps_per_epoch):
     """The learning rate divided by 10 at the start of each of `decay_epochs` (fractional epochs, increasing)."""
-    # Keras keeps a value up to and including its boundary; a drop after epoch e acts on step e · steps_per_epoch.
+    # Keras keeps a value up to and including its boundary; a drop after epoch e acts on step e ·
+    # steps_per_epoch.
     boundaries = [round(e * steps_per_epoch) - 1 for e in decay_epochs]
     values = [learning_rate * 0.1**i for i in range(len(boundaries) + 1)]
     return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)

@@ -1,14 +1,15 @@
 """Born-Again Neural Networks (Furlanello, Lipton, Tschannen, Itti and Anandkumar, ICML 2018).
 
-A network is trained with cross-entropy; then, again and again, the same network from a fresh start, which learns from the
-labels and from the generation before. With z_k the logits of generation k and p(z) = softmax(z / T), T = 1 (section 3)
+A network is trained with cross-entropy. Then the same network is trained again and again from a
+fresh start, and learns from the labels and from the generation before. With z_k the logits of
+generation k and p(z) = softmax(z / T), T = 1, the losses are (section 3)
 
-    L_0 = CE(y, z_0),    L_k = CE(y, z_k) + T² KL(p(z_{k−1}) ‖ p(z_k))        `ce` and `parent`
+    L_0 = CE(y, z_0),    L_k = CE(y, z_k) + T² KL(p(z_{k−1}) ‖ p(z_k))     terms `ce` and `parent`
 
-The generations before are frozen. Deployed is the last one; the ensemble of all, the mean of their probabilities, is
-reported beside it (section 3.1).
+The generations before are frozen. The last one is deployed. The ensemble of all, the mean of their
+probabilities, is reported beside it (section 3.1).
 
-What the paper leaves open: the parent sees the child's view, in inference mode.
+The parent sees the child's view, in inference mode, which the paper leaves open.
 """
 
 import tensorflow as tf
@@ -23,11 +24,12 @@ class BAN(Distiller):
     """One generation of a network, which learns from the one before.
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities.
-      ancestors: the trained generations before, the oldest first: keras.Models from raw images uint8 [B, H, W, C] to logits
-        [B, C], such as deployed() gives. None in generation 0.
+      network: the target network: a keras.Model from images to logits or probabilities, or a
+        function that builds one.
+      ancestors: the trained generations before, the oldest first: keras.Models from raw images
+        uint8 [B, H, W, C] to logits [B, C], such as deployed() gives. None in generation 0.
       temperature: T > 0.
-      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "parent")

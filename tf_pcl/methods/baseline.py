@@ -9,9 +9,10 @@ class Baseline(Distiller):
     """One network, one view: L = CE(y, z).
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities.
-      exit_name: what its prediction is called; as the first stage of a method, what that calls it.
-      preprocess: a layer in front of it, such as networks.standardise(mean, std), or None.
+      network: the target network: a keras.Model from images to logits or probabilities, or a
+        function that builds one.
+      exit_name: the name of its prediction. A method whose first stage this is names it.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce",)

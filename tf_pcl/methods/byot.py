@@ -1,26 +1,27 @@
-"""Be Your Own Teacher: Improve the Performance of Convolutional Neural Networks via Self Distillation (Zhang, Song, Gao,
-Chen, Bao and Ma, ICCV 2019).
+"""Be Your Own Teacher: self distillation (Zhang, Song, Gao, Chen, Bao and Ma, ICCV 2019).
 
-One network of S stages teaches its own shallow parts: after each stage but the last stands a classifier, an exit, of a
-bottleneck, which makes of the stage's feature map a feature F_i as long as the last one, and a fully connected layer. With
-F_last ∈ R^d and z_last the feature and the logits of the whole network, z_i the logits of exit i and
-p^T(z) = softmax(z / T), the loss is (section 3.2)
+One network of S sections teaches its own shallow parts. After each section but the last stands a
+shallow classifier, an exit: a bottleneck makes of the section's feature map a feature F_i as long
+as the last one, and a fully connected layer classifies it. With F_last ∈ R^d and z_last the
+feature and the logits of the whole network, z_i the logits of exit i and p^T(z) = softmax(z / T),
+the loss is (section 3.2)
 
-    L = Σ_{i<S} (1−α) CE(y, z_i) + CE(y, z_last)                 `ce`
-        + α Σ_{i<S} T² KL(p^T(z_last) ‖ p^T(z_i))                `deepest`, α included
-        + λ Σ_{i<S} ‖F_i − F_last‖²                              `hint`, λ included
+    L = Σ_{i<S} (1−α) CE(y, z_i) + CE(y, z_last)                 term `ce`
+        + α Σ_{i<S} T² KL(p^T(z_last) ‖ p^T(z_i))                term `deepest`, α included
+        + λ Σ_{i<S} ‖F_i − F_last‖²                              term `hint`, λ included
 
-α = 0.3, λ = 0.03. No gradient flows into z_last or F_last as a teacher. Deployed is the network without its shallow exits.
+with α = 0.3 and λ = 0.03. No gradient flows into z_last or F_last as a teacher. The network without
+its shallow exits is deployed.
 
-What the paper leaves open: F is the vector that a fully connected layer classifies, after pooling; the bottleneck is 1×1
-conv to d/4 → for each stage that follows, 3×3 conv with stride 2 → 1×1 conv to d → global average pooling, with BN and ReLU
-after each convolution.
+The bottleneck is open in the paper. Here it is a 1×1 conv to d/4, for each section that follows a
+3×3 conv with stride 2, a 1×1 conv to d, with BN and ReLU after each, and global average pooling.
 
-Published implementations weigh the terms otherwise. In one of the authors' own, distillation carries no T², with T = 3 a
-ninth of the weight here; `distill_share` = 0.3 / (0.3 + 9 · 0.7) = 0.045 gives a shallow exit its proportion of
-cross-entropy to distillation. One that others often build on has α = 0.1, weighs the last exit's cross-entropy with 1 − α
-too, and adds 1e-6 times the squared distances summed over the batch: at 128 images that is `hint_weight` = 1.28e-4, a 234th
-of the paper's 0.03 on the mean over the batch.
+Published implementations weigh the terms otherwise. One of the authors' own has no T² in the
+distillation, which at T = 3 is a ninth of the weight here; `distill_share` = 0.045 gives a shallow
+exit its proportion of cross-entropy to distillation. Another, on which many build, has α = 0.1,
+weighs the last exit's cross-entropy with 1 − α too, and adds 1e-6 times the squared distances
+summed over the batch. With 128 images that is `hint_weight` = 1.28e-4, a 234th of the paper's
+0.03.
 """
 
 import tensorflow as tf
@@ -37,12 +38,13 @@ class BYOT(Distiller):
     """A network that is the teacher of its own shallow exits.
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities with layers stage_1 …
-        stage_S, S ≥ 2, that give feature maps [B, H, W, c].
+      network: the target network: a keras.Model from images to logits or probabilities, or a
+        function that builds one. The last layers of its sections are called stage_1 … stage_S, S ≥
+        2, and give feature maps [B, H, W, c].
       temperature: T > 0.
       distill_share: α in [0, 1], the share of distillation in a shallow exit's loss.
       hint_weight: λ ≥ 0.
-      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "deepest", "hint")

@@ -1,16 +1,19 @@
 """Collaborative Learning for Deep Neural Networks (Song and Chai, NeurIPS 2018).
 
-m heads share a trunk; head h learns from the label and from the consensus of the other heads. With z_h the logits of
-head h and p^T(z) = softmax(z / T), T = 2, the target of head h and the loss are (section 3.2)
+m heads share a trunk. Head h learns from the label and from the consensus of the other heads. With
+z_h the logits of head h and p^T(z) = softmax(z / T), T = 2, its target and the loss are
+(section 3.2)
 
     q_h = p^T(1/(m−1) Σ_{j≠h} z_j)
-    L = Σ_h [β CE(y, z_h) + (1−β) T² KL(q_h ‖ p^T(z_h))],  β = 0.5   `ce` and `consensus`, β and 1−β included
+    L = Σ_h [β CE(y, z_h) + (1−β) T² KL(q_h ‖ p^T(z_h))]     terms `ce` and `consensus`
 
-No gradient flows into a target. *Backpropagation rescaling* (section 3.3): the trunk gets the sum of m heads' gradients,
-m times what the rest of the training is tuned for; the fork between trunk and heads is the identity forward and multiplies
-the gradient by 1/m backward. Deployed is head 1.
+with β = 0.5; the terms include β and 1−β. No gradient flows into a target.
 
-What the paper leaves open: a single fork, at `split_at`; the heads see one view of each image.
+*Backpropagation rescaling* (section 3.3): the trunk would get the sum of m heads' gradients, m
+times what the rest of the recipe is tuned for. The fork between trunk and heads is the identity in
+the forward pass and multiplies the gradient by 1/m in the backward pass. Head 1 is deployed.
+
+The paper leaves the forks open. Here there is one, at `split_at`, and all heads see one view.
 """
 
 import tensorflow as tf
@@ -25,12 +28,14 @@ class CL(Distiller):
     """Heads that learn from their consensus, on a trunk whose gradient is rescaled.
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities.
-      split_at: the name of the last layer that the heads share; by default that before the last stage.
+      network: the target network: a keras.Model from images to logits or probabilities, or a
+        function that builds one.
+      split_at: the name of the last layer that the heads share. By default they share all before
+        the last section of the network.
       peers: m ≥ 2 heads.
       temperature: T > 0.
       distill_share: 1 − β in [0, 1], the share of the consensus in a head's loss.
-      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "consensus")

@@ -1,23 +1,26 @@
-"""Collaborative Teacher-Student Learning via Multiple Knowledge Transfer (Sun, Gou, Yu, Du and Tao, 2021).
+"""Collaborative Teacher-Student Learning via Multiple Knowledge Transfer (Sun et al., 2021).
 
-Whole networks are first trained alone, and a frozen copy of each is kept; then they go on together, and each learns from
-its own copy (self-distillation), from what the others say and from how the others relate the images of a batch to each
-other (relational knowledge, Park et al., CVPR 2019). With f_k ∈ R^d the feature and z_k the logits of network k, z̄_k those
-of its frozen copy, p^t(z) = softmax(z / t), k' any other network, L = Σ_k L_k, where
+Whole networks are first trained alone, and a frozen copy of each is kept. Then they go on together.
+Each learns from its own copy (self-distillation), from what the others say, and from how the others
+relate the images of a batch to each other (relational knowledge, Park et al., CVPR 2019). With
+f_k ∈ R^d the feature and z_k the logits of network k, z̄_k those of its frozen copy,
+p^t(z) = softmax(z / t), and k' any other network, the loss is L = Σ_k L_k, where
 
-    L_k  = α CE(y, z_k) + β [L_RD + β_2 KL(p^1(z_k') ‖ p^1(z_k))] + γ L_SD    `ce`, and β β_2 included, `mutual`
-    L_SD = t² KL(p^t(z̄_k) ‖ p^t(z_k))                                         `self`, γ included
-    L_RD = L_DD + β_1 L_AD                                                    `distance` and `angle`, β and β_1 included
-    L_DD = Σ_{u,v} Huber(‖f_k(u) − f_k(v)‖ / μ_k, ‖f_k'(u) − f_k'(v)‖ / μ_k')
-    L_AD = Σ_{u,v,w} Huber(cos∠_k(u, v, w), cos∠_k'(u, v, w))
+    L_k  = α CE(y, z_k)                                                      term `ce`
+         + β [L_RD + β_2 KL(p^1(z_k') ‖ p^1(z_k))]                           term `mutual`, ββ_2 included
+         + γ L_SD
+    L_SD = t² KL(p^t(z̄_k) ‖ p^t(z_k))                                        term `self`, γ included
+    L_RD = L_DD + β_1 L_AD
+    L_DD = Σ_{u,v} Huber(‖f_k(u) − f_k(v)‖ / μ_k, ‖f_k'(u) − f_k'(v)‖ / μ_k')     `distance`, β included
+    L_AD = Σ_{u,v,w} Huber(cos∠_k(u, v, w), cos∠_k'(u, v, w))                   `angle`, ββ_1 included
 
-over the images u, v, w of the batch, Σ as a mean, with δ = 1 in Huber's loss, μ_k the mean of network k's distances that are
-not zero, and ∠(u, v, w) the angle at v. α = β = γ = β_2 = 1, β_1 = 2, t = 4. No gradient flows into z_k', f_k' or z̄_k.
-Deployed is network 1.
+Sums over images are means. μ_k is the mean of those distances that are not zero, and ∠(u, v, w) is
+the angle at v. No gradient flows into z_k', f_k' or z̄_k. Network 1 is deployed.
 
-Chosen here: the values of the weights and of t; with more than two networks, the mean over all k' ≠ k; the frozen copies
-see the same view, in inference mode; each stage is trained by the whole recipe; where images have weights, a pair or triple
-has the geometric mean of theirs, and μ_k is the mean over all pairs.
+Chosen here: α = β = γ = β_2 = 1, β_1 = 2 and t = 4; with more than two networks, the mean over all
+k' ≠ k. The frozen copies see the same view, in inference mode. Each stage has the whole recipe.
+Where images have weights, a pair or triple has the geometric mean of theirs, and μ_k is the mean
+over all pairs.
 """
 
 import itertools
@@ -43,12 +46,11 @@ class CTSLMKT(Distiller):
     """Networks, trained alone before, that transfer three kinds of knowledge to each other.
 
     Args:
-      network: a list of m ≥ 2 trained networks, alike or different, the target first: functional keras.Models from images to
-        logits or probabilities.
+      network: a list of m ≥ 2 trained networks, alike or different, the one to deploy first.
       temperature: t > 0.
       ce_weight, collaboration_weight, self_weight: α, β and γ.
       angle_weight, mutual_weight: β_1 and β_2.
-      preprocess: a layer in front of the networks, such as networks.standardise(mean, std), or None.
+      preprocess: a layer in front of the networks, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "mutual", "self", "distance", "angle")
@@ -157,8 +159,9 @@ class CTSLMKT(Distiller):
 def mutual_huber(x, y):
     """Huber(x, y) with y as the constant target plus Huber(y, x) with x as such, δ = 1: a float32 scalar, a mean over the
     elements of two tensors of one shape."""
-    # With r = x − y and q, the derivative, r cut to ±1, Huber's loss is q (r − q/2). Its two directions have one value, and
-    # the gradient of one without constants is that of the two with constants together.
+    # With r = x − y and q, the derivative, r cut to ±1, Huber's loss is q (r − q/2). Its two
+    # directions have one value, and the gradient of one without constants is that of the two with
+    # constants together.
     r = x - y
     q = tf.stop_gradient(tf.clip_by_value(r, -1.0, 1.0))
     loss = batch_mean(q * (r - q / 2))

@@ -36,9 +36,9 @@ class Exit(typing.NamedTuple):
 class Stage(typing.NamedTuple):
     """One training of several.
 
-    name: a word, "" where there is one stage.
-    network: what is trained, as Distiller.stages gets it.
-    build: a function from the list of the stages' trained Distillers before to the one that this stage trains.
+    name: a word, "" where there is one stage. network: what is trained, as Distiller.stages gets
+    it. build: a function from the list of the stages' trained Distillers before to the one that
+    this stage trains.
     """
 
     name: str
@@ -49,15 +49,17 @@ class Stage(typing.NamedTuple):
 class Distiller(keras.Model):
     """A training method around a target network. Subclasses give its equations; the steps live here alone.
 
-    A subclass builds its networks in `__init__`, sets `num_views`, `terms`, `exits` and `deployed_exit`, and defines
-    `students`, `loss_terms`, `deployed` and, where the method has them, `teachers` and `after_step`.
+    A subclass builds its networks in `__init__`, sets `num_views`, `terms`, `exits` and
+    `deployed_exit`, and defines `students`, `loss_terms`, `deployed` and, where the method has
+    them, `teachers` and `after_step`.
 
     Train with Keras's own compile and fit on batches of (views uint8 [B, m, H, W, C], labels) or
-    (views, labels, weights); images [B, H, W, C] count as one view. Labels are class numbers [B] or
-    [B, 1], of any type as long as they are whole, or one-hot or soft labels [B, C]; the class of a soft
-    label, for errors, is its most probable one. Batches of other forms are refused with a UserError.
-    `sample_weight` and `class_weight` weigh each image in all loss terms, as `losses.batch_mean`
-    says; a soft label weighs Σ_c p_c w_c. Errors count each image once, as Keras's metrics do.
+    (views, labels, weights); images [B, H, W, C] count as one view. Labels are class numbers [B]
+    or [B, 1], of any type as long as they are whole, or one-hot or soft labels [B, C]; the class
+    of a soft label, for errors, is its most probable one. Batches of other forms are refused with
+    a UserError. `sample_weight` and `class_weight` weigh each image in all loss terms, as
+    `losses.batch_mean` says; a soft label weighs Σ_c p_c w_c. Errors count each image once, as
+    Keras's metrics do.
 
     Under a strategy each replica must get equally many images, since a loss is a mean over the
     replica's images, divided by the number of replicas.
@@ -67,8 +69,8 @@ class Distiller(keras.Model):
       terms: names of the loss terms.
       exits: names of all predictions, trained ones first; `error/NAME` is the error in percent.
       peer_exits: names of the exits that are peers; `diversity` is measured between them.
-      deployed_exit: the name of the prediction that `deployed()` gives.
-      rampup_epochs, distill_weight: α and λ of the ramp-up weight ω; λ is None in a method without ω.
+      deployed_exit: the name of the prediction that `deployed()` gives. rampup_epochs,
+        distill_weight: α and λ of the ramp-up weight ω; λ is None in a method without ω.
       step: int64, training steps done.
     """
 
@@ -105,9 +107,9 @@ class Distiller(keras.Model):
         Args:
           make: a function (class, network, **arguments) -> Distiller of that class, whose attribute
             `trained` is a function path -> the network that an earlier run deployed.
-          network: the target network in whatever form `make` takes; a list for several.
-          arguments: keyword arguments of the constructor, without those that come from the stages before. A method with
-            arguments that concern its stages alone names them here.
+          network: the target network in whatever form `make` takes; a list for several. arguments:
+            keyword arguments of the constructor, without those that come from the stages before. A
+            method with arguments that concern its stages alone names them here.
         """
         return [Stage("", network, lambda trained: make(cls, network, **arguments))]
 
@@ -241,8 +243,8 @@ class Distiller(keras.Model):
     def evaluate(self, x=None, y=None, *args, **kwargs):
         """Keras's evaluate: the deployed exit's cross-entropy, and each exit's error in percent.
 
-        The cross-entropy, `loss`, is weighted by `sample_weight` and without penalties of the network's
-        own. All are means over the images, however the batches are cut.
+        The cross-entropy, `loss`, is weighted by `sample_weight` and without penalties of the
+        network's own. All are means over the images, however the batches are cut.
 
         Raises:
           UserError: as `fit`.
@@ -341,7 +343,8 @@ class Distiller(keras.Model):
 
     @property
     def trainable_weights(self):
-        # Teachers stay `trainable`, or their BatchNorm layers would not use batch statistics; they are left out here.
+        # Teachers stay `trainable`, or their BatchNorm layers would not use batch statistics; they
+        # are left out here.
         frozen = {id(w) for model in self.untrained for w in model.weights}
         return [w for w in super().trainable_weights if id(w) not in frozen]
 
@@ -388,8 +391,9 @@ class Distiller(keras.Model):
                 terms = self.loss_terms(labels, student, teacher)
             terms = {**terms, **self._regularization()}
             total = sum(terms.values())
-            # The backward pass waits for the teachers. Without this order Grappler lets after_step change a teacher's weights
-            # while the teacher is still about to read them: it drops the control dependencies between the two.
+            # The backward pass waits for the teachers. Without this order Grappler lets after_step
+            # change a teacher's weights while the teacher is still about to read them: it drops
+            # the control dependencies between the two.
             before = [e.logits for e in teacher.values()]
             before += self._check_first_batch(views, labels, student)
             with tf.control_dependencies(before):

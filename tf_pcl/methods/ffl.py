@@ -1,19 +1,20 @@
-"""Feature Fusion for Online Mutual Knowledge Distillation (Kim, Hyun, Chung and Kwak, ICPR 2020), shared trunk: FFL-S.
+"""Feature Fusion for Online Mutual Knowledge Distillation (Kim, Hyun, Chung and Kwak, ICPR 2020).
 
-m branches share a trunk; a fusion module makes one classifier of their last feature maps M_j. With z_j the logits of
-branch j, p^T(z) = softmax(z / T) and the ramp-up weight ω, the two ensembles and the loss are (section III)
+This is the variant with a shared trunk, FFL-S. m branches share a trunk, and a fusion module makes
+one classifier of their last feature maps M_j. With z_j the logits of branch j, p^T(z) = softmax(z
+/ T) and the ramp-up weight ω, the two ensembles and the loss are (section III)
 
-    z_f: concat(M_1, …, M_m) → depthwise 3×3 conv → BN → ReLU → pointwise 1×1 conv to the width of M_j → BN → ReLU
-         → GAP → fully connected
+    z_f: concat(M_1, …, M_m) → depthwise 3×3 conv → BN → ReLU
+         → pointwise 1×1 conv to the width of M_j → BN → ReLU → GAP → fully connected
     z_a = 1/m Σ_j z_j
-    L = Σ_j CE(y, z_j) + CE(y, z_f)                 `ce`
-        + ω T² Σ_j KL(p^T(z_f) ‖ p^T(z_j))          `fused`, ω included
-        + ω T² KL(p^T(z_a) ‖ p^T(z_f))              `average`, ω included
+    L = Σ_j CE(y, z_j) + CE(y, z_f)                 term `ce`
+        + ω T² Σ_j KL(p^T(z_f) ‖ p^T(z_j))          term `fused`, ω included
+        + ω T² KL(p^T(z_a) ‖ p^T(z_f))              term `average`, ω included
 
-so that branches and fusion module teach each other; no gradient flows into a teacher. The fusion module's weight decay is
-1e-5. Deployed is branch 1; z_f is the exit `ensemble`.
+Branches and fusion module teach each other. No gradient flows into a teacher. The fusion module's
+weight decay is 1e-5. Branch 1 is deployed; z_f is the exit `ensemble`.
 
-What the paper leaves open: the convolutions have no bias, since BN subtracts the mean.
+The module's convolutions have no bias, which the paper leaves open: BN subtracts the mean.
 """
 
 import tensorflow as tf
@@ -31,14 +32,16 @@ class FFL(Distiller):
     """Branches and the fusion of their feature maps that teach each other.
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities, with a feature map that
-        is pooled or flattened after `split_at`.
-      split_at: the name of the last layer that the branches share; by default that before the last stage.
+      network: the target network: a keras.Model from images to logits or probabilities, or a
+        function that builds one. It must pool or flatten a feature map after `split_at`.
+      split_at: the name of the last layer that the branches share. By default they share all
+        before the last section of the network.
       peers: m ≥ 2 branches.
       temperature: T > 0.
-      rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
+      rampup_epochs: α, the epochs until ω has its full value; by default 80 of 300, scaled to the
+        run. With 0, the weight is constant.
       distill_weight: λ, the full value of ω.
-      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "fused", "average")

@@ -1,13 +1,15 @@
 """Distilling the Knowledge in a Neural Network (Hinton, Vinyals and Dean, 2015): two-stage distillation.
 
-A teacher is trained first, with cross-entropy alone; then the student learns from the labels and from the frozen teacher.
-With z the student's and z_teacher the teacher's logits, p^T(z) = softmax(z / T), the student's loss is (section 2)
+A teacher is trained first, with cross-entropy alone. Then the student learns from the labels and
+from the frozen teacher. With z the student's and z_teacher the teacher's logits and
+p^T(z) = softmax(z / T), the student's loss is (section 2)
 
-    L = CE(y, z) + T² KL(p^T(z_teacher) ‖ p^T(z))        `ce` and `teacher`
+    L = CE(y, z) + T² KL(p^T(z_teacher) ‖ p^T(z))        terms `ce` and `teacher`
 
-Deployed is the student.
+The student is deployed.
 
-What the paper leaves open: the teacher sees the student's view, in inference mode; both terms weigh 1; T = 3.
+The paper leaves some things open. Here the teacher sees the student's view, in inference mode; both
+terms weigh 1; and T = 3.
 """
 
 from tf_pcl.errors import UserError
@@ -21,10 +23,12 @@ class KD(Distiller):
     """A student that learns from a teacher trained before.
 
     Args:
-      network: the student, a functional keras.Model from images to logits or probabilities.
-      teacher: a trained keras.Model from raw images uint8 [B, H, W, C] to logits [B, C], such as deployed() gives.
+      network: the student: a keras.Model from images to logits or probabilities, or a function
+        that builds one.
+      teacher: a trained keras.Model from raw images uint8 [B, H, W, C] to logits or probabilities
+        [B, C], such as deployed() gives.
       temperature: T > 0.
-      preprocess: a layer in front of the student, such as networks.standardise(mean, std), or None.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "teacher")
@@ -54,7 +58,8 @@ class KD(Distiller):
     def stages(cls, make, network, teacher=None, teacher_network=None, **arguments):
         """Trains a teacher first, resnet110 unless given, and then the student.
 
-        With `teacher`, the path of an earlier run or of its SavedModel, only the student is trained.
+        With `teacher`, the path of an earlier run or of its SavedModel, only the student is
+        trained.
         """
         if teacher and teacher_network:
             raise UserError(

@@ -1,19 +1,20 @@
-"""Online Knowledge Distillation with Diverse Peers (Chen, Mei, Wang, Feng and Chen, AAAI 2020): OKDDip.
+"""Online Knowledge Distillation with Diverse Peers: OKDDip (Chen et al., AAAI 2020).
 
-m auxiliary peers and a group leader share a trunk. Each peer learns from its own mixture of the peers, so that they stay
-diverse; the leader learns from their mean. With f_i ∈ R^d the feature and z_i the logits of peer i, p^T(z) = softmax(z / T)
-and the ramp-up weight ω, the attention, the targets and the loss are (section 3)
+m auxiliary peers and a group leader share a trunk. Each peer learns from its own mixture of the
+peers, so that they stay diverse; the leader learns from their mean. With f_i ∈ R^d the feature and
+z_i the logits of peer i, p^T(z) = softmax(z / T) and the ramp-up weight ω, the attention, the
+targets and the loss are (section 3)
 
-    a_ij = softmax_j((W_q f_i) · (W_k f_j)),  W_q, W_k ∈ R^{d×d/8},   t_i = Σ_j a_ij z_j
-    L = Σ_i CE(y, z_i) + CE(y, z_leader)                  `ce`
-        + ω T² Σ_i KL(p^T(t_i) ‖ p^T(z_i))                `personal`, ω included
-        + ω T² KL(p^T(1/m Σ_i z_i) ‖ p^T(z_leader))       `group`, ω included
+    a_ij = softmax_j((W_q f_i) · (W_k f_j)),   W_q, W_k ∈ R^{d×d/8},   t_i = Σ_j a_ij z_j
+    L = Σ_i CE(y, z_i) + CE(y, z_leader)                  term `ce`
+        + ω T² Σ_i KL(p^T(t_i) ‖ p^T(z_i))                term `personal`, ω included
+        + ω T² KL(p^T(1/m Σ_i z_i) ‖ p^T(z_leader))       term `group`, ω included
 
-W_q and W_k learn from the targets alone, which are therefore not cut from the gradient; nor is the leader's, as in the
-authors' published code. Deployed is the leader.
+W_q and W_k have no other teacher than these targets. So here alone, gradients do flow into the
+targets of both terms, as in the authors' published code. The leader is deployed.
 
-What the paper leaves open: d/8 is rounded down, but not to 0; each entry of W_q and W_k is uniform in ±1/√d at the start, as
-linear layers are in the authors' framework; attention is computed in float32.
+Two details are open in the paper. d/8 is rounded down, but not to 0. Attention is computed in
+float32; each entry of W_q and W_k starts uniform in ±1/√d, as in the authors' framework.
 """
 
 import tensorflow as tf
@@ -29,13 +30,16 @@ class OKDDip(Distiller):
     """Peers with targets of their own, and a leader who learns from them all.
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities.
-      split_at: the name of the last layer that peers and leader share; by default that before the last stage.
+      network: the target network: a keras.Model from images to logits or probabilities, or a
+        function that builds one.
+      split_at: the name of the last layer that the peers and the leader share. By default they
+        share all before the last section of the network.
       peers: m ≥ 2 auxiliary peers; the leader is one branch more.
       temperature: T > 0.
-      rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
+      rampup_epochs: α, the epochs until ω has its full value; by default 80 of 300, scaled to the
+        run. With 0, the weight is constant.
       distill_weight: λ, the full value of ω.
-      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "personal", "group")

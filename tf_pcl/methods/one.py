@@ -1,15 +1,17 @@
 """Knowledge Distillation by On-the-Fly Native Ensemble (Lan, Zhu and Gong, NeurIPS 2018).
 
-m branches share a trunk; a gate weighs their logits z_j into an ensemble that teaches them. With x_l the trunk's output,
-p^T(z) = softmax(z / T) and the ramp-up weight ω, the ensemble and the loss are (section 3)
+m branches share a trunk. A gate weighs their logits z_j into an ensemble that teaches them. With
+x_l the trunk's output, p^T(z) = softmax(z / T) and the ramp-up weight ω, the ensemble and the loss
+are (section 3)
 
     g = softmax(ReLU(BN(W · GAP(x_l)))) ∈ R^m,   z_e = Σ_j g_j z_j
-    L = Σ_j CE(y, z_j) + CE(y, z_e)                 `ce`
-        + ω T² Σ_j KL(p^T(z_e) ‖ p^T(z_j))          `ensemble`, ω included
+    L = Σ_j CE(y, z_j) + CE(y, z_e)                 term `ce`
+        + ω T² Σ_j KL(p^T(z_e) ‖ p^T(z_j))          term `ensemble`, ω included
 
-No gradient flows into the ensemble as a teacher, so that the gate learns from CE(y, z_e) alone. Deployed is branch 1.
+No gradient flows into the ensemble as a teacher: the gate learns from CE(y, z_e) alone. Branch 1 is
+deployed.
 
-What the paper leaves open: W has no bias, since BN subtracts the mean.
+W has no bias, which the paper leaves open: BN subtracts the mean.
 """
 
 import tensorflow as tf
@@ -27,14 +29,16 @@ class ONE(Distiller):
     """Branches that learn from their gated ensemble.
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities.
-      split_at: the name of the last layer that the branches share, which gives a feature map [B, H, W, c]; by default that
-        before the last stage.
+      network: the target network: a keras.Model from images to logits or probabilities, or a
+        function that builds one.
+      split_at: the name of the last layer that the branches share. By default they share all
+        before the last section of the network. That layer must give a feature map [B, H, W, c].
       peers: m ≥ 2 branches.
       temperature: T > 0.
-      rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
+      rampup_epochs: α, the epochs until ω has its full value; by default 80 of 300, scaled to the
+        run. With 0, the weight is constant.
       distill_weight: λ, the full value of ω.
-      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "ensemble")
@@ -87,7 +91,7 @@ class ONE(Distiller):
 
 
 def gate(trunk, count):
-    """A keras.Model from the trunk's feature map [B, H, W, c] to the weights float32 [B, count] of the ensemble.
+    """Returns a keras.Model from the trunk's feature map [B, H, W, c] to weights float32 [B, count].
 
     Raises:
       UserError: if the trunk ends in anything else.

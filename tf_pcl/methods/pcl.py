@@ -1,27 +1,30 @@
 """Peer Collaborative Learning for Online Knowledge Distillation (Wu and Gong, AAAI 2021).
 
-m peers share a trunk θ_l; peer j has its own branch θ_h,j and sees its own augmentation x_j of every image x:
-f_j ∈ R^d is its feature, z_j ∈ R^C its logits. Two teachers arise on the way:
+m peers share a trunk θ_l. Peer j has a branch θ_h,j of its own and sees its own augmentation x_j of
+every image x. Its feature is f_j ∈ R^d, its logits are z_j ∈ R^C. The peers have two teachers:
 
-- the *peer ensemble teacher*, a classifier on all features: z_e = W [f_1; …; f_m] + b (section 3.2);
-- the *peer mean teacher*, the average over training steps of trunk, branches and ensemble classifier (section 3.3):
-      θ^t_g = φ(g) θ^t_{g−1} + (1 − φ(g)) θ_g,   φ(g) = min(1 − 1/g, β)
+- The *peer ensemble teacher* is a classifier on all features: z_e = W [f_1; …; f_m] + b
+  (section 3.2).
+- The *peer mean teacher* is the average over training of trunk, branches and ensemble classifier
+  (section 3.3): θ^t_g = φ(g) θ^t_{g−1} + (1 − φ(g)) θ_g, where φ(g) = min(1 − 1/g, β).
 
-With p^T(z) = softmax(z / T) and the ramp-up weight ω, the loss is L = L_c + ω (L_pe + L_pm):
+With p^T(z) = softmax(z / T) and the ramp-up weight ω, the loss is L = L_c + ω (L_pe + L_pm), where
 
-    L_c  = Σ_j CE(y, z_j) + CE(y, z_e)                                 `ce`
-    L_pe = T² Σ_j KL(p^T(z_e) ‖ p^T(z_j))                              `ensemble`, ω included
-    L_pm = T² Σ_j 1/(m−1) Σ_{i≠j} KL(p^T(z^t_i) ‖ p^T(z_j))            `mean`, ω included
+    L_c  = Σ_j CE(y, z_j) + CE(y, z_e)                          term `ce`
+    L_pe = T² Σ_j KL(p^T(z_e) ‖ p^T(z_j))                       term `ensemble`, ω included
+    L_pm = T² Σ_j 1/(m−1) Σ_{i≠j} KL(p^T(z^t_i) ‖ p^T(z_j))     term `mean`, ω included
 
-No gradient flows into a teacher. Deployed is the mean model of peer 1.
+No gradient flows into a teacher. The mean model of peer 1 is deployed.
 
-What the paper leaves open: g counts training steps (`ema_every="epoch"` counts epochs); β, unless given, is 0.999, when
-steps are counted capped so that the average spans at most 1 % of training; the mean teacher sees the same views as the
-peers and uses batch statistics; the BatchNorm statistics that it is deployed with are its own, from those passes. If epochs
-are counted, an update moves the weights far from those that the passes before it saw; it therefore averages the BatchNorm
-statistics with the peers', with the same φ, as implementations that average all buffers do. After the first update, φ = 0,
-the mean teacher is the peers themselves, statistics included. The m views pass the trunk as one batch, whose BatchNorm statistics they share; with
-`trunk_batch="apart"` each view has its own, as where the networks are called view by view.
+The paper leaves some things open. Here they are settled as follows.
+- g counts training steps, or epochs with `ema_every="epoch"`.
+- β is 0.999. If steps are counted, it is capped so that the average spans at most 1 % of training.
+- The mean teacher sees the peers' views and uses batch statistics. It is deployed with the
+  BatchNorm statistics of its own passes. If epochs are counted, one update moves its weights far,
+  and the statistics of earlier passes no longer fit: they are averaged with the peers', by the same
+  φ, as implementations do that average all buffers.
+- All views pass the trunk in one batch and share its BatchNorm statistics. With
+  `trunk_batch="apart"`, each view has statistics of its own, as in the published code.
 """
 
 import functools
@@ -43,21 +46,26 @@ class PCL(Distiller):
     """Peers that learn from their ensemble and from each other's means.
 
     Args:
-      network: the target network, a functional keras.Model from images to logits or probabilities.
-      split_at: the name of the last layer that the peers share; by default that before the last stage.
+      network: the target network: a keras.Model from images to logits or probabilities, or a
+        function that builds one.
+      split_at: the name of the last layer that the peers share. By default they share all before
+        the last section of the network.
       peers: m ≥ 2.
       temperature: T > 0.
-      rampup_epochs: α, epochs until ω reaches its full value; by default 80 of 300, scaled to the run. 0: fixed weight.
+      rampup_epochs: α, the epochs until ω has its full value; by default 80 of 300, scaled to the
+        run. With 0, the weight is constant.
       distill_weight: λ, the full value of ω.
       ema_decay: β in [0, 1]; None for the default above.
-      ema_every: "step" or "epoch", what g counts.
-      ensemble_teacher: "features" (the paper's), "logits" (z_e is the mean of the peers' logits) or "none".
-      peer_teacher: "mean" (the paper's), "mutual" (the other peers themselves; nothing is averaged and peer 1 is deployed)
+      ema_every: what g counts, "step" or "epoch".
+      ensemble_teacher: "features" as in the paper, "logits" (z_e is the mean of the peers' logits)
         or "none".
-      views: "own", one view for each peer, or "shared", one for all.
-      trunk_batch: "together" or "apart", whether all views share the trunk's BatchNorm statistics or each has its own.
-      deploy: "peer", mean peer 1, or "ensemble", all mean peers with the ensemble classifier (PCL-E).
-      preprocess: a layer in front of the network, such as networks.standardise(mean, std), or None.
+      peer_teacher: "mean" as in the paper, "mutual" (the other peers themselves teach, nothing is
+        averaged, and peer 1 is deployed) or "none".
+      views: "own", one view for each peer, or "shared", one view for all.
+      trunk_batch: "together" or "apart", how the views pass the trunk.
+      deploy: "peer" for mean peer 1, or "ensemble" for all mean peers with the ensemble classifier
+        (PCL-E).
+      preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
     terms = ("ce", "ensemble", "mean")
@@ -84,13 +92,11 @@ class PCL(Distiller):
         self.peer_exits = peer_names(peers)
         if deploy == "ensemble" and ensemble_teacher == "none":
             raise UserError(
-                "`deploy=ensemble` does not go with `ensemble_teacher=none`: there is no ensemble to deploy"
+                "`deploy=ensemble` does not go with `ensemble_teacher=none`: there is no ensemble "
+                "to deploy"
             )
-        self.temperature, self.rampup_epochs, self.distill_weight = (
-            temperature,
-            rampup_epochs,
-            distill_weight,
-        )
+        self.temperature = temperature
+        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
         one_of = lambda name, value, *allowed: choose(name, value, allowed, parameter=name)
         self.ema_decay = ema_decay
         self.ema_every = one_of("ema_every", ema_every, "step", "epoch")
@@ -99,7 +105,6 @@ class PCL(Distiller):
         self.peer_teacher = one_of("peer_teacher", peer_teacher, "mean", "mutual", "none")
         self.deploy = one_of("deploy", deploy, "peer", "ensemble")
         self.num_views = peers if one_of("views", views, "own", "shared") == "own" else 1
-
         one_of("trunk_batch", trunk_batch, "together", "apart")
 
         target = Target.of(network)
@@ -142,10 +147,9 @@ class PCL(Distiller):
             terms["ensemble"] = self.ramp_up() * sum(distillation(z_e, z_j, T) for z_j in z)
         if self.peer_teacher != "none":
             z_t = [teacher[f"mean_{name}"].logits for name in self.peer_exits] if self.mean else z
+            others = [(i, j) for j in range(m) for i in range(m) if i != j]
             terms["mean"] = (
-                self.ramp_up()
-                / (m - 1)
-                * sum(distillation(z_t[i], z[j], T) for j in range(m) for i in range(m) if i != j)
+                self.ramp_up() / (m - 1) * sum(distillation(z_t[i], z[j], T) for i, j in others)
             )
         return terms
 
@@ -154,7 +158,10 @@ class PCL(Distiller):
             self.shadow.update(self.decay(done), statistics=self.ema_every == "epoch")
 
     def decay(self, done):
-        """φ for the update after `done` steps; between the ends of epochs 1, no update, if epochs are counted."""
+        """Returns φ for the update after `done` steps.
+
+        Where epochs are counted, it is 1 within an epoch: nothing is updated then.
+        """
         if self.ema_every == "epoch":
             largest = 0.999 if self.ema_decay is None else self.ema_decay
             epoch_ends = done % self.steps_per_epoch == 0
@@ -197,20 +204,20 @@ class Collaborators(Peers):
             self.ensemble_classifier.build((None, len(names) * d))
 
     def call(self, views, training=False):
-        """{exit name: Exit} for views [B, v, H, W, C]."""
+        """Returns {exit name: Exit} for views [B, v, H, W, C]."""
         exits = super().call(views, training)
         if self.ensemble != "none":
             exits["ensemble"] = Exit(self.joint_logits(list(exits.values())))
         return exits
 
     def joint_logits(self, peers):
-        """z_e [B, C] of a list of Exits."""
+        """Returns z_e [B, C] of the peers' Exits."""
         if self.ensemble == "logits":
             return sum(p.logits for p in peers) / len(peers)
         return self.ensemble_classifier(tf.concat([p.features for p in peers], axis=-1))
 
     def joint(self):
-        """All peers with the ensemble classifier (PCL-E): a functional keras.Model from raw images to z_e."""
+        """Returns PCL-E, all peers with the ensemble classifier: a keras.Model from raw images to z_e."""
         images = keras.Input(self.trunk.input_shape[1:], dtype=tf.uint8, name="images")
         low = self.trunk(self.preprocess(images))
         return with_logits_output(

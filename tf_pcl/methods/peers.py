@@ -59,7 +59,7 @@ class Peers(keras.Model):
                 training=network is target.first,
             )
             if branches:
-                start_apart(branches[0], branch)
+                start_apart(branches, branch)
             else:
                 self.trunk = trunk
             # Keras wants different names for models that meet in one, as in an ensemble.
@@ -136,9 +136,10 @@ def whole_networks(networks: Any, peers: Optional[int] = None) -> dict:
         targets *= 3 if peers is None else peers
     made: dict = {}
     for name, target in zip(peer_names(len(targets)), targets):
-        made[name] = target.new()
-        if len(made) > 1 and targets[0] is target:
-            start_apart(made["peer_1"], made[name])
+        one = target.new()
+        if targets[0] is target:
+            start_apart(list(made.values()), one)
+        made[name] = one
     proof.apart(made.values())
     return made
 

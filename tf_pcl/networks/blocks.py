@@ -1,9 +1,10 @@
 """What the networks are built from: functions from a feature map [B, H, W, channels] to another.
 
-Convolutions pad with zeros to the size ⌈H / strides⌉, so that no image is too small: (k − 1) / 2 pixels on all sides for an
-odd size k, as the published networks do. Keras's "same" is that at stride 1 alone; at stride 2 it pads an even image at the
-bottom and on the right only, so that a residual block's branch would look one pixel beside its 1×1 shortcut. Convolutions
-are initialised as He et al. (2015): normal, variance 2 / fan-in.
+Convolutions pad with zeros to the size ⌈H / strides⌉, so that no image is too small: (k − 1) / 2
+pixels on all sides for an odd size k, as the published networks do. Keras's "same" is that at
+stride 1 alone; at stride 2 it pads an even image at the bottom and on the right only, so that a
+residual block's branch would look one pixel beside its 1×1 shortcut. Convolutions are initialised
+as He et al. (2015): normal, variance 2 / fan-in.
 """
 
 from tf_pcl.compat import layers
@@ -63,10 +64,10 @@ def bottleneck(x, width, filters, strides=1, name=None, paths=1):
       width: channels of the 3×3 convolution, and of the 1×1 in front of it.
       filters: channels that come out.
       strides: of the 3×3 convolution.
-      name: of the last layer.
-      paths: the 3×3 convolution is grouped into so many (Xie et al., 2017), written as their figure 3b: each path has its
-        own 1×1 and 3×3 of width / paths, and the last 1×1 takes their concatenation. The same function and the same
-        parameters as figure 3c, but TensorFlow's grouped convolution is many times slower on the CPU and cannot be
+      name: of the last layer. paths: the 3×3 convolution is grouped into so many (Xie et al.,
+        2017), written as their figure 3b: each path has its own 1×1 and 3×3 of width / paths, and
+        the last 1×1 takes their concatenation. The same function and the same parameters as figure
+        3c, but TensorFlow's grouped convolution is many times slower on the CPU and cannot be
         exported to ONNX.
     Returns:
       [B, ⌈H / strides⌉, ⌈W / strides⌉, filters].
@@ -90,8 +91,8 @@ def sections(x, blocks, block, widths):
     """Sections of residual blocks; each but the first halves height and width and doubles the channels.
 
     Args:
-      x: [B, H, W, channels].
-      blocks: number of blocks in each section; the sections' outputs are the layers stage_1, stage_2, …
+      x: [B, H, W, channels]. blocks: number of blocks in each section; the sections' outputs are
+        the layers stage_1, stage_2, …
       block: basic_block or bottleneck.
       widths: what the block takes for its channels in the first section.
     Returns:

@@ -47,8 +47,8 @@ def scales_raw_images(
 ) -> bool:
     """Says whether a network brings raw images to scale itself.
 
-    What counts is what reaches the first layer that has weights: whether it is nearer to unit
-    scale if the network gets raw images, or if it gets standardised ones.
+    What counts is what reaches the first layer that has weights: whether it is nearer to mean 0
+    and deviation 1 if the network gets raw images, or if it gets standardised ones.
 
     Args:
       network: a functional keras.Model.
@@ -58,8 +58,9 @@ def scales_raw_images(
 
     def distance(given):
         seen = first_weighted_input(network, given)
-        size = [seen.std(), np.sqrt(np.mean(np.square(seen)))]
-        return np.abs(np.log(np.maximum(size, 1e-6))).sum()
+        deviation, size = np.maximum([seen.std(), np.sqrt(np.mean(np.square(seen)))], 1e-6)
+        # A mean far from 0 is worse than a scale: it makes all images look alike.
+        return abs(np.log(deviation)) + 2 * abs(np.log(deviation / size))
 
     raw = np.asarray(images, np.float32)
     return bool(distance(raw) < distance(np.asarray(standard(raw))))

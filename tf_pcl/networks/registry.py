@@ -102,9 +102,8 @@ def build(
       name: one of NETWORKS; `applications.NAME` for keras.applications; or `module:function`, a
         function (input_shape, num_classes) of the user's own that returns a keras.Model.
       input_shape: (H, W, channels).
-      num_classes: C ≥ 2.
-      initializer: "fan_in" or "fan_out" to draw the convolutions as `initialise` does; by default they are as the
-        network's function makes them.
+      num_classes: C ≥ 2. initializer: "fan_in" or "fan_out" to draw the convolutions as
+        `initialise` does; by default they are as the network's function makes them.
 
     Returns:
       A functional keras.Model from float images [B, H, W, channels] to [B, C].
@@ -142,10 +141,11 @@ def initialise(network: keras.Model, fan: str) -> None:
     """Draws the kernels of a network's convolutions anew, normal with variance 2 / fan (He et al., 2015).
 
     Args:
-      network: a keras.Model, changed in place; a copy of it draws in the same way. Depthwise and transposed convolutions
-        stay as they are.
-      fan: "fan_in", size² · channels that a kernel reads, or "fan_out", size² · channels that it makes. Code published in
-        PyTorch often takes the latter, which starts smaller where a convolution adds channels.
+      network: a keras.Model, changed in place; a copy of it draws in the same way. Depthwise and
+        transposed convolutions stay as they are.
+      fan: "fan_in", size² · channels that a kernel reads, or "fan_out", size² · channels that it
+        makes. Code published in PyTorch often takes the latter, which starts smaller where a
+        convolution adds channels.
 
     Raises:
       UserError: if `fan` is another word.

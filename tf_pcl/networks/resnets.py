@@ -1,10 +1,11 @@
 """ResNets (He et al., 2016): for CIFAR (section 4.2), for ImageNet (section 3.3, table 1), and wide.
 
-Every function takes input_shape, (H, W, channels) of standardised images, and num_classes, C, and returns a functional
-keras.Model from images [B, H, W, channels] to logits float32 [B, C]. The sizes in the docstrings are for images of the size
-that the network is meant for; any other goes too. Where a block changes the shape, its shortcut is a 1×1 convolution with
-BatchNorm (option B), also in the CIFAR ResNets, whose paper pads with zeros (option A). He initialisation; every BatchNorm's
-scale starts at 1.
+Every function takes input_shape, (H, W, channels) of standardised images, and num_classes, C, and
+returns a functional keras.Model from images [B, H, W, channels] to logits float32 [B, C]. The
+sizes in the docstrings are for images of the size that the network is meant for; any other goes
+too. Where a block changes the shape, its shortcut is a 1×1 convolution with BatchNorm (option B),
+also in the CIFAR ResNets, whose paper pads with zeros (option A). He initialisation; every
+BatchNorm's scale starts at 1.
 """
 
 from tf_pcl.compat import keras, layers
@@ -24,7 +25,8 @@ def resnet(
     """A CIFAR ResNet: a 3×3 convolution, then sections of residual blocks at full, half, quarter … size.
 
     Args:
-      blocks: number of blocks in each section; the sections' outputs are the layers stage_1, stage_2, …
+      blocks: number of blocks in each section; the sections' outputs are the layers stage_1,
+        stage_2, …
       input_shape: (H, W, channels) of standardised images.
       num_classes: C.
       name: of the model.
@@ -70,7 +72,8 @@ def wrn20_8(input_shape, num_classes):
     """Bottleneck blocks [2, 2, 2], outputs 64-128-256, the 3×3 convolutions eight times as wide as a ResNet's, 128-256-512:
     the tables' WRN-20-8, 6,871,220 parameters with 100 classes.
 
-    It widens as torchvision's wide ResNets do (Zagoruyko and Komodakis, 2016, widen basic blocks that begin with BatchNorm).
+    It widens as torchvision's wide ResNets do (Zagoruyko and Komodakis, 2016, widen basic blocks
+    that begin with BatchNorm).
     """
     return resnet([2] * 3, input_shape, num_classes, "wrn20_8", block=bottleneck, widths=(128, 64))
 

@@ -161,13 +161,13 @@ def apart(models: Iterable[keras.Model]) -> None:
       UserError: if they do.
     """
     holder: dict = {}
-    for model in models:
+    for number, model in enumerate(models, 1):
         for variable in model.weights:
-            other = holder.setdefault(variable.ref(), model)
-            if other is not model:
+            other = holder.setdefault(variable.ref(), number)
+            if other != number:
                 raise UserError(
-                    f"networks {other.name!r} and {model.name!r} share the variable "
-                    f"{variable.name!r}: give networks of their own"
+                    f"networks {other} and {number} share the variable {variable.name!r}: give "
+                    "each a network of its own"
                 )
 
 

@@ -276,28 +276,35 @@ def _drawn(initializer, weight):
         return None
 
 
-def start_apart(first: keras.Model, other: keras.Model) -> None:
-    """Makes sure that two peers start from different weights.
+def start_apart(others: list, model: keras.Model) -> None:
+    """Makes sure that a peer starts from other weights than those before it.
 
-    Where all trained weights are equal, the classifier's are drawn anew.
+    Where all its trained weights are those of another, its classifier's are drawn anew.
 
     Args:
-      first, other: models built alike.
+      others: the peers before.
+      model: the peer, built like them.
 
     Raises:
-      UserError: if their weights stay equal.
+      UserError: if the weights stay equal.
     """
-    if not _alike(first, other):
+    if not any(_alike(other, model) for other in others):
         return
-    for layer in sublayers(head(other)):
+    for layer in sublayers(head(model)):
         for name, initializer in list(vars(layer).items()):
             weight = getattr(layer, name.replace("_initializer", ""), None)
             if name.endswith("_initializer") and isinstance(weight, tf.Variable):
-                weight.assign(initializer(weight.shape, dtype=weight.dtype))
-    if _alike(first, other):
+                config = initializer.get_config()
+                if "seed" in config:
+                    # Without a seed the values follow the global one, which a user's function may
+                    # set to the same number for each peer.
+                    config["seed"] = (config["seed"] or 0) + 1000 + len(others)
+                drawn = type(initializer).from_config(config)
+                weight.assign(drawn(weight.shape, dtype=weight.dtype))
+    if any(_alike(other, model) for other in others):
         raise UserError(
-            f"network {first.name!r} starts from the same weights each time it is built, so that "
-            "all peers would be the same: give its initializers no fixed seed"
+            "the network starts from the same weights each time it is built, so that all peers "
+            "would be the same: give its initializers no fixed seed, or set no seed in the function"
         )
 
 

@@ -1,6 +1,7 @@
 """Trial passes of a network before training: timed, and without what its layers print."""
 
 import contextlib
+import io
 import os
 import sys
 import time
@@ -23,11 +24,14 @@ class Trials:
         if self._depth == 1:
             self._began = time.perf_counter()
             self._stdout = _silence()
+            self._python = contextlib.redirect_stdout(io.StringIO())
+            self._python.__enter__()
 
     def __exit__(self, *exception):
         self._depth -= 1
         if self._depth == 0:
             self.seconds += time.perf_counter() - self._began
+            self._python.__exit__(*exception)
             _restore(self._stdout)
 
 

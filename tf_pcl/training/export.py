@@ -74,7 +74,10 @@ def _signatures(model: keras.Model) -> dict[str, Callable[..., Any]]:
     shape = model.input_shape[1:]
 
     def answers(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        logits = model(images, training=False)
+        # Some kernels refuse a batch of no images: it gets one, whose answer is left out.
+        count = tf.shape(images)[0]
+        more = tf.cast(count == 0, tf.int32)
+        logits = model(tf.pad(images, [[0, more], *[[0, 0]] * 3]), training=False)[:count]
         return {"probabilities": tf.nn.softmax(logits), "logits": logits}
 
     def resized(image: tf.Tensor) -> tf.Tensor:
@@ -84,14 +87,16 @@ def _signatures(model: keras.Model) -> dict[str, Callable[..., Any]]:
         return tf.saturate_cast(tf.round(image), tf.uint8)
 
     def decoded(encoded: tf.Tensor) -> tf.Tensor:
-        image = tf.io.decode_image(encoded, channels=shape[-1], expand_animations=False)
-        image.set_shape([None, None, shape[-1]])
+        image = image_files.decode_upright(encoded, shape[-1])
         same = tf.reduce_all(tf.shape(image)[:2] == shape[:2])
         return tf.ensure_shape(tf.cond(same, lambda: image, lambda: resized(image)), shape)
 
     @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.uint8, name="images")])
     def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        return answers(images)
+        wrong = f"images must have the shape [N, {', '.join(map(str, shape))}]"
+        checks = [tf.debugging.assert_equal(tf.shape(images)[1:], shape, wrong)]
+        with tf.control_dependencies(checks):
+            return answers(tf.identity(images))
 
     @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="image_bytes")])
     def serve_bytes(image_bytes: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -149,13 +154,18 @@ def check(folder: str, model: keras.Model, images: np.ndarray) -> None:
     Raises:
       RuntimeError: if it does not load or its answers differ.
     """
-    answers = _answers_elsewhere(folder, images)
     expected = model(images, training=False).numpy()
-    # Low precision and another device sum in another order; what must not differ is the answer.
-    tolerance = 1e-4 if model.dtype_policy.name == "float32" else 0.05
     scale = max(1.0, np.abs(expected).max())
-    for name, logits in answers.items():
-        difference = np.abs(logits - expected).max() / scale
+    if not np.isfinite(scale):
+        raise RuntimeError(f"the trained network gives logits that are not finite: {folder}")
+    of_scale = lambda logits: np.abs(logits - expected).max() / scale
+    # Low precision and another device sum in another order. How much that can matter for this
+    # network is seen from a graph of it in this process.
+    tolerance = 1e-4 if model.dtype_policy.name == "float32" else 0.05
+    in_graph = tf.function(lambda given: model(given, training=False))
+    tolerance = max(tolerance, 10 * of_scale(in_graph(tf.constant(images)).numpy()))
+    for name, logits in _answers_elsewhere(folder, images).items():
+        difference = of_scale(logits)
         if not difference <= tolerance:
             raise RuntimeError(
                 f"the SavedModel {folder} answers otherwise than the trained network ({name}: "
