@@ -117,7 +117,7 @@ def sublayers(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
 
 
 def continued(call, made: Sequence, wanted: dict) -> dict:
-    """Computes the tensors `wanted` = {key: tensor}, which need `call`'s outputs alone, from others.
+    """Computes tensors that need one call's outputs alone, from other tensors in their place.
 
     Args:
       call: a call in a model's graph.
