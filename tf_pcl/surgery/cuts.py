@@ -63,7 +63,7 @@ def cut_points(network: keras.Model) -> list:
 
 def _in_order(model):
     """Returns a model's leaves in the order of their first calls."""
-    found = {}
+    found: dict = {}
     for call in calls(model):
         inside = _in_order(call.layer) if is_inner_model(call.layer) else [call.layer]
         found.update((id(leaf), leaf) for leaf in inside)
@@ -77,8 +77,9 @@ def _last_leaf(layer):
 def _paths(model, outermost=False):
     """Yields (path, leaf that makes the tensor) of the cuts of a model."""
     order = calls(model)
-    times = {}
-    last_use, last_call = {}, {}
+    times: dict = {}
+    last_use: dict = {}
+    last_call: dict = {}
     for i, call in enumerate(order):
         last_use.update((id(t), i) for t in call.keras_inputs)
         last_call[id(call.layer)] = i

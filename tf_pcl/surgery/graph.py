@@ -5,7 +5,7 @@ model* is a functional model of one input that another one calls as a layer.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -59,7 +59,7 @@ def phase(call) -> dict:
 class Place(NamedTuple):
     """A tensor in a model's graph, and the calls of the inner models around it, outermost first."""
 
-    tensor: object
+    tensor: Any
     around: tuple = ()
 
     def call(self):
@@ -87,7 +87,7 @@ class Place(NamedTuple):
 
 def leaves(model: keras.Model) -> list:
     """Returns a model's layers, each once, with those of inner models in place of these."""
-    found = {}
+    found: dict = {}
     for layer in model.layers:
         inside = leaves(layer) if is_inner_model(layer) else [layer]
         found.update((id(one), one) for one in inside)

@@ -7,6 +7,7 @@ from typing import Any, Callable, Optional, Union
 import numpy as np
 import tensorflow as tf
 
+from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import proof
@@ -47,7 +48,7 @@ class Target:
         load: Optional[Callable[[keras.Model], Any]] = None,
     ):
         self._instance = network if isinstance(network, keras.Model) else None
-        self._build = (
+        self._build: Any = (
             None
             if self._instance is not None
             else _without_arguments(network, input_shape, num_classes)
@@ -71,6 +72,9 @@ class Target:
             return network
         if isinstance(network, (list, tuple)):
             raise UserError(f"{len(network)} networks were given: this method takes one")
+        foreign = compat.foreign_keras(network)
+        if foreign:
+            raise UserError(foreign)
         if not isinstance(network, keras.Model) and not callable(network):
             raise UserError(
                 f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "
@@ -209,7 +213,7 @@ def _without_arguments(function, input_shape, num_classes):
 
 def _serialized(model):
     """Returns a copy of a model by Keras's serialization, with freshly drawn weights."""
-    objects = {}
+    objects: dict = {}
     for layer in sublayers(model):
         objects[type(layer).__name__] = type(layer)
         for value in vars(layer).values():

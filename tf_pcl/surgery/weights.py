@@ -1,5 +1,6 @@
 """Weights: assigned from one model to another, or loaded from a file."""
 
+import functools
 import os
 from collections.abc import Iterable
 
@@ -47,7 +48,8 @@ def load_weights(network: keras.Model, path: str) -> tuple:
     """
     path = _located(path)
     targets = [layer for layer in leaves(network) if layer.weights]
-    best, missing, failure = {}, targets, None
+    best: dict = {}
+    missing, failure = targets, None
     before = network.get_weights()
     level = tf.get_logger().level
     tf.get_logger().setLevel("ERROR")  # It warns of each layer that does not fit.
@@ -152,9 +154,9 @@ def _attempts(network, path):
 
     feature = getattr(head(network), "input", None) if head(network) in network.layers else None
     headless = [] if feature is None else [keras.Model(network.inputs, feature)]
-    ways = [lambda model=model: read(model) for model in (network, *headless)]
+    ways = [functools.partial(read, model) for model in (network, *headless)]
     if path.endswith((".h5", ".hdf5")) and not path.endswith(".weights.h5"):
-        ways.insert(0, lambda: read(network, by_name=True, skip_mismatch=True))
+        ways.insert(0, functools.partial(read, network, by_name=True, skip_mismatch=True))
     return ways
 
 
