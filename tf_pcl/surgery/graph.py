@@ -105,6 +105,11 @@ def names(model: keras.Model) -> dict:
     return found
 
 
+def last_leaf(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Returns the layer that makes a layer's output: itself, or that of an inner model."""
+    return last_leaf(layer.outputs[0].node.layer) if is_inner_model(layer) else layer
+
+
 def head(model: keras.Model) -> keras.layers.Layer:
     """Returns the last leaf that has weights, which gives the logits."""
     return [layer for layer in leaves(model) if layer.weights][-1]
