@@ -302,13 +302,13 @@ class Distiller(keras.Model):
 
         `function` is the name of the one that Keras makes of the step.
         """
-        x, y = given.get("x"), given.get("y")
+        x, y, classes = given.get("x"), given.get("y"), self._ends[1]
         if y is not None and not tf.nest.is_nested(y):
             try:
                 y = tf.convert_to_tensor(np.asarray(y))
             except (TypeError, ValueError) as e:
                 raise UserError("the labels are no array of numbers") from e
-            batches.as_labels(batches.dense("labels", y), self._ends[1])
+            batches.as_labels(batches.dense("labels", y), classes)
         form = [batches.form(given.get(name)) for name in ("x", "y", "sample_weight")]
         in_fit = given.get("_use_cached_eval_dataset", False)
         if form != self._forms.get(function) or ("?" in form and not in_fit):
@@ -317,7 +317,7 @@ class Distiller(keras.Model):
             setattr(self, function, None)
         if isinstance(x, tf.data.Dataset) and self._jit_compile:
             # A step that XLA compiles asserts nothing.
-            given["x"] = x.map(functools.partial(batches.asserted, self._ends[1]))
+            given["x"] = x.map(functools.partial(batches.asserted, classes))
         return given
 
     def _set_length(self, epochs, steps):
