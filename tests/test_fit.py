@@ -166,10 +166,10 @@ def test_labels_that_are_none_are_refused(name, jit_compile):
             with pytest.raises(UserError) as error:
                 run(*data, verbose=0)
             one_sentence(error, text)
+    with pytest.raises(UserError) as error:
+        model.fit(dataset(IMAGES, LABELS), validation_data=dataset(IMAGES, labels), verbose=0)
+    one_sentence(error, text)
     if not jit_compile:
-        with pytest.raises(UserError) as error:
-            model.fit(dataset(IMAGES, LABELS), validation_data=dataset(IMAGES, labels), verbose=0)
-        one_sentence(error, text)
         with pytest.raises(UserError) as error:
             model.fit(generator(IMAGES, labels), verbose=0)
         one_sentence(error, text)
