@@ -147,7 +147,7 @@ WRONG_LABELS = {
     "several classes": (np.ones([N, CLASSES], int), "sum to 1"),
     "no class": (np.zeros([N, CLASSES]), "sum to 1"),
     "nan probabilities": (np.full([N, CLASSES], np.nan), "sum to 1"),
-    "other width": (np.eye(7)[LABELS % 7], r"\[batch, 10\]"),
+    "other width": (np.eye(7)[LABELS % 7], r"\[batch, 10\]|\[\?,10\]"),
     "three axes": (np.eye(CLASSES)[LABELS][:, None], r"\[batch, 10\]"),
 }
 
