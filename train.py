@@ -13,7 +13,7 @@ sys.path.append(os.getcwd())
 
 from absl import app, flags, logging
 
-from tf_pcl import options
+from tf_pcl import compat, options
 from tf_pcl.errors import Stopped, UserError
 
 
@@ -24,6 +24,7 @@ def _refuse(error):
 
 def _parse(argv):
     if any(argument.startswith(("-help", "--help")) for argument in argv):
+        compat.import_tensorflow()
         from tf_pcl.methods import METHODS
         from tf_pcl.networks import NETWORKS
 
@@ -46,6 +47,7 @@ def main(argv):
     try:
         settings = options.from_flags()
         # TensorFlow takes seconds to import: not before the flags are known to be good.
+        compat.import_tensorflow()
         from tf_pcl.training import run
 
         run.run(settings)
