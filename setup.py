@@ -1,7 +1,7 @@
 """setup.cfg says everything but which stack is asked for where Python 3.10 or 3.11 has both.
 
-With TF_PCL_STACK=current in the environment of pip, what setup.cfg asks for from Python 3.12 on is asked
-for from 3.10 on. (An extra cannot do this: extras add to the requirements and take nothing away.)
+With TF_PCL_STACK=current in the environment of pip, what setup.cfg asks for from Python 3.12 on is
+asked for from 3.10 on. (An extra cannot do this: it adds requirements and takes none away.)
 """
 
 import os

@@ -1,5 +1,6 @@
 """One Keras for the whole package on both stacks, and what stands in for tensorflow-addons."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import tensorflow as tf
 from tensorflow import keras
 
 from tf_pcl import compat, losses
+from tf_pcl.training import export
 
 ADDONS = compat.tensorflow_addons()
 KERAS_3 = compat.keras.__name__ == "tf_keras"
@@ -162,3 +164,46 @@ if ADDONS is not None:
         with_addons = losses.pairwise_distances(x).numpy()
         monkeypatch.setattr(compat, "_addons", lambda: None)
         np.testing.assert_array_equal(losses.pairwise_distances(x), with_addons)
+
+
+# Programs without tf_pcl that use the SavedModel; the last line prints the logits.
+READERS = {
+    "saved_model.load": """
+        signature = tf.saved_model.load(folder).signatures["serving_default"]
+        print(signature(images=images)["logits"].numpy().tolist())
+        """,
+    "hub.KerasLayer": """
+        import tensorflow_hub as hub
+        print(hub.KerasLayer(folder)(images).numpy().tolist())
+        """,
+    "TFSMLayer": """
+        import keras
+        assert keras.__version__.startswith("3.")
+        layer = keras.layers.TFSMLayer(folder, call_endpoint="serving_default")
+        inputs = keras.Input([8, 8, 1], dtype="uint8")
+        model = keras.Model(inputs, layer(inputs))
+        print(model.predict(images, verbose=0)["logits"].tolist())
+        """,
+}
+
+
+@pytest.mark.parametrize(
+    "reader", list(READERS) if KERAS_3 else [r for r in READERS if r != "TFSMLayer"]
+)
+def test_the_saved_model_is_used_without_the_package(reader, tmp_path):
+    """On the current stack Keras is Keras 3 there, which alone has TFSMLayer."""
+    inputs = keras.Input([8, 8, 1], dtype="uint8")
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
+    model = keras.Model(inputs, keras.layers.Dense(10)(x))
+    folder = export.export(model, "0123456789", str(tmp_path))
+    images = np.random.RandomState(0).randint(0, 256, [5, 8, 8, 1]).astype(np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    head = f"""
+        import sys, numpy as np, tensorflow as tf
+        sys.modules["tf_pcl"] = None
+        folder, images = {folder!r}, tf.constant(np.load({str(tmp_path / "images.npy")!r}))
+        """
+    printed = python(textwrap.dedent(head) + textwrap.dedent(READERS[reader]))
+    np.testing.assert_allclose(
+        json.loads(printed.splitlines()[-1]), model(images).numpy(), rtol=1e-4, atol=1e-5
+    )

@@ -1,4 +1,4 @@
-"""Online knowledge distillation in Keras: peers that teach each other while they train, one of which is deployed.
+"""Online knowledge distillation in Keras: peers train together, teach each other; one is deployed.
 
     from tf_pcl import data, methods, networks
 

@@ -2,7 +2,7 @@
 
 
 class Shadow:
-    """Keeps the trainable weights of `shadow` at an exponential moving average of those of `source`.
+    """Keeps the trained weights of `shadow` at a moving average of those of `source`.
 
     BatchNorm's moving statistics are left alone unless update() is told to average them: the
     shadow collects its own from its forward passes, as in Mean Teacher (Tarvainen and Valpola,

@@ -67,21 +67,23 @@ def of_all_replicas(values: tf.Tensor) -> tf.Tensor:
     )
 
 
-def cross_entropy(labels, logits):
-    """CE(y, z) of labels, class numbers int [B] or probabilities [B, C], against logits [B, C]."""
+def cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Returns CE(y, z) of class numbers int [B], or probabilities [B, C], and logits [B, C]."""
     return batch_mean(cross_entropies(labels, logits))
 
 
-def cross_entropies(labels, logits):
-    """CE(y, z) of each image, float32 [B], without its weight; arguments as in `cross_entropy`."""
+def cross_entropies(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+    """Returns CE(y, z) of each image, float32 [B], without its weight; see `cross_entropy`."""
     logits, labels = tf.cast(logits, tf.float32), tf.convert_to_tensor(labels)
     if labels.shape.rank == 2:
         return tf.nn.softmax_cross_entropy_with_logits(tf.cast(labels, tf.float32), logits)
     return tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
 
 
-def distillation(teacher, student, temperature=1.0, cut=True):
-    """T² · KL(softmax(z_teacher / T) ‖ softmax(z_student / T)) (Hinton et al., 2015).
+def distillation(
+    teacher: tf.Tensor, student: tf.Tensor, temperature: float = 1.0, cut: bool = True
+) -> tf.Tensor:
+    """Returns T² · KL(softmax(z_teacher / T) ‖ softmax(z_student / T)) (Hinton et al.).
 
     Args:
       teacher, student: logits [B, C].
@@ -95,8 +97,10 @@ def distillation(teacher, student, temperature=1.0, cut=True):
     return temperature**2 * batch_mean(tf.reduce_sum(tf.exp(log_q) * (log_q - log_p), axis=-1))
 
 
-def pairwise_distances(features):
-    """Pairwise Euclidean distances, divided by their mean over those that are not zero.
+def pairwise_distances(features: tf.Tensor) -> tf.Tensor:
+    """Returns pairwise distances, divided by the mean of those not zero (Park et al., 2019).
+
+    Equal features, as those of one image twice, have finite values and gradients.
 
     Args:
       features: [B, d].
@@ -111,8 +115,10 @@ def pairwise_distances(features):
     return tf.math.divide_no_nan(d * apart, tf.reduce_sum(d))
 
 
-def triplet_angles(features):
-    """Cosines of the angles of all triples of features; 0 where two of them coincide with the corner.
+def triplet_angles(features: tf.Tensor) -> tf.Tensor:
+    """Returns the cosines of the angles of all triples of features (Park et al., 2019).
+
+    They are 0 where a feature is equal to the corner's.
 
     Args:
       features: [B, d].

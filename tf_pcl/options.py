@@ -79,9 +79,9 @@ class Options:
     )
     weights: Optional[str] = _flag(
         None,
-        "what --network starts from in every stage: imagenet for applications.NAME, .weights.h5, .h5, .keras, a "
-        "SavedModel, a TensorFlow checkpoint or a run's workdir; a classifier of other "
-        "classes in it is left out",
+        "what --network starts from in every stage: imagenet for applications.NAME, "
+        ".weights.h5, .h5, .keras, a SavedModel, a TensorFlow checkpoint or a run's workdir; a "
+        "classifier of other classes in it is left out",
         str,
     )
     initializer: Optional[str] = _flag(

@@ -1,4 +1,7 @@
-"""What changes in the course of training: learning rate, ramp-up weight ω, EMA decay φ."""
+"""What changes in the course of training: the learning rate, the ramp-up weight ω, the decay φ."""
+
+from collections.abc import Sequence
+from typing import Union
 
 import tensorflow as tf
 
@@ -9,8 +12,8 @@ PAPER_RAMPUP = 80 / 300
 PAPER_LR_DECAY = (150 / 300, 225 / 300)
 
 
-def ramp_up(epoch, rampup_epochs, weight=1.0):
-    """ω(e) = λ·exp(−5(1 − e/α)²) for e < α, else λ (Laine and Aila, 2017).
+def ramp_up(epoch: Union[float, tf.Tensor], rampup_epochs: float, weight: float = 1.0) -> tf.Tensor:
+    """Returns ω(e) = λ·exp(−5(1 − e/α)²) for e < α, else λ (Laine and Aila, 2017).
 
     Args:
       epoch: e, fractional epochs done so far, a float scalar.
@@ -23,20 +26,34 @@ def ramp_up(epoch, rampup_epochs, weight=1.0):
     return weight * tf.exp(-5.0 * (1.0 - share) ** 2)
 
 
-def ema_decay(update, largest):
-    """φ(g) = min(1 − 1/g, β) for the g-th update, g = 1, 2, …: a plain mean at first, then exponential (PCL, section 3.3)."""
+def ema_decay(update: Union[int, tf.Tensor], largest: float) -> tf.Tensor:
+    """Returns φ(g) = min(1 − 1/g, β) for the g-th update (PCL, section 3.3).
+
+    The average is a plain mean at first and exponential later.
+
+    Args:
+      update: g = 1, 2, …
+      largest: β.
+    """
     return tf.minimum(1.0 - 1.0 / tf.cast(update, tf.float32), largest)
 
 
-def default_ema_decay(total_steps):
-    """β for updates by step: 0.999, capped so that the average spans at most 1 % of training."""
+def default_ema_decay(total_steps: int) -> float:
+    """Returns β for updates by step: 0.999, but no average over more than 1 % of training."""
     return max(0.0, min(0.999, 1.0 - 1.0 / max(1.0, 0.01 * total_steps)))
 
 
-def step_decay(learning_rate, decay_epochs, steps_per_epoch):
-    """The learning rate divided by 10 at the start of each of `decay_epochs` (fractional epochs, increasing)."""
-    # Keras keeps a value up to and including its boundary; a drop after epoch e acts on step e ·
-    # steps_per_epoch.
+def step_decay(
+    learning_rate: float, decay_epochs: Sequence[float], steps_per_epoch: int
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Returns the learning rate that is divided by 10 after each of `decay_epochs`.
+
+    Args:
+      learning_rate: the rate at the start.
+      decay_epochs: increasing, also fractions of epochs.
+      steps_per_epoch: optimizer steps in one epoch.
+    """
+    # Keras keeps a value up to and including its boundary. The drop acts on the first step after.
     boundaries = [round(e * steps_per_epoch) - 1 for e in decay_epochs]
     values = [learning_rate * 0.1**i for i in range(len(boundaries) + 1)]
     return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)

@@ -62,10 +62,11 @@ class BYOT(Distiller):
         whole = with_features(Target.of(network).new())
         maps = [whole.get_layer(name).output for name in section_names(whole)[:-1]]
         if not maps or any(x.shape.rank != 4 for x in maps):
+            found = ", ".join(section_names(whole)) or "no layer stage_1, stage_2, …"
             raise UserError(
-                f"network {network.name!r} has {', '.join(section_names(whole)) or 'no layer stage_1, stage_2, …'}: "
-                "byot puts an exit after each stage but the last, so name the last layers of two stages or more "
-                "stage_1, stage_2, …, each but the last with a feature map [batch, height, width, channels]"
+                f"network {whole.name!r} has {found}: an exit stands after each section but the "
+                "last, so name the last layers of two sections or more stage_1, stage_2, …, each "
+                "but the last with a feature map [batch, height, width, channels]"
             )
         self.shallow_names = [f"exit_{i + 1}" for i in range(len(maps))]
         self.exits = (*self.shallow_names, self.deployed_exit)
@@ -109,8 +110,18 @@ def squared_distance(f, g):
 
 
 def shallow_exit(map_shape, halvings, width, classes, name):
-    """A keras.Model from a stage's feature map [B, *map_shape] to {"features": [B, width], "logits": float32 [B, classes]},
-    whose bottleneck halves the map's sides `halvings` times."""
+    """Returns a keras.Model of a bottleneck and a classifier.
+
+    Args:
+      map_shape: (H, W, c) of the section's feature map that it takes.
+      halvings: how many times the bottleneck halves the map's sides.
+      width: d, the length of the feature.
+      classes: C.
+      name: of the model.
+
+    Returns:
+      A model from maps [B, H, W, c] to {"features": [B, d], "logits": float32 [B, C]}.
+    """
     x = stage = keras.Input(map_shape)
     for filters, size, strides in [
         (max(1, width // 4), 1, 1),

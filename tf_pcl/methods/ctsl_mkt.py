@@ -6,16 +6,16 @@ relate the images of a batch to each other (relational knowledge, Park et al., C
 f_k ∈ R^d the feature and z_k the logits of network k, z̄_k those of its frozen copy,
 p^t(z) = softmax(z / t), and k' any other network, the loss is L = Σ_k L_k, where
 
-    L_k  = α CE(y, z_k)                                                      term `ce`
-         + β [L_RD + β_2 KL(p^1(z_k') ‖ p^1(z_k))]                           term `mutual`, ββ_2 included
-         + γ L_SD
-    L_SD = t² KL(p^t(z̄_k) ‖ p^t(z_k))                                        term `self`, γ included
+    L_k  = α CE(y, z_k) + β [L_RD + β_2 KL(p^1(z_k') ‖ p^1(z_k))] + γ L_SD
+    L_SD = t² KL(p^t(z̄_k) ‖ p^t(z_k))
     L_RD = L_DD + β_1 L_AD
-    L_DD = Σ_{u,v} Huber(‖f_k(u) − f_k(v)‖ / μ_k, ‖f_k'(u) − f_k'(v)‖ / μ_k')     `distance`, β included
-    L_AD = Σ_{u,v,w} Huber(cos∠_k(u, v, w), cos∠_k'(u, v, w))                   `angle`, ββ_1 included
+    L_DD = Σ_{u,v} Huber(‖f_k(u) − f_k(v)‖ / μ_k, ‖f_k'(u) − f_k'(v)‖ / μ_k')
+    L_AD = Σ_{u,v,w} Huber(cos∠_k(u, v, w), cos∠_k'(u, v, w))
 
-Sums over images are means. μ_k is the mean of those distances that are not zero, and ∠(u, v, w) is
-the angle at v. No gradient flows into z_k', f_k' or z̄_k. Network 1 is deployed.
+The terms, with their weights, are `ce`, `mutual` (the KL to other networks), `self` (L_SD),
+`distance` (L_DD) and `angle` (L_AD). Sums over images u, v, w are means. μ_k is the mean of those
+distances that are not zero, ∠(u, v, w) is the angle at v, and δ = 1 in Huber's loss. No gradient
+flows into z_k', f_k' or z̄_k. Network 1 is deployed.
 
 Chosen here: α = β = γ = β_2 = 1, β_1 = 2 and t = 4; with more than two networks, the mean over all
 k' ≠ k. The frozen copies see the same view, in inference mode. Each stage has the whole recipe.
@@ -86,7 +86,7 @@ class CTSLMKT(Distiller):
 
     @classmethod
     def stages(cls, make, network, peers=None, **arguments):
-        """The training of each network alone, and that of all together; `peers` is 2 unless given."""
+        """Returns a stage for each network alone, and one for all; `peers` is 2 by default."""
         several = (
             network
             if isinstance(network, (list, tuple))
@@ -157,8 +157,10 @@ class CTSLMKT(Distiller):
 
 
 def mutual_huber(x, y):
-    """Huber(x, y) with y as the constant target plus Huber(y, x) with x as such, δ = 1: a float32 scalar, a mean over the
-    elements of two tensors of one shape."""
+    """Returns Huber(x, y) with target y plus Huber(y, x) with target x, δ = 1, of equal shapes.
+
+    The targets are constants. The result is a mean over the elements, a float32 scalar.
+    """
     # With r = x − y and q, the derivative, r cut to ±1, Huber's loss is q (r − q/2). Its two
     # directions have one value, and the gradient of one without constants is that of the two with
     # constants together.

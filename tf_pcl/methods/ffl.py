@@ -95,7 +95,7 @@ class FFL(Distiller):
 
 
 def fusion(branch, count):
-    """A keras.Model from the concatenated last feature maps [B, H, W, count · c] of the branches to z_f float32 [B, C].
+    """Returns a keras.Model from the branches' maps [B, H, W, count · c] to z_f float32 [B, C].
 
     Raises:
       UserError: if the branch makes no feature map.

@@ -1,4 +1,4 @@
-"""Distilling the Knowledge in a Neural Network (Hinton, Vinyals and Dean, 2015): two-stage distillation.
+"""Two-stage distillation: Distilling the Knowledge in a Neural Network (Hinton et al., 2015).
 
 A teacher is trained first, with cross-entropy alone. Then the student learns from the labels and
 from the frozen teacher. With z the student's and z_teacher the teacher's logits and

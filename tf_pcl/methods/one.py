@@ -91,7 +91,7 @@ class ONE(Distiller):
 
 
 def gate(trunk, count):
-    """Returns a keras.Model from the trunk's feature map [B, H, W, c] to weights float32 [B, count].
+    """Returns a keras.Model from the trunk's map [B, H, W, c] to weights float32 [B, count].
 
     Raises:
       UserError: if the trunk ends in anything else.

@@ -217,7 +217,7 @@ class Collaborators(Peers):
         return self.ensemble_classifier(tf.concat([p.features for p in peers], axis=-1))
 
     def joint(self):
-        """Returns PCL-E, all peers with the ensemble classifier: a keras.Model from raw images to z_e."""
+        """Returns all peers with the ensemble classifier (PCL-E), from raw images to z_e."""
         images = keras.Input(self.trunk.input_shape[1:], dtype=tf.uint8, name="images")
         low = self.trunk(self.preprocess(images))
         return with_logits_output(

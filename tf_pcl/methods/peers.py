@@ -44,7 +44,7 @@ class Peers(keras.Model):
     ):
         super().__init__(name=name)
         self.preprocess, self.names, self.trunk_batch = preprocess, tuple(names), trunk_batch
-        branches = []
+        branches: list = []
         for _ in names:
             network = target.new()
             whole = with_features(network)

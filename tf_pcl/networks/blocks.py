@@ -7,11 +7,18 @@ residual block's branch would look one pixel beside its 1×1 shortcut. Convoluti
 as He et al. (2015): normal, variance 2 / fan-in.
 """
 
+from collections.abc import Sequence
+from typing import Callable, Optional
+
+import tensorflow as tf
+
 from tf_pcl.compat import layers
 
 
-def conv(x, filters, size, strides=1, use_bias=False):
-    """Convolution of an odd size, padded alike on all sides, without a bias unless asked for."""
+def conv(
+    x: tf.Tensor, filters: int, size: int, strides: int = 1, use_bias: bool = False
+) -> tf.Tensor:
+    """Convolves a map with kernels of an odd size, padded alike on all sides."""
     # At stride 1 Keras pads within the convolution; at a larger one a layer of its own is needed.
     padding = "same"
     if size > 1 and strides > 1:
@@ -21,28 +28,32 @@ def conv(x, filters, size, strides=1, use_bias=False):
     )(x)
 
 
-def pad(x, size):
-    """Zeros around a map, so that a window of odd `size` can be centred on every pixel."""
+def pad(x: tf.Tensor, size: int) -> tf.Tensor:
+    """Puts zeros around a map, so that a window of odd `size` can be centred on every pixel."""
     return layers.ZeroPadding2D((size - 1) // 2)(x)
 
 
-def norm(x):
-    """BatchNorm as the papers have it: statistics' momentum 0.9, epsilon 1e-5."""
+def norm(x: tf.Tensor) -> tf.Tensor:
+    """Applies BatchNorm as the papers have it: momentum of the statistics 0.9, epsilon 1e-5."""
     return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
 
 
-def conv_norm_relu(x, filters, size, strides=1, use_bias=False):
-    """Convolution, BatchNorm, ReLU."""
+def conv_norm_relu(
+    x: tf.Tensor, filters: int, size: int, strides: int = 1, use_bias: bool = False
+) -> tf.Tensor:
+    """Applies a convolution, BatchNorm and ReLU."""
     return layers.ReLU()(norm(conv(x, filters, size, strides, use_bias)))
 
 
-def norm_relu_conv(x, filters, size):
-    """BatchNorm, ReLU, convolution."""
+def norm_relu_conv(x: tf.Tensor, filters: int, size: int) -> tf.Tensor:
+    """Applies BatchNorm, ReLU and a convolution."""
     return conv(layers.ReLU()(norm(x)), filters, size)
 
 
-def basic_block(x, filters, strides=1, name=None):
-    """Two 3×3 convolutions and a shortcut (He et al., 2016, figure 5, left).
+def basic_block(
+    x: tf.Tensor, filters: int, strides: int = 1, name: Optional[str] = None
+) -> tf.Tensor:
+    """Applies two 3×3 convolutions with a shortcut (He et al., 2016, figure 5, left).
 
     Args:
       x: [B, H, W, channels].
@@ -56,19 +67,28 @@ def basic_block(x, filters, strides=1, name=None):
     return _residual(x, norm(conv(y, filters, 3)), strides, name)
 
 
-def bottleneck(x, width, filters, strides=1, name=None, paths=1):
-    """1×1, 3×3 and 1×1 convolutions and a shortcut (He et al., 2016, figure 5, right), the stride in the 3×3.
+def bottleneck(
+    x: tf.Tensor,
+    width: int,
+    filters: int,
+    strides: int = 1,
+    name: Optional[str] = None,
+    paths: int = 1,
+) -> tf.Tensor:
+    """Applies 1×1, 3×3 and 1×1 convolutions with a shortcut (He et al., 2016, figure 5, right).
+
+    The stride is in the 3×3 convolution.
 
     Args:
       x: [B, H, W, channels].
       width: channels of the 3×3 convolution, and of the 1×1 in front of it.
       filters: channels that come out.
       strides: of the 3×3 convolution.
-      name: of the last layer. paths: the 3×3 convolution is grouped into so many (Xie et al.,
-        2017), written as their figure 3b: each path has its own 1×1 and 3×3 of width / paths, and
-        the last 1×1 takes their concatenation. The same function and the same parameters as figure
-        3c, but TensorFlow's grouped convolution is many times slower on the CPU and cannot be
-        exported to ONNX.
+      name: of the last layer.
+      paths: how many groups the 3×3 convolution has (Xie et al., 2017). Each path has its own 1×1
+        and 3×3 of width / paths, and the last 1×1 takes their concatenation, as in their figure 3b.
+        Figure 3c is the same function with the same parameters, but TensorFlow's grouped
+        convolution is many times slower on the CPU and cannot be exported to ONNX.
     Returns:
       [B, ⌈H / strides⌉, ⌈W / strides⌉, filters].
     """
@@ -81,20 +101,24 @@ def bottleneck(x, width, filters, strides=1, name=None, paths=1):
 
 
 def _residual(x, y, strides, name):
-    """ReLU(x + y); where the shape changes, x through a 1×1 convolution and BatchNorm (option B)."""
+    """Returns ReLU(x + y); where shapes differ, x first passes a 1×1 convolution (option B)."""
     if strides != 1 or x.shape[-1] != y.shape[-1]:
         x = norm(conv(x, y.shape[-1], 1, strides))
     return layers.ReLU(name=name)(layers.Add()([x, y]))
 
 
-def sections(x, blocks, block, widths):
-    """Sections of residual blocks; each but the first halves height and width and doubles the channels.
+def sections(
+    x: tf.Tensor, blocks: Sequence[int], block: Callable, widths: Sequence[int]
+) -> tf.Tensor:
+    """Applies sections of residual blocks, which papers call stages.
+
+    Each section but the first halves height and width and doubles the channels.
 
     Args:
-      x: [B, H, W, channels]. blocks: number of blocks in each section; the sections' outputs are
-        the layers stage_1, stage_2, …
+      x: [B, H, W, channels].
+      blocks: the number of blocks in each section. The layers stage_1, stage_2, … end them.
       block: basic_block or bottleneck.
-      widths: what the block takes for its channels in the first section.
+      widths: the channels that `block` takes in the first section.
     Returns:
       The last section's output.
     """
@@ -106,7 +130,10 @@ def sections(x, blocks, block, widths):
     return x
 
 
-def classifier(x, num_classes):
-    """Global average pooling (`features`) and a float32 fully connected layer (`logits`), Glorot uniform initialisation."""
+def classifier(x: tf.Tensor, num_classes: int) -> tf.Tensor:
+    """Applies global average pooling (`features`) and a float32 fully connected layer (`logits`).
+
+    The latter starts Glorot uniform.
+    """
     x = layers.GlobalAveragePooling2D(name="features")(x)
     return layers.Dense(num_classes, dtype="float32", name="logits")(x)

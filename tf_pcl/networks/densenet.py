@@ -4,15 +4,15 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.networks.blocks import classifier, conv, norm, norm_relu_conv
 
 
-def densenet40_12(input_shape, num_classes):
-    """DenseNet-BC of depth 40 and growth rate k = 12 (section 3), 188,092 parameters with 100 classes.
+def densenet40_12(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds DenseNet-BC, depth 40 and growth rate k = 12, 188,092 parameters with 100 classes.
 
-    A 3×3 convolution of 2k channels; three dense blocks of 6 layers, each a 1×1 convolution to 4k
-    and a 3×3 to k channels, which are added to the layer's input as further channels; between
-    blocks a transition, a 1×1 convolution to half the channels and a 2×2 average pooling.
-    BatchNorm and ReLU stand in front of every convolution but the first. stage_1 and stage_2 are
-    the transitions' outputs, stage_3 is that of the last block after BatchNorm and ReLU. He
-    initialisation; no dropout, which the paper has only for training without augmentations.
+    A 3×3 convolution makes 2k channels. Three dense blocks of 6 layers follow (section 3). Each
+    layer is a 1×1 convolution to 4k and a 3×3 to k channels, which are added to the layer's input
+    as further channels. Between blocks stands a transition, a 1×1 convolution to half the channels
+    and a 2×2 average pooling. BatchNorm and ReLU precede every convolution but the first. The
+    transitions are stage_1 and stage_2; the last block after BatchNorm and ReLU is stage_3. There
+    is no dropout, which the paper has only for training without augmentation.
 
     Args:
       input_shape: (H, W, channels) of standardised images.

@@ -138,7 +138,7 @@ def build(
 
 
 def initialise(network: keras.Model, fan: str) -> None:
-    """Draws the kernels of a network's convolutions anew, normal with variance 2 / fan (He et al., 2015).
+    """Draws a network's convolutions anew, normal with variance 2 / fan (He et al., 2015).
 
     Args:
       network: a keras.Model, changed in place; a copy of it draws in the same way. Depthwise and

@@ -1,4 +1,4 @@
-"""ResNets (He et al., 2016): for CIFAR (section 4.2), for ImageNet (section 3.3, table 1), and wide.
+"""ResNets (He et al., 2016): for CIFAR (section 4.2), for ImageNet (table 1), and wide ones.
 
 Every function takes input_shape, (H, W, channels) of standardised images, and num_classes, C, and
 returns a functional keras.Model from images [B, H, W, channels] to logits float32 [B, C]. The
@@ -7,6 +7,9 @@ too. Where a block changes the shape, its shortcut is a 1×1 convolution with Ba
 also in the CIFAR ResNets, whose paper pads with zeros (option A). He initialisation; every
 BatchNorm's scale starts at 1.
 """
+
+from collections.abc import Sequence
+from typing import Callable, Optional
 
 from tf_pcl.compat import keras, layers
 from tf_pcl.networks.blocks import (
@@ -20,13 +23,19 @@ from tf_pcl.networks.blocks import (
 
 
 def resnet(
-    blocks, input_shape, num_classes, name=None, *, block=basic_block, widths=(16,), stem=16
-):
-    """A CIFAR ResNet: a 3×3 convolution, then sections of residual blocks at full, half, quarter … size.
+    blocks: Sequence[int],
+    input_shape: tuple,
+    num_classes: int,
+    name: Optional[str] = None,
+    *,
+    block: Callable = basic_block,
+    widths: Sequence[int] = (16,),
+    stem: int = 16,
+) -> keras.Model:
+    """Builds a CIFAR ResNet: a 3×3 convolution, then sections at full, half, quarter … size.
 
     Args:
-      blocks: number of blocks in each section; the sections' outputs are the layers stage_1,
-        stage_2, …
+      blocks: the number of blocks in each section. The layers stage_1, stage_2, … end them.
       input_shape: (H, W, channels) of standardised images.
       num_classes: C.
       name: of the model.
@@ -40,40 +49,43 @@ def resnet(
     return keras.Model(images, classifier(x, num_classes), name=name)
 
 
-def resnet8(input_shape, num_classes):
-    """Blocks [1, 1, 1], for tests and tiny images."""
+def resnet8(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds blocks [1, 1, 1], for tests and tiny images."""
     return resnet([1] * 3, input_shape, num_classes, "resnet8")
 
 
-def resnet14(input_shape, num_classes):
-    """Blocks [2, 2, 2]."""
+def resnet14(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds blocks [2, 2, 2]."""
     return resnet([2] * 3, input_shape, num_classes, "resnet14")
 
 
-def resnet20(input_shape, num_classes):
-    """Blocks [3, 3, 3]."""
+def resnet20(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds blocks [3, 3, 3]."""
     return resnet([3] * 3, input_shape, num_classes, "resnet20")
 
 
-def resnet32(input_shape, num_classes):
-    """Blocks [5, 5, 5]: the tables' ResNet-32, 472,756 parameters with 100 classes."""
+def resnet32(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds the tables' ResNet-32: blocks [5, 5, 5], 472,756 parameters with 100 classes."""
     return resnet([5] * 3, input_shape, num_classes, "resnet32")
 
 
-def resnet110(input_shape, num_classes):
-    """Bottleneck blocks [12, 12, 12], widths 16-32-64, outputs four times as wide: the tables' ResNet-110, 1,170,868
-    parameters with 100 classes (the paper's own, of basic blocks, has 1.7 million)."""
+def resnet110(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds the tables' ResNet-110, 1,170,868 parameters with 100 classes.
+
+    It has bottleneck blocks [12, 12, 12] of widths 16-32-64, with outputs four times as wide. The
+    paper's own ResNet-110 has basic blocks and 1.7 million parameters.
+    """
     return resnet(
         [12] * 3, input_shape, num_classes, "resnet110", block=bottleneck, widths=(16, 64)
     )
 
 
-def wrn20_8(input_shape, num_classes):
-    """Bottleneck blocks [2, 2, 2], outputs 64-128-256, the 3×3 convolutions eight times as wide as a ResNet's, 128-256-512:
-    the tables' WRN-20-8, 6,871,220 parameters with 100 classes.
+def wrn20_8(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds the tables' WRN-20-8, 6,871,220 parameters with 100 classes.
 
-    It widens as torchvision's wide ResNets do (Zagoruyko and Komodakis, 2016, widen basic blocks
-    that begin with BatchNorm).
+    It has bottleneck blocks [2, 2, 2] with outputs 64-128-256; the 3×3 convolutions are eight times
+    as wide as a ResNet's, 128-256-512. It widens as torchvision's wide ResNets do; Zagoruyko and
+    Komodakis (2016) widen basic blocks that begin with BatchNorm.
     """
     return resnet([2] * 3, input_shape, num_classes, "wrn20_8", block=bottleneck, widths=(128, 64))
 
@@ -86,13 +98,19 @@ def _imagenet(blocks, input_shape, num_classes, name, block, widths):
     return keras.Model(images, classifier(x, num_classes), name=name)
 
 
-def resnet18(input_shape, num_classes):
-    """Basic blocks [2, 2, 2, 2] after a 7×7 convolution and a max pooling of stride 2: 11,689,512 parameters with 1000
-    classes. For images of 224, whose last section is 7×7, and of 64, 2×2."""
+def resnet18(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds ResNet-18, 11,689,512 parameters with 1000 classes.
+
+    It has basic blocks [2, 2, 2, 2] after a 7×7 convolution and a max pooling of stride 2. It is
+    for images of 224 pixels, whose last section is 7×7, and of 64, where it is 2×2.
+    """
     return _imagenet([2, 2, 2, 2], input_shape, num_classes, "resnet18", basic_block, (64,))
 
 
-def resnet50(input_shape, num_classes):
-    """Bottleneck blocks [3, 4, 6, 3] after the stem of resnet18, the stride in the 3×3 convolutions (the paper's are in the
-    1×1): 25,557,032 parameters with 1000 classes. For images of 224 and of 64."""
+def resnet50(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds ResNet-50, 25,557,032 parameters with 1000 classes.
+
+    It has bottleneck blocks [3, 4, 6, 3] after the stem of resnet18. Strides are in the 3×3
+    convolutions; the paper's are in the 1×1. It is for images of 224 and of 64 pixels.
+    """
     return _imagenet([3, 4, 6, 3], input_shape, num_classes, "resnet50", bottleneck, (64, 256))

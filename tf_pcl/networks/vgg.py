@@ -4,16 +4,15 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.networks.blocks import conv_norm_relu
 
 
-def vgg16(input_shape, num_classes):
-    """VGG-16 (table 1, column D) for CIFAR, with BatchNorm: 15,299,748 parameters with 100 classes.
+def vgg16(input_shape: tuple, num_classes: int) -> keras.Model:
+    """Builds VGG-16 for CIFAR with BatchNorm, 15,299,748 parameters with 100 classes.
 
-    Five groups of 3×3 convolutions, 64-64, 128-128, 256×3, 512×3, 512×3, each convolution with
-    bias, BatchNorm and ReLU, each group with a 2×2 max pooling, the layers stage_1 … stage_5; then
-    the classifier, fully connected layers 512-512-C with ReLU between, no dropout. An image of 32
-    is 1×1 after the last pooling; what is left of a larger one is averaged over the image, the
-    layer `features`, and the pooling of an odd size rounds up, so that every size goes. He
-    initialisation in front of a ReLU (the paper, without BatchNorm, starts from a shallower
-    trained network), Glorot uniform at the end.
+    Five groups of 3×3 convolutions (table 1, column D) have 64-64, 128-128, 256×3, 512×3 and 512×3
+    channels. Each convolution has a bias, BatchNorm and ReLU. Each group ends in a 2×2 max
+    pooling, the layers stage_1 … stage_5. The map that is left is averaged to the layer
+    `features`; an image of 32 pixels is 1×1 there. The classifier consists of fully connected
+    layers 512-512-C with ReLU between them, without dropout. Layers in front of a ReLU start as He
+    et al. (2015) do; the paper, without BatchNorm, starts from a shallower trained network.
 
     Args:
       input_shape: (H, W, channels) of standardised images.

@@ -5,6 +5,7 @@ from typing import Optional
 
 import tensorflow as tf
 
+from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import proof
@@ -31,6 +32,9 @@ def functional(
     Raises:
       UserError: if it is no such model or does not take such images.
     """
+    foreign = compat.foreign_keras(network)
+    if foreign:
+        raise UserError(foreign)
     if not isinstance(network, keras.Model):
         raise UserError(
             f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "

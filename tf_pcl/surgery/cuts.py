@@ -9,7 +9,7 @@ import tensorflow as tf
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.surgery.features import with_features
-from tf_pcl.surgery.graph import calls, is_inner_model, leaves, names
+from tf_pcl.surgery.graph import calls, is_inner_model, last_leaf, leaves, names
 from tf_pcl.surgery.observe import flops
 
 # Cuts the tables' ResNets where the paper does: what comes before their last section is 0.65 to
@@ -63,22 +63,19 @@ def cut_points(network: keras.Model) -> list:
 
 def _in_order(model):
     """Returns a model's leaves in the order of their first calls."""
-    found = {}
+    found: dict = {}
     for call in calls(model):
         inside = _in_order(call.layer) if is_inner_model(call.layer) else [call.layer]
         found.update((id(leaf), leaf) for leaf in inside)
     return list(found.values())
 
 
-def _last_leaf(layer):
-    return _last_leaf(layer.outputs[0].node.layer) if is_inner_model(layer) else layer
-
-
 def _paths(model, outermost=False):
     """Yields (path, leaf that makes the tensor) of the cuts of a model."""
     order = calls(model)
-    times = {}
-    last_use, last_call = {}, {}
+    times: dict = {}
+    last_use: dict = {}
+    last_call: dict = {}
     for i, call in enumerate(order):
         last_use.update((id(t), i) for t in call.keras_inputs)
         last_call[id(call.layer)] = i
@@ -94,7 +91,7 @@ def _paths(model, outermost=False):
             yield from (((i, *path), leaf) for path, leaf in _paths(call.layer))
         open_until = max(open_until, last_call[id(call.layer)])
         if open_until <= i and len(made) == 1 and id(made[0]) not in needed:
-            yield (i,), _last_leaf(call.layer)
+            yield (i,), last_leaf(call.layer)
         open_until = max(open_until, *(last_use.get(id(t), i) for t in made))
 
 

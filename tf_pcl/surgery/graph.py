@@ -5,7 +5,7 @@ model* is a functional model of one input that another one calls as a layer.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -59,7 +59,7 @@ def phase(call) -> dict:
 class Place(NamedTuple):
     """A tensor in a model's graph, and the calls of the inner models around it, outermost first."""
 
-    tensor: object
+    tensor: Any
     around: tuple = ()
 
     def call(self):
@@ -87,7 +87,7 @@ class Place(NamedTuple):
 
 def leaves(model: keras.Model) -> list:
     """Returns a model's layers, each once, with those of inner models in place of these."""
-    found = {}
+    found: dict = {}
     for layer in model.layers:
         inside = leaves(layer) if is_inner_model(layer) else [layer]
         found.update((id(one), one) for one in inside)
@@ -105,6 +105,11 @@ def names(model: keras.Model) -> dict:
     return found
 
 
+def last_leaf(layer: keras.layers.Layer) -> keras.layers.Layer:
+    """Returns the layer that makes a layer's output: itself, or that of an inner model."""
+    return last_leaf(layer.outputs[0].node.layer) if is_inner_model(layer) else layer
+
+
 def head(model: keras.Model) -> keras.layers.Layer:
     """Returns the last leaf that has weights, which gives the logits."""
     return [layer for layer in leaves(model) if layer.weights][-1]
@@ -117,7 +122,7 @@ def sublayers(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
 
 
 def continued(call, made: Sequence, wanted: dict) -> dict:
-    """Computes the tensors `wanted` = {key: tensor}, which need `call`'s outputs alone, from others.
+    """Computes tensors that need one call's outputs alone, from other tensors in their place.
 
     Args:
       call: a call in a model's graph.

@@ -8,7 +8,7 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.surgery.cuts import find_cut
 from tf_pcl.surgery.features import with_features
-from tf_pcl.surgery.graph import calls, continued, phase
+from tf_pcl.surgery.graph import calls, continued, last_leaf, phase
 
 
 def split(network: keras.Model, at: Optional[str] = None) -> tuple:
@@ -40,7 +40,7 @@ def slice_at(whole: keras.Model, path: tuple) -> tuple:
     if not branch.trainable_weights:
         raise UserError(
             f"network {whole.name!r} has no trainable layer after "
-            f"{trunk.outputs[0].node.layer.name!r}: peers would all be the same; make some layer "
+            f"{last_leaf(trunk).name!r}: peers would all be the same; make some layer "
             "there trainable, or cut earlier with `split_at`"
         )
     rename = lambda model, name: keras.Model(model.input, model.output, name=name)

@@ -7,6 +7,7 @@ from typing import Any, Callable, Optional, Union
 import numpy as np
 import tensorflow as tf
 
+from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import proof
@@ -47,7 +48,7 @@ class Target:
         load: Optional[Callable[[keras.Model], Any]] = None,
     ):
         self._instance = network if isinstance(network, keras.Model) else None
-        self._build = (
+        self._build: Any = (
             None
             if self._instance is not None
             else _without_arguments(network, input_shape, num_classes)
@@ -71,6 +72,9 @@ class Target:
             return network
         if isinstance(network, (list, tuple)):
             raise UserError(f"{len(network)} networks were given: this method takes one")
+        foreign = compat.foreign_keras(network)
+        if foreign:
+            raise UserError(foreign)
         if not isinstance(network, keras.Model) and not callable(network):
             raise UserError(
                 f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "
@@ -209,20 +213,59 @@ def _without_arguments(function, input_shape, num_classes):
 
 def _serialized(model):
     """Returns a copy of a model by Keras's serialization, with freshly drawn weights."""
-    objects = {}
+    objects: dict = {_SameLambda.__name__: _SameLambda}
+    _SameLambda.known = {}
     for layer in sublayers(model):
         objects[type(layer).__name__] = type(layer)
+        if isinstance(layer, keras.layers.Lambda):
+            _SameLambda.known[layer.name] = layer
         for value in vars(layer).values():
             if inspect.isfunction(value):
                 objects[value.__name__] = value
     try:
         with keras.utils.custom_object_scope(objects):
-            return type(model).from_config(model.get_config())
+            return type(model).from_config(_with_same_lambdas(model.get_config()))
     except Exception as e:  # NotImplementedError, and whatever a layer of the user's own raises.
         raise UserError(
             f"network {model.name!r} cannot be copied by Keras's serialization: {one_line(e)}; "
             f"{USE_A_FUNCTION}"
         ) from e
+
+
+class _SameLambda:
+    """Stands for a Lambda layer in a configuration: its copy gets the very same function.
+
+    Keras would write the function's bytecode, which loses what it closes over, and refuses to read
+    it.
+    """
+
+    known: dict = {}
+
+    @classmethod
+    def from_config(cls, config):
+        layer = cls.known[config["name"]]
+        return keras.layers.Lambda(
+            layer.function, arguments=layer.arguments, name=layer.name, dtype=layer.dtype_policy
+        )
+
+
+def _with_same_lambdas(config):
+    """Returns a configuration in which every Lambda layer is a _SameLambda."""
+    if isinstance(config, (list, tuple)):
+        return type(config)(map(_with_same_lambdas, config)) if config else config
+    if not isinstance(config, dict):
+        return config
+    if config.get("class_name") == "Lambda" and isinstance(config.get("config"), dict):
+        name = _SameLambda.__name__
+        own = {"name": config["config"]["name"]}
+        return {
+            **config,
+            "module": None,
+            "class_name": name,
+            "registered_name": name,
+            "config": own,
+        }
+    return {key: _with_same_lambdas(value) for key, value in config.items()}
 
 
 def paired(one: keras.Model, other: keras.Model) -> list:

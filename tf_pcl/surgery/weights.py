@@ -1,5 +1,6 @@
 """Weights: assigned from one model to another, or loaded from a file."""
 
+import functools
 import os
 from collections.abc import Iterable
 
@@ -47,7 +48,8 @@ def load_weights(network: keras.Model, path: str) -> tuple:
     """
     path = _located(path)
     targets = [layer for layer in leaves(network) if layer.weights]
-    best, missing, failure = {}, targets, None
+    best: dict = {}
+    missing, failure = targets, None
     before = network.get_weights()
     level = tf.get_logger().level
     tf.get_logger().setLevel("ERROR")  # It warns of each layer that does not fit.
@@ -92,27 +94,27 @@ def load_weights(network: keras.Model, path: str) -> tuple:
 
 
 def _located(path):
-    """The file or folder to read; UserError if there is none."""
+    """Returns the file or folder to read."""
     if os.path.exists(os.path.join(path, "saved_model.pb")):
         return path
     if os.path.isdir(path):
         found = tf.train.latest_checkpoint(path)
         if not found:
             raise UserError(
-                f"`weights={path}`: the folder holds neither a SavedModel nor a checkpoint; give one that does, "
-                "or a .h5 or .keras file"
+                f"`weights={path}`: the folder holds neither a SavedModel nor a checkpoint; give "
+                "one that does, or a .h5 or .keras file"
             )
         return found
     if not os.path.exists(path) and not os.path.exists(path + ".index"):
         raise UserError(
-            f"`weights={path}`: there is no such file; give a .weights.h5, .h5 or .keras file, a SavedModel's "
-            "folder or a checkpoint's prefix"
+            f"`weights={path}`: there is no such file; give a .weights.h5, .h5 or .keras file, a "
+            "SavedModel's folder or a checkpoint's prefix"
         )
     return path
 
 
 def _fits(layer, values):
-    """Whether `values` are all of a layer's weights; what was not read is NaN."""
+    """Says whether `values` are all of a layer's weights; what was not read is NaN."""
     return (
         values is not None
         and [v.shape for v in values] == [tuple(w.shape) for w in layer.weights]
@@ -121,7 +123,10 @@ def _fits(layer, values):
 
 
 def _attempts(network, path):
-    """Ways to read the file: each writes into the network, or returns {id of a layer: its weights}."""
+    """Returns functions that read the file in several ways.
+
+    Each writes into the network, or returns {id of a layer: its weights}.
+    """
     if path.endswith(".keras") or os.path.isdir(path) or _is_model(path):
 
         def whole():
@@ -149,14 +154,14 @@ def _attempts(network, path):
 
     feature = getattr(head(network), "input", None) if head(network) in network.layers else None
     headless = [] if feature is None else [keras.Model(network.inputs, feature)]
-    ways = [lambda model=model: read(model) for model in (network, *headless)]
+    ways = [functools.partial(read, model) for model in (network, *headless)]
     if path.endswith((".h5", ".hdf5")) and not path.endswith(".weights.h5"):
-        ways.insert(0, lambda: read(network, by_name=True, skip_mismatch=True))
+        ways.insert(0, functools.partial(read, network, by_name=True, skip_mismatch=True))
     return ways
 
 
 def _is_model(path):
-    """Whether a .h5 file holds a whole model."""
+    """Says whether a .h5 file holds a whole model."""
     if not path.endswith((".h5", ".hdf5")):
         return False
     import h5py
