@@ -13,7 +13,6 @@ import pytest
 from absl import flags
 from conftest import CLASSES, SHAPE, noise, with_labels
 from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, section, shell
-from tensorflow import keras
 
 from tf_pcl import cli, methods, options
 from tf_pcl.methods import METHODS
@@ -100,26 +99,36 @@ def test_a_first_run_is_served_as_printed(tmp_path):
     assert done.returncode == 0 and "shape=(1, 10)" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "flags").iterdir()), ids=lambda p: p.name)
-def test_flag_files_parse_and_build(path):
+RECIPES = pytest.mark.parametrize(
+    "path", sorted((ROOT / "flags").iterdir()), ids=lambda path: path.name
+)
+
+
+@RECIPES
+def test_recipes_parse_and_are_called_as_they_are(path):
     head = path.read_text(encoding="utf-8").splitlines()[:4]
     for line, word in zip(
         head, ("table", f"python train.py --flagfile=flags/{path.name}", "Expected error", "Cost")
     ):
         assert line.startswith("# ") and word in line
-    settings = parse([f"--flagfile={path}"])
-    classes = int(settings.dataset[len("cifar") :])
+    chosen = parse([f"--flagfile={path}"])
+    method_of, network, data_set = path.stem.split("-")
+    assert (method_of, network, data_set) == (chosen.method, chosen.network, chosen.dataset)
+
+
+@pytest.mark.slow
+@RECIPES
+def test_recipes_build(path):
+    chosen = parse([f"--flagfile={path}"])
+    classes = int(chosen.dataset[len("cifar") :])
     images = with_labels(noise(4, 32, 32, 3), np.arange(4))
     images = dataclasses.replace(images, classes=tuple(map(str, range(classes))))
     models = []
-    for stage in METHODS[settings.method].stages(
-        Assembly(images), settings.network, **method_arguments(settings)
+    for stage in METHODS[chosen.method].stages(
+        Assembly(images), chosen.network, **method_arguments(chosen)
     ):
         models.append(stage.build(models))
     assert models[-1].deployed().output_shape == (None, classes)
-    keras.backend.clear_session()
-    method_of, network, data_set = path.stem.split("-")
-    assert (method_of, network, data_set) == (settings.method, settings.network, settings.dataset)
 
 
 def test_every_method_of_a_paper_has_the_recipe_of_two_networks():
@@ -231,6 +240,6 @@ if IN_A_COPY not in os.environ:
                 cwd=copy,
                 capture_output=True,
                 text=True,
-                env={**os.environ, IN_A_COPY: "1", "PYTHONPATH": str(copy)},
+                env={**os.environ, IN_A_COPY: "1"},
             )
             assert done.returncode == 0, done.stdout[-5000:]
