@@ -1,4 +1,6 @@
 import base64
+import io
+import itertools
 import os
 import shutil
 import struct
@@ -11,7 +13,7 @@ import tensorflow as tf
 from conftest import noise, with_labels
 
 from tf_pcl import data
-from tf_pcl.data import augmentations, datasets, from_tfds, image_files, storage
+from tf_pcl.data import augmentations, class_names, datasets, from_tfds, image_files, storage
 from tf_pcl.errors import UserError
 
 
@@ -446,6 +448,101 @@ def test_orientation_of_damaged_exif():
     )
 
 
+def orientation_of(encoded):
+    """What the header says; None where it cannot be read."""
+    try:
+        return image_files.header(encoded).orientation
+    except ValueError:
+        return None
+
+
+exif_orientations = tf.function(
+    lambda files: tf.map_fn(
+        image_files.exif_orientation, files, fn_output_signature=tf.TensorSpec([], tf.int32)
+    ),
+    input_signature=[tf.TensorSpec([None], tf.string)],
+)
+
+
+def segment(marker, content):
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
+
+
+def test_exif_orientation_in_the_graph_is_that_of_the_header():
+    plain = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
+    jfif, start = plain[2:20], plain[:2]
+    assert jfif.startswith(b"\xff\xe0")
+    turned = {(turn, order): with_exif(plain, turn, order) for turn in range(10) for order in "<>"}
+    profile = segment(0xE2, bytes(60_000))
+    exif = lambda turn, order: with_exif(start, turn, order)[2:]
+    big = start + 3 * profile + b"\xff\xff\xff" + exif(6, ">") + plain[2:]
+    files = {
+        **turned,
+        "none": plain,
+        "after JFIF": start + jfif + exif(8, "<") + plain[20:],
+        "behind profiles and fill bytes": big,
+        "the last of two": start + exif(3, ">") + exif(5, "<") + plain[2:],
+        "XMP is no EXIF": start + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0") + plain[2:],
+        "XMP, then EXIF": start + segment(0xE1, b"http://ns.adobe") + exif(7, ">") + plain[2:],
+        "a short EXIF": start + segment(0xE1, b"Exif\0\0II*\0") + plain[2:],
+        "an offset far away": start
+        + segment(0xE1, b"Exif\0\0MM\0*\xff\xff\xff\xff\0\1")
+        + plain[2:],
+        "more entries than there are": turned[6, "<"].replace(
+            struct.pack("<IH", 8, 2), struct.pack("<IH", 8, 60_000)
+        ),
+        "no entry": turned[6, "<"].replace(struct.pack("<IH", 8, 2), struct.pack("<IH", 8, 0)),
+        "neither II nor MM": turned[6, "<"].replace(b"II*\0", b"IM*\0"),
+        "garbage before a marker": start + b"\1\2\3" + exif(4, "<") + plain[2:],
+        "empty": b"",
+        "two bytes": start,
+        "PNG": tf.io.encode_png(noise(4, 6, 3)).numpy(),
+        "text": b"\xff\xd8 is how a JPEG begins",
+    }
+    expected = [orientation_of(encoded) for encoded in files.values()]
+    got = exif_orientations(tf.constant([*files.values()])).numpy()
+    assert dict(zip(files, got)) == {name: e or 1 for name, e in zip(files, expected)}
+    assert {name: e for name, e in zip(files, got) if e > 1 and name not in turned} == {
+        "after JFIF": 8,
+        "behind profiles and fill bytes": 6,
+        "the last of two": 5,
+        "XMP, then EXIF": 7,
+        "more entries than there are": 6,
+        "garbage before a marker": 4,
+    }
+    # Every start of a file, and files with some bytes changed.
+    random = np.random.RandomState(0)
+    damaged = [f[:n] for f in (turned[6, "<"], turned[8, ">"]) for n in range(len(f))]
+    for encoded in [*turned.values(), files["after JFIF"], files["the last of two"]] * 40:
+        changed = bytearray(encoded)
+        for at in random.randint(2, 80, random.randint(1, 4)):
+            changed[at] = random.choice([0, 1, 2, 6, 18, 0xC0, 0xE1, 0xFF, random.randint(256)])
+        damaged.append(bytes(changed))
+    known = [orientation_of(encoded) for encoded in damaged]
+    assert sum(k is not None for k in known) > 500 and len({*known}) == 9
+    for encoded, expected, got in zip(
+        damaged, known, exif_orientations(tf.constant(damaged)).numpy()
+    ):
+        assert got == expected or expected is None and 1 <= got <= 8, encoded
+
+
+def test_decode_upright_in_a_saved_model(tmp_path):
+    jpeg = tf.io.encode_jpeg(noise(16, 24, 3), quality=100).numpy()
+    module = tf.Module()
+    module.decode = tf.function(
+        image_files.decode_upright, input_signature=[tf.TensorSpec([], tf.string)]
+    )
+    tf.saved_model.save(module, str(tmp_path))
+    loaded = tf.saved_model.load(str(tmp_path)).decode
+    plain = tf.io.decode_jpeg(jpeg).numpy()
+    for turn, turned in UPRIGHT.items():
+        np.testing.assert_array_equal(loaded(with_exif(jpeg, turn, "<")), turned(plain))
+    png = tf.io.encode_png(plain).numpy()
+    np.testing.assert_array_equal(loaded(png), plain)
+    grey = image_files.decode_upright(tf.constant(with_exif(jpeg, 6, ">")), channels=1)
+    assert grey.shape == (24, 16, 1)
+
+
 # 8×8, cyan 0, magenta and yellow 255, black 0: red.
 CMYK = base64.b64decode(
     "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUVFQwPFxgWFBgSFBUU"
@@ -615,6 +712,51 @@ def test_hidden_names_do_not_count_and_classes_without_test_images_are_named(mak
     d = data.load("image_folder", folder)
     assert d.classes == ("a", "b", "c") and len(d.train) == 3
     assert "No image of c in test" in capsys.readouterr().out
+
+
+STRANGE_NAMES = [
+    os.fsdecode(b"ni\xf1o"),
+    os.fsdecode(b"\x80 \xff\xfe"),
+    "two\nlines",
+    "a\r\n\x0b\x0c\x1c\x85\u2028b",
+    "back\\slash \\n \\xf1 \\u000a \\\\",
+    "\t \x00 \x7f",
+    "\ud800 a lone surrogate",
+]
+
+
+@pytest.mark.parametrize("name", [*STRANGE_NAMES, "niño", "猫 🐈", "", 'it\'s a "dog"'])
+def test_class_names_are_lines_and_come_back(name):
+    line = class_names.escape(name)
+    assert "\n".join([line, line, "end"]).splitlines() == [line, line, "end"] or not name
+    assert class_names.unescape(line.encode().decode()) == name
+    assert (line == name) == (name not in STRANGE_NAMES)
+
+
+def test_different_class_names_are_different_lines():
+    alphabet = ["\\", "x", "u", "f1", "0", "\n", os.fsdecode(b"\xf1"), "\xf1", "\u008a"]
+    names = {"".join(p) for n in range(5) for p in itertools.product(alphabet, repeat=n)}
+    lines = {class_names.escape(name) for name in names}
+    assert len(lines) == len(names) and {class_names.unescape(line) for line in lines} == names
+
+
+def test_class_folders_of_any_name(make_folder, monkeypatch):
+    made = make_folder({"train": {"a": [noise(8, 8, 3)]}, "test": {"a": [noise(8, 8, 3)]}})
+    for name in STRANGE_NAMES[:3]:
+        shutil.copytree(f"{made}/train/a", f"{made}/train/{name}")
+    with open(os.path.join(made, "train", "a", os.fsdecode(b"notes.\xf1")), "w"):
+        pass
+    # A terminal takes UTF-8 alone.
+    printed = io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True)
+    monkeypatch.setattr("sys.stdout", printed)
+    d = data.load("image_folder", made)
+    assert d.classes == tuple(sorted(["a", *STRANGE_NAMES[:3]])) and len(d.train) == 4
+    lines = printed.buffer.getvalue().decode().splitlines()
+    assert lines[0] == "Not .jpg or .png, left alone: 1 .\\xf1"
+    assert lines[1] == r"No image of ni\xf1o, two\u000alines, \x80 \xff\xfe in test"
+    shutil.rmtree(f"{made}/train/a")
+    with pytest.raises(UserError, match="has no image of a in train"):
+        data.load("image_folder", made)
 
 
 def test_a_folder_of_classes_without_splits_is_told_so(make_folder):

@@ -158,9 +158,7 @@ def cutout(images: tf.Tensor, draws: Draws, size: int) -> tf.Tensor:
     """
     h, w = images.shape[1:3]
     centre = draws.uniform(2) * tf.constant([h, w], tf.float32)
-    return compat.tensorflow_addons().image.cutout(
-        images, (size, size), offset=tf.cast(centre, tf.int32)
-    )
+    return compat.cutout(images, size, tf.cast(centre, tf.int32))
 
 
 def _uint8(x: tf.Tensor) -> tf.Tensor:

@@ -14,6 +14,7 @@ from typing import Callable, Optional
 import numpy as np
 
 from tf_pcl.data import digits, from_tfds, image_folder, tiny_imagenet
+from tf_pcl.data.class_names import escape
 from tf_pcl.data.storage import Arrays, Split, Stream
 from tf_pcl.errors import UserError, choose
 
@@ -145,8 +146,8 @@ def load(
     classes, train, test = row.load(data_dir, image_size, on_bad_image)
     if len(classes) < 2:
         raise UserError(
-            f"the data set {name} has {len(classes)} class ({', '.join(classes)}): at least 2 are "
-            "needed"
+            f"the data set {name} has {len(classes)} class ({', '.join(map(escape, classes))}): at "
+            "least 2 are needed"
         )
     if train_examples:
         train = _subset(train, name, train_examples, seed)

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_pcl.data import storage
+from tf_pcl.data.class_names import escape
 from tf_pcl.errors import UserError
 
 # What a report says about images that are not plain RGB.
@@ -108,6 +109,80 @@ def orientation(exif: bytes) -> int:
     return 1
 
 
+def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
+    """Reads the EXIF orientation of an image file with TensorFlow's operations alone.
+
+    It is what `header` says of every file whose header that can read, and it can be part of a
+    SavedModel.
+
+    Args:
+      encoded: the bytes of the file, a string tensor [].
+
+    Returns:
+      int32 [], 1–8; 1 where there is none, it is damaged, or the file is no JPEG.
+    """
+    data = _Bytes(encoded)
+    jpeg = (data.size > 2) & (data.number(tf.constant(0, tf.int64), 2) == 0xFFD8)
+
+    def next_segment(at, turn, _):
+        # A segment begins with 0xFF, before which garbage may stand.
+        ahead = data.bytes[at : at + 4096] == 0xFF
+        found = tf.reduce_any(ahead)
+        at += tf.where(found, tf.argmax(ahead), 4096)
+        whole = found & (at + 4 <= data.size)
+        marker, length = data.number(at + 1, 1), data.number(at + 2, 2)
+        exif = whole & (marker == 0xE1) & (data.number(at + 4, 6) == 0x457869660000)
+        end = tf.minimum(at + 2 + length, data.size)
+        turn = tf.cond(exif, lambda: _tiff_orientation(data, at + 10, end), lambda: turn)
+        # C4, C8 and CC are other segments among the numbers of starts of frame.
+        others = (marker == 0xC4) | (marker == 0xC8) | (marker == 0xCC)
+        frame = (marker >= 0xC0) & (marker <= 0xCF) & ~others
+        # Any number of 0xFF may stand before a marker.
+        following = at + tf.where(marker == 0xFF, tf.constant(1, tf.int64), 2 + length)
+        return tf.where(found, following, at), turn, whole & ~frame | ~found
+
+    # The limit ends the search in files that are made to make it long.
+    _, turn, _ = tf.while_loop(
+        lambda at, turn, more: more & (at < data.size),
+        next_segment,
+        (tf.constant(2, tf.int64), tf.constant(1), jpeg),
+        maximum_iterations=1000,
+    )
+    return turn
+
+
+class _Bytes:
+    """Reads numbers in a string tensor []; what is read beyond its end has no meaning."""
+
+    def __init__(self, encoded: tf.Tensor):
+        read = tf.io.decode_raw(encoded, tf.uint8)
+        self.size = tf.size(read, tf.int64)
+        # Never empty, so that there is something to read.
+        self.bytes = tf.pad(read, [[0, 1]])
+
+    def number(self, at: tf.Tensor, count: int, little=False) -> tf.Tensor:
+        """Returns the unsigned numbers of `count` bytes that begin at `at`, int64 [] or [n]."""
+        places = tf.range(count, dtype=tf.int64)
+        read = tf.gather(self.bytes, tf.minimum(at[..., None] + places, self.size))
+        shifts = 8 * tf.where(little, places, count - 1 - places)
+        return tf.reduce_sum(tf.bitwise.left_shift(tf.cast(read, tf.int64), shifts), -1)
+
+
+def _tiff_orientation(data: _Bytes, start: tf.Tensor, end: tf.Tensor) -> tf.Tensor:
+    """Does what `orientation` does, for the bytes in [start, end)."""
+    order = data.number(start, 2)
+    little = order == 0x4949
+    known = (little | (order == 0x4D4D)) & (start + 8 <= end)
+    entries = tf.where(known, start + data.number(start + 4, 4, little), end)
+    # Of an entry the first 10 bytes are read.
+    within = tf.maximum((end - entries - 2 - 10) // 12 + 1, 0)
+    count = tf.minimum(data.number(entries, 2, little), within)
+    first = entries + 2 + 12 * tf.range(count)
+    turns = data.number(first + 8, 2, little)[data.number(first, 2, little) == 0x0112]
+    turn = tf.concat([turns[:1], [1]], 0)[0]
+    return tf.cast(tf.where((turn >= 1) & (turn <= 8), turn, 1), tf.int32)
+
+
 def upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
     """Turns an image upright.
 
@@ -136,6 +211,19 @@ def decode(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
     image.set_shape([None, None, channels])
     return image
+
+
+def decode_upright(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
+    """Decodes the bytes of an image file and turns the image upright as its EXIF says.
+
+    Args:
+      encoded: the bytes of the file, a string tensor [].
+      channels: 1 or 3.
+
+    Returns:
+      uint8 [H, W, channels].
+    """
+    return upright(decode(encoded, channels), exif_orientation(encoded))
 
 
 def resize(images: tf.Tensor, size: int) -> tf.Tensor:
@@ -189,7 +277,7 @@ def load(
     for split, part in files.items():
         kept[split], unreadable = part.read(prepare, shape)
         bad += unreadable
-        emptied = [classes[k] for k in np.setdiff1d(part.labels, kept[split].labels)]
+        emptied = [escape(classes[k]) for k in np.setdiff1d(part.labels, kept[split].labels)]
         if emptied and on_bad_image == "skip":
             raise UserError(
                 f"no image of {', '.join(emptied[:3])} in {split} can be read, such as "

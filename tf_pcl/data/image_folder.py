@@ -5,6 +5,7 @@ import os
 from typing import Optional
 
 from tf_pcl.data import image_files, splits
+from tf_pcl.data.class_names import escape
 from tf_pcl.data.storage import Split
 from tf_pcl.errors import UserError
 
@@ -52,7 +53,7 @@ def load(
         parameter="data_dir",
     )
     if others:
-        kinds = (f"{count:,} {kind}" for kind, count in others.most_common(5))
+        kinds = (f"{count:,} {escape(kind)}" for kind, count in others.most_common(5))
         print(f"Not .jpg or .png, left alone: {', '.join(kinds)}")
     classes = sorted({label for split in pair for label in files[split]})
     _check_classes(classes, files, pair, data_dir)
@@ -93,7 +94,8 @@ def _has_images_without_splits(data_dir: str) -> bool:
 def _check_classes(classes, files, pair, data_dir):
     """Refuses classes without training images; those without test images are only named."""
     train, test = (
-        ", ".join([label for label in classes if not files[split].get(label)][:5]) for split in pair
+        ", ".join([escape(label) for label in classes if not files[split].get(label)][:5])
+        for split in pair
     )
     if train:
         raise UserError(

@@ -7,7 +7,8 @@ metrics.csv           a row for every epoch
 checkpoints/          the last checkpoints
 tensorboard/train, tensorboard/test
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
-export/labels.txt     the classes in the order of the outputs, one a line
+export/labels.txt     the classes in the order of the outputs, one a line, special characters escaped
+export/classes.json   the same names as a JSON list
 1-NAME, 2-NAME, …     the same for each stage before the last, without flags.txt and data.json
 worker-1, worker-2, … what the workers after the first write
 """
@@ -19,6 +20,7 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
 
+from tf_pcl.data import class_names
 from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 
@@ -180,8 +182,10 @@ def saved_model(path: str) -> Optional[str]:
 
 
 def write_labels(export: str, classes: Iterable[str]) -> None:
-    """Writes the names of the classes into an export folder."""
-    write(os.path.join(export, LABELS), "".join(f"{name}\n" for name in classes))
+    """Writes the names of the classes into an export folder, a line each and as JSON."""
+    names = list(classes)
+    write(os.path.join(export, LABELS), "".join(f"{class_names.escape(n)}\n" for n in names))
+    write_json(os.path.join(export, "classes.json"), names)
 
 
 def read_labels(saved_model: str) -> Optional[list[str]]:
@@ -190,7 +194,7 @@ def read_labels(saved_model: str) -> Optional[list[str]]:
     if not os.path.exists(path):
         return None
     with open(path, encoding="utf-8") as f:
-        return f.read().splitlines()
+        return [class_names.unescape(line) for line in f.read().split("\n")[:-1]]
 
 
 def _brief(value: Any) -> str:
