@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import CLASSES, SHAPE, noise, without_norm
 from tensorflow import keras
 from tensorflow.keras import layers as L
 
-from conftest import CLASSES, SHAPE, noise, without_norm
 from tf_pcl import data, methods, networks, surgery
 from tf_pcl.errors import UserError
 from tf_pcl.surgery import proof

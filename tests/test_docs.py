@@ -1,0 +1,245 @@
+"""What the pages and the flag files promise."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from absl import flags
+from conftest import CLASSES, SHAPE, noise, with_labels
+from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, section, shell
+
+from tf_pcl import cli, methods, options
+from tf_pcl.methods import METHODS
+from tf_pcl.training import run
+from tf_pcl.training.assemble import Assembly, method_arguments
+
+README = page("README.md")
+CONTRIBUTING = page("docs/contributing.md")
+TRAIN = r"(?:python train\.py|tf-pcl train|python -m tf_pcl train)"
+# Flags that the pages name and that are not options of a run.
+OTHER_FLAGS = {"help", "flagfile", "with", "strict", "noflip"}
+IN_A_COPY = "TF_PCL_TESTS_IN_A_COPY"
+
+
+def parse(arguments):
+    values = flags.FlagValues()
+    options.define_flags(values)
+    assert values(["train.py", *arguments]) == ["train.py"]
+    return options.from_flags(values)
+
+
+def test_two_commands_set_everything_up():
+    for heading, text in (("Train", "python train.py"), ("Test", "python -m pytest")):
+        found = blocks(section(README, f"## {heading}"))
+        assert len(found) == 1 and len(found[0].splitlines()) == 1 and text in found[0]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
+
+
+def test_every_command_of_the_pages_parses(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = [arguments for path in PAGES for arguments in commands(page(path), TRAIN)]
+    assert len(found) > 20
+    for arguments in found:
+        method = parse(cli._with_recipes(arguments)).method
+        assert method in METHODS_OF_PAPERS | {"mean_logits"}
+
+
+def test_every_command_of_the_benchmark_has_its_flags():
+    source = page("benchmarks/step.py")
+    defined = set(re.findall(r'DEFINE_\w+\("(\w+)"', source))
+    defined |= {f"no{name}" for name in re.findall(r'DEFINE_bool\("(\w+)"', source)}
+    found = [a for path in PAGES for a in commands(page(path), r"python benchmarks/step\.py")]
+    assert len(found) > 3
+    for arguments in found:
+        assert {re.match(r"--(\w+)", a).group(1) for a in arguments} <= defined
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_flags_in_the_text_exist(path):
+    named = set(re.findall(r"`--(\w+)(?:=[^`]*)?`", page(path)))
+    assert named <= set(options.names()) | OTHER_FLAGS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "heading, made",
+    [
+        ("Your own images", "image_folder-resnet8-pcl-seed0"),
+        ("Your own network", "digits-my_models.build-pcl-seed0"),
+    ],
+)
+def test_what_a_user_brings_trains_as_printed(heading, made, tmp_path):
+    (source,) = blocks(section(README, f"### {heading}"), "sh")
+    shorter = re.sub(r"--epochs=\d+", "--epochs=2", source)
+    assert shorter != source
+    done = shell(shorter, tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "runs" / made / "results.json").read_text())
+    assert results["deployed_error"] < 80
+
+
+@pytest.mark.slow
+def test_a_first_run_is_served_as_printed(tmp_path):
+    (source,) = blocks(section(README, "## Train"))
+    shorter = re.sub(r"--epochs=\d+", "--epochs=1", source).replace("sh in_venv.sh ", "")
+    done = shell(shorter, tmp_path)
+    assert done.returncode == 0, done.stderr
+    (serve,) = blocks(page("docs/deploy.md"), "python")
+    (tmp_path / "serve.py").write_text(serve)
+    done = shell("python serve.py", tmp_path)
+    assert done.returncode == 0 and "shape=(1, 10)" in done.stdout, done.stderr
+
+
+RECIPES = pytest.mark.parametrize(
+    "path", sorted((ROOT / "flags").iterdir()), ids=lambda path: path.name
+)
+
+
+@RECIPES
+def test_recipes_parse_and_are_called_as_they_are(path):
+    head = path.read_text(encoding="utf-8").splitlines()[:4]
+    for line, word in zip(
+        head, ("table", f"python train.py --flagfile=flags/{path.name}", "Expected error", "Cost")
+    ):
+        assert line.startswith("# ") and word in line
+    chosen = parse([f"--flagfile={path}"])
+    method_of, network, data_set = path.stem.split("-")
+    assert (method_of, network, data_set) == (chosen.method, chosen.network, chosen.dataset)
+
+
+@pytest.mark.slow
+@RECIPES
+def test_recipes_build(path):
+    chosen = parse([f"--flagfile={path}"])
+    classes = int(chosen.dataset[len("cifar") :])
+    images = with_labels(noise(4, 32, 32, 3), np.arange(4))
+    images = dataclasses.replace(images, classes=tuple(map(str, range(classes))))
+    models = []
+    for stage in METHODS[chosen.method].stages(
+        Assembly(images), chosen.network, **method_arguments(chosen)
+    ):
+        models.append(stage.build(models))
+    assert models[-1].deployed().output_shape == (None, classes)
+
+
+def test_every_method_of_a_paper_has_the_recipe_of_two_networks():
+    names = {path.stem for path in (ROOT / "flags").iterdir()}
+    assert {
+        f"{method}-{network}-cifar100"
+        for method in METHODS_OF_PAPERS
+        for network in ("resnet32", "vgg16")
+    } < names
+    assert {name.split("-")[0] for name in names} == METHODS_OF_PAPERS <= set(METHODS)
+
+
+def test_the_tables_of_methods_have_them_all_and_their_flags():
+    described = [row for row in rows(page("docs/methods.md"), 6) if row[0] in METHODS]
+    measured = [row for row in rows(page("docs/results.md"), 7) if row[0] in METHODS]
+    for table in (described, measured):
+        assert sorted(row[0] for row in table) == sorted(METHODS_OF_PAPERS)
+    for name, *_, own in described:
+        assert set(re.findall(r"--(\w+)", own)) <= set(METHODS[name].parameters()), name
+
+
+def test_runs_are_listed_as_printed(tmp_path, monkeypatch, capsys):
+    (source,) = blocks(page("docs/runs.md"), "python")
+    for name, error in (("first", 7.5), ("second", 6.25)):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "results.json").write_text(
+            json.dumps({"deployed": "peer_1", "deployed_error": error})
+        )
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "runs.md", "exec"), {})
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["6.25", "%", "peer_1", "second"],
+        ["7.50", "%", "peer_1", "first"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_readme_runs():
+    (source,) = blocks(section(README, "### In a notebook"), "python")
+    assert source.count("epochs=20") == 2
+    exec(compile(source.replace("epochs=20", "epochs=2"), "README.md", "exec"), {})
+
+
+def test_the_network_of_the_page_is_cut_where_the_page_says():
+    (source,) = blocks(page("docs/networks.md"), "python")
+    made = {}
+    exec(compile(source, "networks.md", "exec"), made)
+    model = methods.PCL(lambda: made["build"](SHAPE, CLASSES))
+    assert model.student.cut.name == "stage_1"
+
+
+@pytest.mark.slow
+def test_the_site_builds(tmp_path):
+    """Links between pages exist, and the API pages find what they name."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "tf_pcl.methods.pcl.PCL" in (tmp_path / "api/methods/index.html").read_text()
+
+
+def test_links_of_the_readme_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", README + page("CONTRIBUTING.md"))
+    assert len(targets) > 10
+    for target in targets:
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+
+
+def method_of_the_page():
+    """(source of the file, lines that register it) of the page's method."""
+    text = section(CONTRIBUTING, "## Add a method")
+    (source,), (row,) = blocks(text, "python"), blocks(text, "diff")
+    return source, [line[1:] for line in row.splitlines() if line.startswith("+")]
+
+
+@pytest.mark.slow
+def test_the_method_of_the_page_is_one(tmp_path, monkeypatch):
+    source, _ = method_of_the_page()
+    assert len(source.splitlines()) <= 32
+    made = {}
+    exec(compile(source, "contributing.md", "exec"), made)
+    monkeypatch.setitem(METHODS, "mean_logits", made["MeanLogits"])
+    (command,) = commands(section(CONTRIBUTING, "## Add a method"), TRAIN)
+    results = run.run(parse([*command, f"--workdir={tmp_path / 'run'}"]))
+    assert set(results["error"]) == {"peer_1", "peer_2"} and results["deployed_error"] < 30
+
+
+# The copy does not copy itself.
+if IN_A_COPY not in os.environ:
+
+    @pytest.mark.slow
+    def test_a_method_is_a_file_and_a_row(tmp_path):
+        """Registered as the page says, in a copy of the checkout, whose tests then pass."""
+        copy = tmp_path / "copy"
+        kept_out = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "site", "__pycache__")
+        shutil.copytree(ROOT, copy, ignore=kept_out)
+        source, (imported, row) = method_of_the_page()
+        (copy / "tf_pcl/methods/mean_logits.py").write_text(source)
+        table = copy / "tf_pcl/methods/__init__.py"
+        text, head = table.read_text(), "METHODS: dict[str, type[Distiller]] = {\n"
+        assert text.count(head) == 1
+        table.write_text(text.replace(head, f"{imported}\n\n{head}{row}\n"))
+        for chosen in (["-m", "not slow"], ["-m", "slow", "-k", "mean_logits"]):
+            done = subprocess.run(
+                [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *chosen],
+                cwd=copy,
+                capture_output=True,
+                text=True,
+                env={**os.environ, IN_A_COPY: "1"},
+            )
+            assert done.returncode == 0, done.stdout[-5000:]
