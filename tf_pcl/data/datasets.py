@@ -18,7 +18,6 @@ from tf_pcl.data.class_names import escape
 from tf_pcl.data.storage import Arrays, Split, Stream
 from tf_pcl.errors import UserError, choose
 
-
 # A channel that varies less over all images, on the scale 0–255, holds little but the noise of
 # rounding and compression, which standardisation must not blow up.
 LEAST_DEVIATION = 8.0
