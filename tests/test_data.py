@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import noise, with_labels
+from helpers import noise, with_labels
 
 from tf_pcl import data
 from tf_pcl.data import augmentations, class_names, datasets, from_tfds, image_files, storage

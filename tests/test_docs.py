@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 from absl import flags
-from conftest import CLASSES, SHAPE, noise, with_labels
+from helpers import CLASSES, SHAPE, noise, with_labels
 from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, section, shell
 
 from tf_pcl import cli, methods, options

@@ -7,11 +7,11 @@ import graphlib
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, SHAPE, TINY
+from helpers import CLASSES, SHAPE, TINY, batch, build, last_stage
 from pages import METHODS_OF_PAPERS
 from tensorflow import keras
 
-from tf_pcl import data, networks
+from tf_pcl import data
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.training import export
@@ -19,34 +19,6 @@ from tf_pcl.training import strategy as strategies
 from tf_pcl.training.checkpoints import Checkpoints
 
 EVERY = [(m, n) for m in METHODS for n in TINY]
-
-
-def last_stage(method, network, preprocess=None):
-    """The model of a method's last stage around networks that the function `network` builds, none of them trained yet."""
-
-    def make(cls, given, **arguments):
-        built = lambda one: one if isinstance(one, keras.Model) else network(SHAPE, CLASSES)
-        return cls(
-            [built(one) for one in given] if isinstance(given, list) else built(given),
-            preprocess=preprocess,
-            **arguments,
-        )
-
-    models = []
-    for stage in METHODS[method].stages(make, "target"):
-        models.append(stage.build(models))
-    return models[-1]
-
-
-def build(method, network, epochs=4, steps_per_epoch=5, optimizer=None, **kwargs):
-    keras.utils.set_random_seed(0)
-    model = last_stage(method, TINY[network], networks.standardise([78.0], [96.0]))
-    model.compile(optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch, **kwargs)
-    return model
-
-
-def batch(model, digits, size=32):
-    return next(iter(data.train_batches(digits, size, 1, views=model.num_views)))
 
 
 @pytest.mark.parametrize("method, network", EVERY)

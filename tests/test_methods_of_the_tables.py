@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, SHAPE, noise, without_norm
+from helpers import CLASSES, SHAPE, noise, without_norm
 from tensorflow import keras
 
 from tf_pcl import networks

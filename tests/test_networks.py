@@ -3,9 +3,8 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import noise, without_norm
+from helpers import flop, noise, without_norm
 from tensorflow import keras
-from test_zoo import flop
 
 from tf_pcl import methods, networks, surgery
 from tf_pcl.errors import UserError

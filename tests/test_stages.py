@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, SHAPE, noise, other, without_norm
+from helpers import CLASSES, SHAPE, noise, other, without_norm
 from tensorflow import keras
 
 from tf_pcl import losses as losses_module
@@ -22,7 +22,7 @@ from tf_pcl.training.workdir import Workdir
 B = 8
 RNG = np.random.RandomState(0)
 LABELS = RNG.randint(0, CLASSES, B)
-QUICK = dict(dataset="digits", network="conftest:without_norm", epochs=2, batch_size=480)
+QUICK = dict(dataset="digits", network="helpers:without_norm", epochs=2, batch_size=480)
 
 
 def raw(seed=0):
@@ -384,7 +384,7 @@ def test_different_networks_learn_together(tmp_path):
     ):
         results = run.run(
             Options(
-                **{**QUICK, "network": "conftest:without_norm,conftest:other", "epochs": 1},
+                **{**QUICK, "network": "helpers:without_norm,helpers:other", "epochs": 1},
                 method=method,
                 workdir=str(tmp_path / method),
             )
@@ -393,7 +393,7 @@ def test_different_networks_learn_together(tmp_path):
             int(np.prod(w.shape)) for w in name(SHAPE, CLASSES).trainable_weights
         )
         assert (
-            results["network"] == "conftest:without_norm,conftest:other"
+            results["network"] == "helpers:without_norm,helpers:other"
             and set(results["error"]) == exits
         )
         assert results["parameters"] == {
@@ -404,7 +404,7 @@ def test_different_networks_learn_together(tmp_path):
         json.loads((tmp_path / "ctsl_mkt" / f / "results.json").read_text())
         for f in ("1-peer_1", "2-peer_2")
     ]
-    assert [s["network"] for s in stages] == ["conftest:without_norm", "conftest:other"]
+    assert [s["network"] for s in stages] == ["helpers:without_norm", "helpers:other"]
     assert [s["deployed"] for s in stages] == ["peer_1", "peer_2"]
 
 
@@ -438,7 +438,7 @@ def test_different_networks_learn_together(tmp_path):
             "2 networks were given: this method takes one",
         ),
         (
-            dict(method="dml", teacher=None, network="resnet8,conftest:rescaled"),
+            dict(method="dml", teacher=None, network="resnet8,helpers:rescaled"),
             "some scale raw images themselves",
         ),
     ],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, SHAPE, noise, without_norm
+from helpers import CLASSES, SHAPE, noise, without_norm
 from tensorflow import keras
 from tensorflow.keras import layers as L
 

@@ -7,13 +7,14 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
+from helpers import flop
 from tensorflow import keras
 
 from tf_pcl import networks, surgery
 from tf_pcl.errors import UserError
 from tf_pcl.methods import PCL, Baseline, OKDDip
 from tf_pcl.networks import blocks
-from tf_pcl.training import run
+from tf_pcl.training.assemble import Assembly
 
 layers = keras.layers
 CIFAR, IMAGENET = ((32, 32, 3), 100), ((224, 224, 3), 1000)
@@ -38,24 +39,6 @@ def build(name):
 
 def trainable(model):
     return sum(w.shape.num_elements() for w in model.trainable_weights)
-
-
-def flop(model):
-    """2 × multiply-adds of convolutions and dense layers for one image, as TensorFlow's profiler counts its graph."""
-    profiler = tf.compat.v1.profiler
-    graph = (
-        tf.function(model).get_concrete_function(tf.TensorSpec([1, *model.input_shape[1:]])).graph
-    )
-    options = (
-        profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation())
-        .with_empty_output()
-        .build()
-    )
-    node, total = profiler.profile(graph, cmd="op", options=options), 0
-    while node.children:  # The view by operation is a chain.
-        (node,) = node.children
-        total += node.float_ops * (node.name in ("Conv2D", "DepthwiseConv2dNative", "MatMul"))
-    return total
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -120,7 +103,7 @@ def test_kernels_can_be_drawn_by_fan_in_or_fan_out(fan):
 
 def test_a_run_draws_its_network_as_asked(digits):
     kernels = {
-        fan: run.around(digits, Baseline, "resnet14", initializer=fan).trainable_weights[0].numpy()
+        fan: Assembly(digits, initializer=fan)(Baseline, "resnet14").trainable_weights[0].numpy()
         for fan in ("fan_in", "fan_out")
     }
     # The first convolution reads 9 · 1 values and makes 9 · 16.

@@ -1,0 +1,115 @@
+"""Small networks and small data for the tests, and a method built around them."""
+
+import numpy as np
+import tensorflow as tf
+from tensorflow import keras
+
+from tf_pcl import data, networks
+from tf_pcl.data import datasets
+from tf_pcl.methods import METHODS
+
+SHAPE, CLASSES = (8, 8, 1), 10
+
+
+def without_norm(input_shape, num_classes):
+    """A network without BatchNorm, whose last layer is a fused softmax."""
+    images = keras.Input(input_shape)
+    x = keras.layers.Conv2D(8, 3, strides=2, activation="relu", padding="same", name="stage_1")(
+        images
+    )
+    x = keras.layers.Conv2D(16, 3, strides=2, activation="relu", padding="same", name="stage_2")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(
+        images,
+        keras.layers.Dense(num_classes, activation="softmax", dtype="float32")(x),
+        name="without_norm",
+    )
+
+
+def other(input_shape, num_classes):
+    """A network with one stage."""
+    images = keras.Input(input_shape)
+    x = keras.layers.Conv2D(4, 3, strides=2, activation="relu", name="stage_1")(images)
+    return keras.Model(
+        images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x))
+    )
+
+
+def rescaled(input_shape, num_classes):
+    """A network that takes raw images."""
+    images = keras.Input(input_shape)
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(images))
+    return keras.Model(images, keras.layers.Dense(num_classes)(x))
+
+
+TINY = {"without_norm": without_norm, "resnet8": networks.resnet8}
+
+
+def noise(*shape, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, shape).astype(np.uint8)
+
+
+def with_labels(images, labels, name="noise"):
+    """An ImageData of arrays, the same for training and test."""
+    both = datasets.Arrays(images, labels)
+    return data.ImageData(
+        name, tuple("0123456789"), images.shape[1:], both, both, (128.0,), (64.0,), True
+    )
+
+
+def last_stage(method, network, preprocess=None):
+    """The model of a method's last stage around networks that `network` builds, none trained yet.
+
+    Args:
+      method: its name.
+      network: a function (input_shape, num_classes) -> keras.Model.
+      preprocess: as the methods take it.
+    """
+    function = lambda: network(SHAPE, CLASSES)
+
+    def make(cls, given, **arguments):
+        built = lambda one: one if isinstance(one, keras.Model) else function
+        return cls(
+            [built(one) for one in given] if isinstance(given, list) else built(given),
+            preprocess=preprocess,
+            **arguments,
+        )
+
+    models = []
+    for stage in METHODS[method].stages(make, "target"):
+        models.append(stage.build(models))
+    return models[-1]
+
+
+def build(method, network, epochs=4, steps_per_epoch=5, optimizer=None, **kwargs):
+    """A method's last stage around the network of this name in TINY, compiled; always the same."""
+    keras.utils.set_random_seed(0)
+    model = last_stage(method, TINY[network], networks.standardise([78.0], [96.0]))
+    model.compile(optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch, **kwargs)
+    return model
+
+
+def batch(model, digits, size=32):
+    """The first training batch of a method: (views, labels)."""
+    return next(iter(data.train_batches(digits, size, 1, views=model.num_views)))
+
+
+def flop(model):
+    """2 × multiply-adds of a model's convolutions and dense layers for one image.
+
+    TensorFlow's profiler counts them in its graph.
+    """
+    profiler = tf.compat.v1.profiler
+    graph = (
+        tf.function(model).get_concrete_function(tf.TensorSpec([1, *model.input_shape[1:]])).graph
+    )
+    options = (
+        profiler.ProfileOptionBuilder(profiler.ProfileOptionBuilder.float_operation())
+        .with_empty_output()
+        .build()
+    )
+    node, total = profiler.profile(graph, cmd="op", options=options), 0
+    while node.children:  # The view by operation is a chain.
+        (node,) = node.children
+        total += node.float_ops * (node.name in ("Conv2D", "DepthwiseConv2dNative", "MatMul"))
+    return total
