@@ -11,7 +11,7 @@ from test_methods import build
 from tf_pcl import methods, networks
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
-from tf_pcl.optimizer import SGD
+from tf_pcl.optimizer import CoupledSGD
 
 rng = np.random.RandomState(0)
 N, SHAPE, CLASSES = 50, (8, 8, 1), 10
@@ -480,7 +480,9 @@ def test_a_length_that_nobody_tells_is_asked_for():
         lambda: keras.optimizers.AdamW(1e-3, weight_decay=1e-3, clipnorm=1.0),
         lambda: keras.optimizers.SGD(keras.optimizers.schedules.CosineDecay(0.01, 8)),
         lambda: keras.optimizers.legacy.Adam(1e-3),
-        lambda: SGD(keras.optimizers.schedules.ExponentialDecay(0.01, 4, 0.5), global_clipnorm=1.0),
+        lambda: CoupledSGD(
+            keras.optimizers.schedules.ExponentialDecay(0.01, 4, 0.5), global_clipnorm=1.0
+        ),
     ],
 )
 def test_optimizers_and_schedules_of_kerass(method, make):
@@ -495,16 +497,16 @@ def test_gradients_are_clipped_before_the_papers_sgd(clip):
     norm = lambda g: g * min(1, 0.5 / np.linalg.norm(g))
     clipped = [np.clip(g, -0.5, 0.5) if clip == "clipvalue" else norm(g) for g in gradients]
     w = tf.Variable(w0)
-    optimizer = SGD(0.1, coupled_decay=0.05, **{clip: 0.5})
+    optimizer = CoupledSGD(0.1, coupled_decay=0.05, **{clip: 0.5})
     for g, want in zip(gradients, oracle.sgd(w0, clipped, [0.1] * 5, decay=0.05)):
         optimizer.apply_gradients([(tf.constant(g), w)])
         np.testing.assert_allclose(w.numpy(), want, atol=1e-6)
-    assert SGD.from_config(optimizer.get_config()).get_config()[clip] == 0.5
+    assert CoupledSGD.from_config(optimizer.get_config()).get_config()[clip] == 0.5
 
 
 @pytest.mark.parametrize("method", BOTH)
 def test_callbacks(method, tmp_path):
-    model = tiny(method, SGD(1e-9))
+    model = tiny(method, CoupledSGD(1e-9))
     data = dict(x=IMAGES, y=LABELS, batch_size=25, verbose=0, validation_split=0.2)
     stop = keras.callbacks.EarlyStopping(min_delta=1.0, patience=1, restore_best_weights=True)
     plateau = keras.callbacks.ReduceLROnPlateau(factor=0.1, patience=1, min_delta=1.0, min_lr=0)
@@ -513,7 +515,7 @@ def test_callbacks(method, tmp_path):
     history = model.fit(epochs=9, callbacks=[stop, plateau, keep], **data).history
     assert len(history["val_loss"]) == 2
     assert float(model.optimizer.learning_rate) == pytest.approx(1e-10, rel=1e-5)
-    kept = tiny(method, SGD(1e-9))
+    kept = tiny(method, CoupledSGD(1e-9))
     kept.load_weights(files.format(epoch=1)).expect_partial()
     for a, b in zip(kept.trainable_weights, model.trainable_weights):
         np.testing.assert_array_equal(a.numpy(), b.numpy())

@@ -299,7 +299,8 @@ class Distiller(keras.Model):
             ):
                 raise UserError(
                     f"{type(callback).__name__} cannot change a learning rate that follows a "
-                    "schedule: give `compile` one with a number, such as tf_pcl.optimizer.SGD(0.1)"
+                    "schedule: give `compile` one with a number, such as "
+                    "tf_pcl.optimizer.CoupledSGD(0.1)"
                 )
         return [_Begin(given.get("initial_epoch") or 0), *callbacks]
 
