@@ -69,7 +69,10 @@ fetch_python() {
         python3 -m pip install --quiet --quiet --disable-pip-version-check --target "$tools" uv >/dev/null 2>&1 || return
     fi
     say "no Python $range here ($found): uv fetches Python $wanted."
-    "$uv" python install --quiet "$wanted" && python=$("$uv" python find "$wanted") && fits "$python"
+    python=
+    "$uv" python install --quiet "$wanted" && python=$("$uv" python find "$wanted")
+    [ "$uv" = uv ] || rm -rf "$tools"
+    fits "$python"
 }
 
 # The environment is good if it was installed for this checkout, stack and requirements, and its interpreter still runs.

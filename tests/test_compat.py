@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -87,6 +88,28 @@ def test_keras_3_without_tf_keras_says_what_to_install(monkeypatch):
     minor = ".".join(tf.__version__.split(".")[:2])
     with pytest.raises(ImportError, match=rf"pip install tf-keras=={minor}\.\*"):
         compat._import_keras()
+
+
+@pytest.mark.parametrize(
+    ("before", "status", "said"),
+    [
+        ("", 0, r"\Aafter\Z"),
+        ("sys.modules['tensorflow'] = None", 1, "ModuleNotFoundError"),
+    ],
+)
+def test_tensorflow_is_imported_without_a_word(before, status, said):
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys\nfrom tf_pcl import compat\n{before}\ncompat.import_tensorflow()\n"
+            "sys.stderr.write('after')",
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    )
+    assert done.returncode == status and re.search(said, done.stderr), done.stderr
 
 
 def test_keras_version_is_of_the_package_in_use():

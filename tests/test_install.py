@@ -166,6 +166,7 @@ class Machine:
             "ls",
             "mkdir",
             "mktemp",
+            "rm",
             "uname",
         ):
             (self.tools / name).symlink_to(shutil.which(name))

@@ -310,7 +310,9 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
         "diversity",
         "views",
     } <= set(tags["train"])
-    assert {f"error/{name}" for name in results["error"]} | {"diversity"} == set(tags["test"])
+    assert {f"error/{name}" for name in results["error"]} | {"diversity", "loss"} == set(
+        tags["test"]
+    )
     assert [step for step, _ in tags["test"]["error/ensemble"]] == [2, 4]
     assert tags["test"]["error/mean_peer_1"][-1][1] == pytest.approx(
         results["deployed_error"], abs=1e-3

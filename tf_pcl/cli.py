@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn, Union
 
 from absl import app, flags, logging
 
-from tf_pcl import options
+from tf_pcl import compat, options
 from tf_pcl.errors import Stopped, UserError, choose
 
 PROGRAM = "tf-pcl"
@@ -162,6 +162,7 @@ def _recipe(name: str) -> str:
 
 
 def _complete_train_help() -> None:
+    compat.import_tensorflow()
     from tf_pcl.data import datasets
     from tf_pcl.methods import METHODS
     from tf_pcl.networks import NETWORKS
@@ -174,6 +175,7 @@ def _train(rest: list[str]) -> None:
         raise UserError(f"{rest[0]!r} is not a flag: flags begin with --, as in --epochs=300")
     chosen = options.from_flags()
     # TensorFlow takes seconds to import: not before the flags are known to be good.
+    compat.import_tensorflow()
     from tf_pcl.training import run
 
     run.run(chosen)

@@ -12,12 +12,14 @@ import importlib
 import importlib.metadata
 import os
 import sys
+import tempfile
 import warnings
 from typing import Any
 
 __all__ = [
     "cutout",
     "foreign_keras",
+    "import_tensorflow",
     "is_of_keras",
     "keras",
     "keras_version",
@@ -77,6 +79,27 @@ def _import_keras() -> Any:
             "tf_pcl needs Keras 2, which is the package tf-keras where TensorFlow comes with "
             f"Keras 3: install it by `pip install tf-keras=={minor}.*`"
         ) from e
+
+
+def import_tensorflow() -> None:
+    """Imports TensorFlow without the lines that its C++ side writes on the way.
+
+    In the newest releases these come before it reads TF_CPP_MIN_LOG_LEVEL. If the import fails,
+    they are written after all.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as written:
+        os.dup2(written.fileno(), 2)
+        try:
+            importlib.import_module("tensorflow")
+        except BaseException:
+            written.seek(0)
+            os.write(terminal, written.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def keras_version() -> str:

@@ -150,6 +150,12 @@ class Options:
         high=1,
     )
     cutout: int = _flag(0, "pixels: side of a blackened square in each view, even; 0: none", low=0)
+    class_weights: Optional[str] = _flag(
+        None,
+        "balanced: an image weighs the less in every loss the more training images its class has; "
+        "default: all images alike",
+        ("balanced",),
+    )
 
     # Recipe.
     epochs: int = _flag(300, "length of training", low=1)

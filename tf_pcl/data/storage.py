@@ -38,6 +38,10 @@ class Arrays:
         """Returns (images uint8 [n, H, W, C], labels int32 [n]) of the indices int [n]."""
         return tf.gather(self.images, index), tf.gather(self.labels, index)
 
+    def all_labels(self) -> np.ndarray:
+        """Returns the labels of all examples, int32 [N], in their order."""
+        return self.labels.numpy()
+
     def first(self, count: int) -> np.ndarray:
         """Returns the first `count` images, uint8 [count, H, W, C]."""
         return self.images[:count].numpy()
@@ -76,6 +80,10 @@ class Files:
             fn_output_signature=tf.TensorSpec(self.shape, tf.uint8),
         )
         return images, tf.gather(self.labels, index)
+
+    def all_labels(self) -> np.ndarray:
+        """Returns the labels of all examples, int32 [N], in their order."""
+        return self.labels.numpy()
 
     def first(self, count: int) -> np.ndarray:
         """Returns the first `count` images, uint8 [count, H, W, C]."""
@@ -149,6 +157,10 @@ class Stream:
         )
         part = whole.map(lambda images, labels: (images[rows], labels[rows])).unbatch()
         return self._decoded(part).batch(rows.stop - rows.start)
+
+    def all_labels(self) -> np.ndarray:
+        """Returns the labels of all examples, int32 [N], in the order of the files."""
+        return np.array([label for _, label in self.dataset.as_numpy_iterator()], np.int32)
 
     def first(self, count: int) -> np.ndarray:
         """Returns the first `count` images, uint8 [count, H, W, C]."""

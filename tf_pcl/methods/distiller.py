@@ -85,7 +85,8 @@ class Distiller(keras.Model):
     def __init__(self, preprocess=None, name=None):
         super().__init__(name=name)
         self._takes_raw = preprocess is None
-        self._forms = {}
+        # Past Keras, which would make it a part of checkpoints.
+        self.__dict__["_forms"] = {}
         # Without a layer of its own, the cast to float that it would make.
         self.preprocess = preprocess or keras.layers.Activation(
             "linear", dtype="float32", name="as_they_are"
@@ -298,7 +299,7 @@ class Distiller(keras.Model):
             ):
                 raise UserError(
                     f"{type(callback).__name__} cannot change a learning rate that follows a "
-                    "schedule: give `compile` an optimizer with a number, such as tf_pcl.optimizer.SGD(0.1)"
+                    "schedule: give `compile` one with a number, such as tf_pcl.optimizer.SGD(0.1)"
                 )
         return [_Begin(given.get("initial_epoch") or 0), *callbacks]
 
@@ -307,22 +308,23 @@ class Distiller(keras.Model):
 
         `function` is the name of the one that Keras makes of the step.
         """
-        x, y = given.get("x"), given.get("y")
+        y, classes = given.get("y"), self._ends[1]
         if y is not None and not tf.nest.is_nested(y):
             try:
                 y = tf.convert_to_tensor(np.asarray(y))
             except (TypeError, ValueError) as e:
                 raise UserError("the labels are no array of numbers") from e
-            batches.as_labels(batches.dense("labels", y), self._ends[1])
+            batches.as_labels(batches.dense("labels", y), classes)
         form = [batches.form(given.get(name)) for name in ("x", "y", "sample_weight")]
         in_fit = given.get("_use_cached_eval_dataset", False)
         if form != self._forms.get(function) or ("?" in form and not in_fit):
             # Else TensorFlow traces one function for both forms, in which the shapes are not known.
             self._forms[function] = form
             setattr(self, function, None)
-        if isinstance(x, tf.data.Dataset) and self._jit_compile:
+        for name in ("x", "validation_data") if self._jit_compile else ():
             # A step that XLA compiles asserts nothing.
-            given["x"] = x.map(functools.partial(batches.asserted, self._ends[1]))
+            if isinstance(given.get(name), tf.data.Dataset):
+                given[name] = given[name].map(functools.partial(batches.asserted, classes))
         return given
 
     def _set_length(self, epochs, steps):

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_pcl import data as datasets
-from tf_pcl import optimizer
+from tf_pcl import losses, optimizer
 from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.methods.distiller import Distiller, Stage
@@ -137,9 +137,16 @@ class Trainer:
                 steps_per_epoch=steps_per_epoch,
                 validation_data=datasets.test_batches(self.data, 4 * self.options.batch_size),
                 validation_freq=tests,
+                class_weight=self._class_weight(),
                 callbacks=callbacks,
                 verbose=1 if sys.stdout.isatty() else 2,
             )
+
+    def _class_weight(self) -> Optional[dict[int, float]]:
+        if not self.options.class_weights:
+            return None
+        labels = self.data.train.all_labels()
+        return losses.balanced_class_weights(labels, len(self.data.classes))
 
     def _batches(
         self, model: Distiller, *, start: int = 0, shard: tuple[int, int] = (0, 1)
