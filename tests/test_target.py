@@ -395,6 +395,37 @@ def test_a_model_that_cannot_be_followed_is_trained_whole():
         assert "\n" not in str(e.value)
 
 
+class Head(L.Layer):
+    """Pooling and classifier in one layer, as some libraries have them."""
+
+    def __init__(self, classes, **kwargs):
+        super().__init__(**kwargs)
+        self.pool, self.drop = L.GlobalAveragePooling2D(), L.Dropout(0.2)
+        self.dense = L.Dense(classes)
+
+    def call(self, x, training=False, return_features=False):
+        x = self.drop(self.pool(x), training=training)
+        return x if return_features else self.dense(x)
+
+
+def test_a_head_of_several_layers_is_opened():
+    def build():
+        images = keras.Input((8, 8, 3))
+        return keras.Model(images, Head(5)(L.Conv2D(6, 3)(L.Conv2D(4, 3, name="cut")(images))))
+
+    network = build()
+    whole = surgery.with_features(network)
+    assert {k: tuple(v.shape[1:]) for k, v in whole.output.items()} == {
+        "logits": (5,),
+        "features": (6,),
+        "feature_map": (4, 4, 6),
+    }
+    np.testing.assert_allclose(whole(X)["logits"], network(X), atol=1e-6)
+    assert [w.ref() for w in whole.weights] == [w.ref() for w in network.weights]
+    deployed = deployed_with_values_of(around(build), network)
+    np.testing.assert_allclose(deployed((64 * X).astype("uint8")), network(64 * X), rtol=1e-3)
+
+
 def test_functions_get_what_they_ask_for():
     model = methods.PCL(lambda: without_norm(SHAPE, CLASSES), peers=2)
     assert model.deployed().output_shape == (None, CLASSES)

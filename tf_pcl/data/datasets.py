@@ -18,6 +18,10 @@ from tf_pcl.data.class_names import escape
 from tf_pcl.data.storage import Arrays, Split, Stream
 from tf_pcl.errors import UserError, choose
 
+# A channel that varies less over all images, on the scale 0–255, holds little but the noise of
+# rounding and compression, which standardisation must not blow up.
+LEAST_DEVIATION = 8.0
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageData:
@@ -200,7 +204,7 @@ def _mean_and_std(images: np.ndarray) -> tuple[tuple, tuple]:
     counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
     means = [np.average(np.arange(256), weights=n) for n in counts]
     stds = [
-        max(1.0, np.average((np.arange(256) - m) ** 2, weights=n) ** 0.5)
+        max(LEAST_DEVIATION, np.average((np.arange(256) - m) ** 2, weights=n) ** 0.5)
         for m, n in zip(means, counts)
     ]
     return tuple(means), tuple(stds)

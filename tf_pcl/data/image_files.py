@@ -208,7 +208,13 @@ def upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
 
 def decode(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     """Decodes the bytes of an image file, uint8 [H, W, channels]; an animation's first frame."""
-    image = tf.io.decode_image(encoded, channels=channels, expand_animations=False)
+    # TensorFlow's default for JPEG is up to 6 levels off, and by other values where a photo is
+    # stored turned. The accurate method is that of most other programs.
+    image = tf.cond(
+        tf.io.is_jpeg(encoded),
+        lambda: tf.io.decode_jpeg(encoded, channels, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.io.decode_image(encoded, channels, expand_animations=False),
+    )
     image.set_shape([None, None, channels])
     return image
 

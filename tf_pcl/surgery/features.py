@@ -1,5 +1,6 @@
 """What stands before a classifier's logits: the logits themselves, the feature, the feature map."""
 
+import inspect
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -59,8 +60,8 @@ def with_logits(network: keras.Model) -> keras.Model:
         return network
     network = functional(network, integers=True)
     try:
-        wanted = {"logits": _logits(network, _classifier(network))}
-        made = _exposed(network, wanted)
+        network, classifier = _with_classifier(network)
+        made = _exposed(network, {"logits": _logits(network, classifier)})
     except NoClassifier:
         made = _by_values(network)
     return keras.Model(made.input, made.output, name=network.name)
@@ -87,8 +88,7 @@ def with_features(network: keras.Model) -> keras.Model:
     network = _one(network)
     if _has_logits(network) and "features" in network.output:
         return network
-    network = functional(network)
-    classifier = _classifier(network)
+    network, classifier = _with_classifier(functional(network))
     pooled, feature_map = _pooled(classifier)
     wanted = {"logits": _logits(network, classifier), "features": _vector(network, pooled)}
     if feature_map is not None:
@@ -167,6 +167,41 @@ class WithoutActivation(layers.Layer):
             return self.layer.call(tf.cast(x, self.compute_dtype))
         finally:
             self.layer.activation = activation
+
+
+def _with_classifier(network) -> tuple:
+    """Returns a network and its Classifier; a layer of layers at the end may have been opened."""
+    try:
+        return network, _classifier(network)
+    except NoClassifier:
+        opened = _opened(network)
+        if opened is None:
+            raise
+    return opened, _classifier(opened)
+
+
+def _opened(network) -> Optional[keras.Model]:
+    """Returns a network with the last layer's sublayers in place of that layer.
+
+    They are called as the layer's `call` does. None if the network does not end in a layer of
+    layers, or if the result is not the same.
+    """
+    call = network.outputs[0].node
+    inside = [layer for layer in sublayers(call.layer) if layer is not call.layer]
+    if not inside or isinstance(call.layer, keras.Model) or len(call.keras_inputs) != 1:
+        return None
+    takes = inspect.signature(call.layer.call).parameters
+    try:
+        end = call.layer.call(
+            call.keras_inputs[0], **({"training": None} if "training" in takes else {})
+        )
+        opened = keras.Model(network.input, end, name=network.name)
+        if len(opened.weights) != len(network.weights):
+            return None
+        proof.same(network, opened, "the network with its last layer opened")
+    except Exception:  # Whatever the layer's code raises on a symbolic input.
+        return None
+    return opened
 
 
 def _classifier(network) -> Classifier:
