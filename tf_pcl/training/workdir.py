@@ -14,9 +14,11 @@ export/classes.json   the same names as a JSON list
 worker-1, worker-2, … what the workers after the first write
 """
 
+import contextlib
 import csv
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
@@ -27,6 +29,8 @@ from tf_pcl.options import Options
 
 SAVED_MODEL = os.path.join("saved_model", "1")
 LABELS = "labels.txt"
+# The longest path that is made below a workdir, with some reserve.
+_LONGEST = "export/tmp-------/1/variables/variables.data-00000-of-00001" + 64 * "-"
 
 
 class Workdir:
@@ -75,6 +79,7 @@ class Workdir:
           UserError: if the folder cannot be written, holds a run with other options or one of a
             run's earlier stages, or holds any run where `options.resume` is "never".
         """
+        self._check_name()
         self._check_writable()
         if not os.path.exists(self.flags):
             if os.path.exists(self.checkpoints):
@@ -172,11 +177,31 @@ class Workdir:
         lines += [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
         write(self.metrics, "\n".join(lines) + "\n")
 
+    def _check_name(self) -> None:
+        if re.match(r"\w+:/", self.path):
+            raise self._refused(
+                "it has to be a folder of this machine: mount the store as a folder, or copy the "
+                "workdir there when the run is done"
+            )
+        if self.path.startswith("~"):
+            raise self._refused("there is no such home folder: give another workdir")
+        if re.search(r"[][*?\\]", self.path):
+            raise self._refused(
+                "TensorFlow takes brackets, *, ? and \\ in a path for a pattern and would not find "
+                "its files again: give a name without them"
+            )
+
     def _check_writable(self) -> None:
         there = os.path.abspath(self.path)
+        missing: list[str] = []
         while not os.path.exists(there):
-            there = os.path.dirname(there)
+            there, name = os.path.split(there)
+            missing.insert(0, name)
         try:
+            # Names that are too long fail here, and not when the folder is made.
+            for path in [*missing, os.path.join(*missing, _LONGEST)]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.lstat(os.path.join(there, path))
             tempfile.TemporaryFile(dir=there).close()
         except OSError as e:
             raise self._refused(
