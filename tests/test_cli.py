@@ -33,7 +33,7 @@ def test_verbs_are_listed(arguments):
         (["trian"], "tf-pcl: verb 'trian' is not known. Did you mean train? Allowed: train.\n"),
         (
             ["train", "--epochs=0"],
-            "tf-pcl train: --epochs=0: out of range: it must be at least 1\n",
+            "tf-pcl train: --epochs=0: out of range: it must be at least 1 and at most 1000000\n",
         ),
         (
             ["train", "--split_at=x", "--trunk_share=0.5"],

@@ -7,7 +7,7 @@ import re
 PACKAGE = pathlib.Path(__file__).parent.parent / "tf_pcl"
 # A module imports only from layers before its own; modules of one layer stand side by side.
 LAYERS = [
-    {"errors", "compat"},
+    {"errors", "compat", "console"},
     {"losses", "schedules", "ema", "optimizer", "data", "surgery"},
     {"networks"},
     {"methods"},

@@ -4,6 +4,7 @@ TF_PCL_OTHER_PYTHON names the interpreter of the other stack's environment, as .
 machines have one stack alone and nothing to compare with: there are no tests here then.
 """
 
+import json
 import os
 import pathlib
 import subprocess
@@ -42,13 +43,13 @@ np.savez(sys.argv[2], **values)
 """
 
 
-def run(python, *arguments, **kwargs):
+def run(python, *arguments, status=0):
     env = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
     done = subprocess.run(
-        [python, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=env, **kwargs
+        [python, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, env=env
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
 
 
 def read(python, folder, tmp_path):
@@ -62,7 +63,7 @@ if OTHER:
     @pytest.mark.slow
     @pytest.mark.parametrize("direction", ["to the other", "from the other"])
     def test_saved_models_and_checkpoints_cross(direction, tmp_path):
-        """The reader's logits and variables are the writer's."""
+        """The reader's logits and variables are the writer's; it does not go on with the run."""
         writer, reader = (sys.executable, OTHER)[:: 1 if direction == "to the other" else -1]
         folder = tmp_path / "run"
         run(writer, *RUN, f"--workdir={folder}")
@@ -73,3 +74,6 @@ if OTHER:
                 np.testing.assert_allclose(taken[name], value, rtol=1e-4, atol=1e-4)
             else:
                 np.testing.assert_array_equal(taken[name], value, name)
+        versions = json.loads((folder / "versions.json").read_text())
+        said = run(reader, *RUN, f"--workdir={folder}", status=2)
+        assert said.count("\n") == 1 and f"a run on TensorFlow {versions['tensorflow']}" in said

@@ -92,6 +92,7 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
     workdir, out = undisturbed
     for path in (
         "flags.txt",
+        "versions.json",
         "results.json",
         "metrics.csv",
         "checkpoints",

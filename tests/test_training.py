@@ -16,7 +16,7 @@ from tf_pcl.data import image_files
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
 from tf_pcl.options import Options
-from tf_pcl.training import callbacks, export, run
+from tf_pcl.training import callbacks, export, report, run
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.workdir import Workdir
 
@@ -206,7 +206,7 @@ def test_workdirs(tmp_path):
     Workdir(str(tmp_path / "new")).check(options)
     assert not (tmp_path / "new").exists()
     workdir = Workdir(str(tmp_path))
-    workdir.begin(options, {})
+    workdir.begin(options, {}, report.versions())
     workdir.check(options)
     workdir.check(dataclasses.replace(options, checkpoint_every="7steps", data_dir="/moved"))
     with pytest.raises(
@@ -215,6 +215,35 @@ def test_workdirs(tmp_path):
         workdir.check(dataclasses.replace(options, epochs=3, peers=4))
     with pytest.raises(UserError, match="holds a run already"):
         workdir.check(dataclasses.replace(options, resume="never"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"tensorflow": "2.99.1"}, {"keras": "2.99.0"}, {"tensorflow": "2.99.0", "keras": "2.99.0"}],
+)
+def test_a_run_on_another_stack_is_refused(change, tmp_path):
+    options = Options(**QUICK, workdir=str(tmp_path))
+    here = report.versions()
+    there = {**here, **change}
+    Workdir(str(tmp_path)).begin(options, {}, there)
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError) as refused:
+        run.run(options)
+    said = str(refused.value)
+    for versions in (here, there):
+        assert f"TensorFlow {versions['tensorflow']} with Keras {versions['keras']}" in said
+    minor = ".".join(there["tensorflow"].split(".")[:2])
+    assert said.endswith(f"go on with TensorFlow {minor}, or give another workdir")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_a_run_goes_on_after_an_update_that_fixes_bugs(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    workdir.check_versions(report.versions())
+    here = report.versions()
+    patch = ".".join([*here["tensorflow"].split(".")[:2], "99"])
+    workdir.begin(Options(**QUICK), {}, {**here, "tensorflow": patch, "numpy": "99.0.0"})
+    workdir.check_versions(here)
 
 
 @pytest.mark.parametrize(

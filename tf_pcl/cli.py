@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn, Union
 
 from absl import app, flags, logging
 
-from tf_pcl import compat, options
+from tf_pcl import compat, console, options
 from tf_pcl.errors import Stopped, UserError, choose
 
 PROGRAM = "tf-pcl"
@@ -44,6 +44,7 @@ class Verb(NamedTuple):
 
 def main() -> NoReturn:
     """Runs the verb that the command line names: tf-pcl VERB [flags]."""
+    console.protect()
     verb, *arguments = sys.argv[1:] or ["--help"]
     if verb in HELP:
         print(_overview())
@@ -63,6 +64,7 @@ def run_verb(verb: str, program: str, arguments: Sequence[str]) -> NoReturn:
       program: what the user called, with which errors begin.
       arguments: what follows it on the command line.
     """
+    console.protect()
     # TensorFlow's C++ side reports missing GPU libraries as errors on machines without a GPU, and
     # what fails in it comes as a Python exception as well.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

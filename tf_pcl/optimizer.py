@@ -25,7 +25,7 @@ class CoupledSGD(keras.optimizers.Optimizer):
     Args:
       learning_rate: a float or a keras LearningRateSchedule of the step.
       momentum: μ in [0, 1).
-    d = g + wd·w;  v ← μ·v + d;  w ← w − lr·(d + μ·v) with Nesterov momentum, else w ← w − lr·v.
+      nesterov: whether the step looks ahead along the velocity.
       coupled_decay: wd ≥ 0, the L2 weight decay of every trainable weight, those of BatchNorm and
         biases too.
       decay_by_name: {variable's name: wd} of the weights that have a decay of their own.

@@ -6,6 +6,7 @@ method, the network or the data set.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Optional, Union
@@ -15,6 +16,11 @@ from absl import flags
 from tf_pcl.errors import UserError, choose
 
 Kind = Union[type, tuple[str, ...]]
+
+# A "~" at their beginning is the home folder; no shell expands it within a flag.
+PATHS = ("workdir", "data_dir", "weights", "teacher")
+# What float32 holds.
+_LARGEST = 3.4e38
 
 
 def _flag(
@@ -100,6 +106,7 @@ class Options:
         "number of peers, a leader not counted; default for several networks: theirs",
         int,
         low=1,
+        high=1000,
     )
     teacher: Optional[str] = _flag(
         None,
@@ -108,7 +115,11 @@ class Options:
     )
     teacher_network: Optional[str] = _flag(None, "network of the teacher; default: resnet110", str)
     generations: Optional[int] = _flag(
-        None, "number of networks trained one after another, generation 0 counted", int, low=1
+        None,
+        "number of networks trained one after another, generation 0 counted",
+        int,
+        low=1,
+        high=1000,
     )
 
     # Data.
@@ -127,6 +138,7 @@ class Options:
         "pixels: cut images square and resize them to this side; default: as they are",
         int,
         low=4,
+        high=10_000,
     )
     flip: Optional[bool] = _flag(
         None, "mirror half of the views; default: unless the data set is of digits or letters", bool
@@ -149,7 +161,9 @@ class Options:
         low=0,
         high=1,
     )
-    cutout: int = _flag(0, "pixels: side of a blackened square in each view, even; 0: none", low=0)
+    cutout: int = _flag(
+        0, "pixels: side of a blackened square in each view, even; 0: none", low=0, high=10_000
+    )
     class_weights: Optional[str] = _flag(
         None,
         "balanced: an image weighs the less in every loss the more training images its class has; "
@@ -158,7 +172,7 @@ class Options:
     )
 
     # Recipe.
-    epochs: int = _flag(300, "length of training", low=1)
+    epochs: int = _flag(300, "length of training", low=1, high=1_000_000)
     batch_size: int = _flag(128, "images a step, over all replicas together", low=1)
     learning_rate: float = _flag(0.1, "learning rate at the start", above=0)
     lr_decay_epochs: Optional[tuple[float, ...]] = _flag(
@@ -266,6 +280,9 @@ class Options:
     )
 
     def __post_init__(self) -> None:
+        for name in PATHS:
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.path.expanduser(path))
         for field in dataclasses.fields(self):
             if (value := getattr(self, field.name)) is not None:
                 _check(field.name, value, field.metadata)
@@ -338,10 +355,17 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
         choose(name, value, kind, parameter=name)
     elif kind is str and not value:
         raise UserError("it is empty: give a value or leave it out", parameter=name, value=value)
+    elif kind is str and re.search("[\x00-\x1f\x7f\ud800-\udfff]", value):
+        raise UserError(
+            "it has line breaks, other control characters or bytes that are not UTF-8: give a name "
+            "without them",
+            parameter=name,
+            value=value.encode("unicode_escape", "backslashreplace").decode(),
+        )
     elif kind in (int, float):
         low, high, above = limits["low"], limits["high"], limits["above"]
         fits = (
-            math.isfinite(value)
+            (kind is int or math.isfinite(value) and abs(value) <= _LARGEST)
             and (low is None or value >= low)
             and (high is None or value <= high)
             and (above is None or value > above)

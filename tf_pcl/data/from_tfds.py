@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_pcl.data import image_files, splits, storage
 from tf_pcl.data.storage import Arrays, Split, Stream
-from tf_pcl.errors import UserError
+from tf_pcl.errors import UserError, one_line
 
 # Data sets whose classes change when an image is mirrored.
 UNMIRRORED = {
@@ -62,7 +62,15 @@ def load(
     del on_bad_image
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(name, data_dir=data_dir)
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except (ValueError, AssertionError, ImportError) as e:
+        raise UserError(
+            f"tensorflow-datasets does not have it ({one_line(e)}): give NAME, NAME:VERSION or "
+            "NAME/CONFIGURATION",
+            parameter="dataset",
+            value=name,
+        ) from e
     features = dict(builder.info.features.items())
     if not (
         isinstance(features.get("image"), tfds.features.Image)

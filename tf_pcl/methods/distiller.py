@@ -84,6 +84,9 @@ class Distiller(keras.Model):
 
     def __init__(self, preprocess=None, name=None):
         super().__init__(name=name)
+        # What a metric tells is the mean over all replicas already, on each of them. Keras would
+        # add up the workers' values.
+        self.distribute_reduction_method = "first"
         self._takes_raw = preprocess is None
         # Past Keras, which would make it a part of checkpoints.
         self.__dict__["_forms"] = {}
@@ -299,7 +302,8 @@ class Distiller(keras.Model):
             ):
                 raise UserError(
                     f"{type(callback).__name__} cannot change a learning rate that follows a "
-                    "schedule: give `compile` one with a number, such as tf_pcl.optimizer.CoupledSGD(0.1)"
+                    "schedule: give `compile` one with a number, such as "
+                    "tf_pcl.optimizer.CoupledSGD(0.1)"
                 )
         return [_Begin(given.get("initial_epoch") or 0), *callbacks]
 

@@ -212,8 +212,8 @@ def owns_its_variables(model: keras.Model) -> None:
 
         spec = tf.TensorSpec(images_for(model).shape, model.inputs[0].dtype)
         graph = forward.get_concrete_function(spec).graph
-        own = {v.ref() for v in _each([*model.weights, *states(model)])}
-        foreign = [v for v in _each(graph.variables) if v.ref() not in own]
+        own = {id(handle) for handle in _handles([*model.weights, *states(model)])}
+        foreign = [v for v in graph.variables if not own & {id(h) for h in _handles([v])}]
     if foreign:
         raise UserError(
             f"network {model.name!r} uses a variable that it does not hold, "
@@ -222,8 +222,8 @@ def owns_its_variables(model: keras.Model) -> None:
         )
 
 
-def _each(variables):
-    """Yields variables, and the parts of those that are spread over several replicas."""
+def _handles(variables):
+    """Yields what variables refer to, also those of several replicas or of another precision."""
     for variable in variables:
-        yield variable
-        yield from getattr(variable, "values", ())
+        for part in getattr(variable, "values", None) or (variable,):
+            yield part.handle

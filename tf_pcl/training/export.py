@@ -179,8 +179,9 @@ def _answers_elsewhere(folder: str, images: np.ndarray) -> dict[str, np.ndarray]
         given, result = (os.path.join(scratch, name) for name in ("given.npy", "result.npz"))
         np.save(given, images)
         done = subprocess.run(
-            [sys.executable, "-c", _CHECK, os.path.abspath(folder), given, result],
-            cwd=scratch,
+            [sys.executable, "-c", _CHECK, ".", given, result],
+            # TensorFlow cannot load from a path with brackets or *: above this folder they may be.
+            cwd=folder,
             # The GPUs' memory is this process's; the comparison does not need them.
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"},
             capture_output=True,

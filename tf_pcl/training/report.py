@@ -87,13 +87,18 @@ def results(
         "images_per_second": _mean_speed(rows),
         "wall_seconds": round(last["wall_seconds"], 1),
         "settings": _effective(options),
-        "versions": {
-            "tf_pcl": tf_pcl.__version__,
-            "python": platform.python_version(),
-            "tensorflow": tf.__version__,
-            "keras": compat.keras_version(),
-            "numpy": np.__version__,
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and the packages that this process runs with."""
+    return {
+        "tf_pcl": tf_pcl.__version__,
+        "python": platform.python_version(),
+        "tensorflow": tf.__version__,
+        "keras": compat.keras_version(),
+        "numpy": np.__version__,
     }
 
 

@@ -36,6 +36,8 @@ def run(options: Options) -> dict[str, Any]:
     multi_worker = options.strategy == "multi_worker"
     workdir = Workdir.of_run(options, strategies.worker() if multi_worker else 0)
     workdir.check(options)
+    versions = report.versions()
+    workdir.check_versions(versions)
     strategy = strategies.start(options)
 
     data = _load_data(options)
@@ -56,7 +58,7 @@ def run(options: Options) -> dict[str, Any]:
         stages = METHODS[options.method].stages(make, _target(options), **arguments)
     first = trainer.build_all(stages)[0]
 
-    workdir.begin(options, facts)
+    workdir.begin(options, facts, versions)
     opening = report.opening(options, data, steps, strategy.num_replicas_in_sync)
     checked = (
         f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"

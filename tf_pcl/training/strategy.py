@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -56,13 +57,7 @@ def make(name: str) -> tf.distribute.Strategy:
         devices = tf.config.list_logical_devices("GPU" if gpus else "CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     if name == "multi_worker":
-        if not _cluster_config().get("cluster"):
-            raise UserError(
-                "it needs the environment variable TF_CONFIG with the cluster and this worker's "
-                "task",
-                parameter="strategy",
-                value=name,
-            )
+        worker()
         return tf.distribute.MultiWorkerMirroredStrategy()
     if name == "tpu":
         try:
@@ -78,8 +73,33 @@ def make(name: str) -> tf.distribute.Strategy:
 
 
 def worker() -> int:
-    """Returns this process's index among several workers (TF_CONFIG), 0 for a process alone."""
-    return _cluster_config().get("task", {}).get("index", 0)
+    """Returns this process's number among those of the cluster in TF_CONFIG.
+
+    The chief, where there is one, has the number 0, and the workers follow.
+
+    Raises:
+      UserError: if TF_CONFIG does not say what the cluster is and which task this process has.
+    """
+    text = os.environ.get("TF_CONFIG") or "{}"
+    try:
+        config = json.loads(text)
+        cluster, task = config["cluster"], config["task"]
+        if other := set(cluster) - {"chief", "worker"}:
+            raise ValueError(f"a task is a chief or a worker, not {', '.join(sorted(other))}")
+        for address in [a for kind in cluster.values() for a in list(kind)]:
+            if not re.fullmatch(r".+:\d+", address):
+                raise ValueError(f"an address is HOST:PORT, not {address}")
+        kinds = [kind for kind in ("chief", "worker") if kind in cluster]
+        tasks = [(kind, i) for kind in kinds for i in range(len(cluster[kind]))]
+        return tasks.index((task["type"], task["index"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(
+            "it needs the environment variable TF_CONFIG with the cluster and this process's task, "
+            'such as {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": '
+            f'"worker", "index": 0}}}}; TF_CONFIG is {text[:200]} ({one_line(e)})',
+            parameter="strategy",
+            value="multi_worker",
+        ) from e
 
 
 def check(strategy: tf.distribute.Strategy, options: Options) -> None:
@@ -120,7 +140,3 @@ def distribute(strategy: tf.distribute.Strategy, batches: Callable[..., tf.data.
         return part.rebatch(size, drop_remainder=True)
 
     return strategy.distribute_datasets_from_function(of_worker)
-
-
-def _cluster_config() -> dict[str, Any]:
-    return json.loads(os.environ.get("TF_CONFIG") or "{}")

@@ -2,6 +2,7 @@
 
 flags.txt             the options of the run, as a flagfile
 data.json             what the data were
+versions.json         the versions of Python and the packages that it ran with
 results.json          what came out; rewritten after every epoch that was tested
 metrics.csv           a row for every epoch
 checkpoints/          the last checkpoints
@@ -9,13 +10,15 @@ tensorboard/train, tensorboard/test
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
 export/labels.txt     the classes in the order of the outputs, one a line, special characters escaped
 export/classes.json   the same names as a JSON list
-1-NAME, 2-NAME, …     the same for each stage before the last, without flags.txt and data.json
+1-NAME, 2-NAME, …     the same for each stage before the last, without the first three files
 worker-1, worker-2, … what the workers after the first write
 """
 
+import contextlib
 import csv
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
@@ -26,6 +29,8 @@ from tf_pcl.options import Options
 
 SAVED_MODEL = os.path.join("saved_model", "1")
 LABELS = "labels.txt"
+# The longest path that is made below a workdir, with some reserve.
+_LONGEST = "export/tmp-------/1/variables/variables.data-00000-of-00001" + 64 * "-"
 
 
 class Workdir:
@@ -39,6 +44,7 @@ class Workdir:
         self.path = path
         self.flags = os.path.join(path, "flags.txt")
         self.data = os.path.join(path, "data.json")
+        self.versions = os.path.join(path, "versions.json")
         self.results = os.path.join(path, "results.json")
         self.metrics = os.path.join(path, "metrics.csv")
         self.checkpoints = os.path.join(path, "checkpoints")
@@ -73,6 +79,7 @@ class Workdir:
           UserError: if the folder cannot be written, holds a run with other options or one of a
             run's earlier stages, or holds any run where `options.resume` is "never".
         """
+        self._check_name()
         self._check_writable()
         if not os.path.exists(self.flags):
             if os.path.exists(self.checkpoints):
@@ -120,12 +127,41 @@ class Workdir:
                 "workdir or the same data"
             )
 
-    def begin(self, options: Options, facts: Mapping[str, Any]) -> None:
-        """Makes the folder and writes what the run is: its options and the facts of its data."""
+    def check_versions(self, versions: Mapping[str, str]) -> None:
+        """Checks that a run in this folder, if there is one, ran on the stack of `versions`.
+
+        Two stacks round differently: a run that changed between them would be the run of neither.
+
+        Args:
+          versions: versions by package, among them "tensorflow" and "keras".
+
+        Raises:
+          UserError: if the run was on another minor version of TensorFlow or Keras.
+        """
+        if not os.path.exists(self.versions):
+            return
+        with open(self.versions, encoding="utf-8") as f:
+            old = json.load(f)
+        packages = ("tensorflow", "keras")
+        if all(_minor(versions[p]) == _minor(old[p]) for p in packages):
+            return
+        here, there = (
+            f"TensorFlow {v['tensorflow']} with Keras {v['keras']}" for v in (versions, old)
+        )
+        raise self._refused(
+            f"the folder holds a run on {there}, and this is {here}, which rounds differently: "
+            f"go on with TensorFlow {_minor(old['tensorflow'])}, or give another workdir"
+        )
+
+    def begin(
+        self, options: Options, facts: Mapping[str, Any], versions: Mapping[str, str]
+    ) -> None:
+        """Makes the folder and writes what the run is: its options, data and versions."""
         os.makedirs(self.path, exist_ok=True)
         given = {name: value for name, value in options.as_flags().items() if name != "workdir"}
         write(self.flags, "".join(f"--{name}={value}\n" for name, value in given.items()))
         write_json(self.data, facts)
+        write_json(self.versions, versions)
 
     def read_rows(self) -> list[dict[str, float]]:
         """Returns the rows of metrics.csv without empty cells, or [] if there is no such file."""
@@ -141,11 +177,31 @@ class Workdir:
         lines += [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
         write(self.metrics, "\n".join(lines) + "\n")
 
+    def _check_name(self) -> None:
+        if re.match(r"\w+:/", self.path):
+            raise self._refused(
+                "it has to be a folder of this machine: mount the store as a folder, or copy the "
+                "workdir there when the run is done"
+            )
+        if self.path.startswith("~"):
+            raise self._refused("there is no such home folder: give another workdir")
+        if re.search(r"[][*?\\]", self.path):
+            raise self._refused(
+                "TensorFlow takes brackets, *, ? and \\ in a path for a pattern and would not find "
+                "its files again: give a name without them"
+            )
+
     def _check_writable(self) -> None:
         there = os.path.abspath(self.path)
+        missing: list[str] = []
         while not os.path.exists(there):
-            there = os.path.dirname(there)
+            there, name = os.path.split(there)
+            missing.insert(0, name)
         try:
+            # Names that are too long fail here, and not when the folder is made.
+            for path in [*missing, os.path.join(*missing, _LONGEST)]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.lstat(os.path.join(there, path))
             tempfile.TemporaryFile(dir=there).close()
         except OSError as e:
             raise self._refused(
@@ -195,6 +251,10 @@ def read_labels(saved_model: str) -> Optional[list[str]]:
         return None
     with open(path, encoding="utf-8") as f:
         return [class_names.unescape(line) for line in f.read().split("\n")[:-1]]
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
 
 
 def _brief(value: Any) -> str:

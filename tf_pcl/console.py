@@ -1,0 +1,75 @@
+"""Standard streams that never end a run: closed ones, full disks, pipes that nobody reads, ASCII.
+
+Everything in the process writes through `sys.stdout` and `sys.stderr`, Keras's progress line and
+absl's log too. So what protects a run is put there, once, by the command line.
+"""
+
+import codecs
+import os
+import sys
+from typing import Any
+
+_PLAIN = {"×": "x", "–": "-", "…": "...", "±": "+-", "’": "'"}
+_ERRORS = "tf_pcl_plain"
+
+
+class Unfailing:
+    """A text stream that drops what cannot be written and is that stream in all else.
+
+    Args:
+      stream: the text stream.
+    """
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes a text if that is possible and returns its length."""
+        try:
+            self._stream.write(text)
+        except (OSError, ValueError):  # ValueError: the stream is closed.
+            pass
+        return len(text)
+
+    def flush(self) -> None:
+        """Flushes the stream if that is possible."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def protect() -> None:
+    """Makes the standard streams of this process unfailing."""
+    _open_closed()
+    codecs.register_error(_ERRORS, _plainly)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if isinstance(stream, Unfailing):
+            continue
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=_ERRORS)
+        setattr(sys, name, Unfailing(stream))
+
+
+def _open_closed() -> None:
+    # Else the next file that is opened, a checkpoint perhaps, would get the number of a standard
+    # stream, and what C++ says would be written into it.
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    """Replaces characters that an encoding lacks by plain ones, as an error handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(character, "?") for character in lacking), error.end
