@@ -100,7 +100,7 @@ if ! installed "$extra"; then
     stack=$(stack_of "$venv/bin/python")
     # What setuptools writes lies in the environment, by way of these links: the checkout may be read-only.
     mkdir -p "$venv/project"
-    for part in setup.cfg setup.py pyproject.toml README.md tf_pcl; do ln -sfn "$root/$part" "$venv/project/$part"; done
+    for part in setup.cfg setup.py pyproject.toml README.md flags tf_pcl; do ln -sfn "$root/$part" "$venv/project/$part"; done
     # Twice quiet: errors alone. Its warnings would fill the screen of a first run.
     TF_PCL_STACK=$stack "$venv/bin/python" -m pip install --quiet --quiet --disable-pip-version-check \
         --editable "$venv/project${extra:+[$extra]}" --constraint "$root/constraints-$stack.txt"

@@ -15,7 +15,7 @@ from tensorflow import keras
 from tf_pcl import compat, losses
 from tf_pcl.training import export
 
-ADDONS = compat.tensorflow_addons()
+ADDONS = compat._addons()
 KERAS_3 = compat.keras.__name__ == "tf_keras"
 
 

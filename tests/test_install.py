@@ -99,11 +99,13 @@ def test_constraints_hold_what_is_asked_for(stack):
 
 
 def requirements_of_setup_py(tmp_path, stack):
-    """What setup.py asks for with TF_PCL_STACK; the error instead if it refuses."""
-    for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md"):
-        (tmp_path / name).write_text((ROOT / name).read_text())
-    (tmp_path / "tf_pcl").mkdir()
-    (tmp_path / "tf_pcl" / "__init__.py").write_text('__version__ = "0"\n')
+    """What setup.py asks for with TF_PCL_STACK; the error instead if it refuses.
+
+    It sees what in_venv.sh links into the environment, and nothing else.
+    """
+    linked = re.search(r"for part in (.*); do ln", (ROOT / "in_venv.sh").read_text()).group(1)
+    for name in linked.split():
+        (tmp_path / name).symlink_to(ROOT / name)
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info"],
         cwd=tmp_path,
@@ -321,33 +323,44 @@ IN_VENV = """
 echo "${TF_PCL_STACK:-default}: $*" >>calls
 case "$*" in
     *sys.executable*) echo /other/python ;;
-    *"-m pytest"*) echo "reads $TF_PCL_OTHER_PYTHON" >>calls ;;
+    *"-m pytest"*) echo "reads $TF_PCL_OTHER_PYTHON" >>calls; echo "3 passed" ;;
+    *FAILS*) echo "a wrong line"; exit 1 ;;
 esac
 [ -z "${TF_PCL_STACK:-}" ] || exit STATUS
 """
 
 
-@pytest.mark.parametrize("other_is_there", [True, False])
-def test_ci_runs_the_test_command_of_the_readme(other_is_there, tmp_path):
+@pytest.mark.parametrize(
+    ("other", "fails", "status"),
+    [
+        (0, "nothing", 0),
+        (2, "nothing", 0),  # no Python for it
+        (1, "nothing", 1),  # pip failed
+        (0, "mypy", 1),
+    ],
+)
+def test_ci_runs_every_part_and_says_how_it_ended(other, fails, status, tmp_path):
     (tmp_path / ".ci").mkdir()
     for name in (".ci/run", "README.md"):
         (tmp_path / name).write_text((ROOT / name).read_text())
-    stub = IN_VENV.replace("STATUS", "0" if other_is_there else "2")
+    stub = IN_VENV.replace("STATUS", str(other)).replace("FAILS", fails)
     (tmp_path / "in_venv.sh").write_text(stub)
     env = {k: v for k, v in os.environ.items() if not k.startswith("TF_PCL_")}
     done = subprocess.run(
         ["bash", str(tmp_path / ".ci/run")], capture_output=True, text=True, env=env
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == status, done.stderr
     printed = re.search(r"^## Test\n+```sh\n(.*)\n```", (ROOT / "README.md").read_text(), re.M)
-    assert f"+ {printed.group(1)}\n" in done.stdout
     calls = (tmp_path / "calls").read_text().splitlines()
     whole = printed.group(1).replace("sh in_venv.sh", "default:")
-    assert calls[calls.index(whole) + 1] == ("reads /other/python" if other_is_there else "reads ")
+    assert calls[calls.index(whole) + 1] == ("reads " if other else "reads /other/python")
     quick = "current: --with=test python -m pytest -m not slow"
-    assert (quick in calls) == other_is_there
-    assert ("No Python here for the current stack" in done.stdout) != other_is_there
-    assert [c for c in calls if "--with=lint" in c] == [
-        f"default: --with=lint {what}"
-        for what in ("ruff check", "ruff format --check", "mypy tf_pcl")
-    ]
+    assert (quick in calls) == (not other)
+    tools = ["ruff check", "ruff format --check", "mypy tf_pcl"]
+    assert [c for c in calls if "--with=lint" in c] == [f"default: --with=lint {t}" for t in tools]
+    *lines, of_other, of_default = done.stdout.splitlines()[-5:]
+    for tool, line in zip(tools, lines):
+        assert line.startswith("FAILED" if fails in tool else "passed") and tool in line
+    assert of_default.startswith(f"passed  {printed.group(1)}") and "3 passed" in of_default
+    said = {0: "3 passed", 1: "FAILED  The current stack", 2: "No Python here for the current"}
+    assert said[other] in of_other

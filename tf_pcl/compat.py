@@ -150,11 +150,6 @@ def _addons() -> Any:
             return None
 
 
-def tensorflow_addons() -> Any:
-    """Returns the module tensorflow_addons, or None where it cannot be imported."""
-    return _addons()
-
-
 def cutout(images: Any, size: int, offset: Any) -> Any:
     """Blackens a square in every image, by tensorflow-addons where that is installed.
 

@@ -25,8 +25,11 @@ TOO_LARGE, LOST = 100, 1e6
 
 
 class Exit(typing.NamedTuple):
-    """One prediction of a model: logits float32 [B, C] and, where the exit has them, the feature [B, d] that they classify
-    and the feature map [B, H, W, c] before it."""
+    """One prediction of a model.
+
+    It has logits float32 [B, C] and, where the exit has them, the feature [B, d] that they classify
+    and the feature map [B, H, W, c] before it.
+    """
 
     logits: tf.Tensor
     features: typing.Optional[tf.Tensor] = None
@@ -47,11 +50,12 @@ class Stage(typing.NamedTuple):
 
 
 class Distiller(keras.Model):
-    """A training method around a target network. Subclasses give its equations; the steps live here alone.
+    """A training method around a target network.
 
-    A subclass builds its networks in `__init__`, sets `num_views`, `terms`, `exits` and
-    `deployed_exit`, and defines `students`, `loss_terms`, `deployed` and, where the method has
-    them, `teachers` and `after_step`.
+    Subclasses give its equations, and the steps live here alone. A subclass builds its networks
+    in `__init__`, sets `num_views`, `terms`, `exits` and `deployed_exit`, and defines
+    `students`, `loss_terms`, `deployed` and, where the method has them, `teachers` and
+    `after_step`.
 
     Train with Keras's own compile and fit on batches of (views uint8 [B, m, H, W, C], labels) or
     (views, labels, weights); images [B, H, W, C] count as one view. Labels are class numbers [B]
@@ -69,18 +73,19 @@ class Distiller(keras.Model):
       terms: names of the loss terms.
       exits: names of all predictions, trained ones first; `error/NAME` is the error in percent.
       peer_exits: names of the exits that are peers; `diversity` is measured between them.
-      deployed_exit: the name of the prediction that `deployed()` gives. rampup_epochs,
-        distill_weight: α and λ of the ramp-up weight ω; λ is None in a method without ω.
+      deployed_exit: the name of the prediction that `deployed()` gives.
+      rampup_epochs, distill_weight: α and λ of the ramp-up weight ω; λ is None where there is no ω.
       step: int64, training steps done.
     """
 
     num_views = 1
     peer_exits: typing.Sequence[str] = ()
-    rampup_epochs = distill_weight = None
+    rampup_epochs: typing.Optional[float] = None
+    distill_weight: typing.Any = None
     # What compile and fit were given; a method trains only once it knows the length.
     _given_length = _length = (None, None)
     _own_recipe = False
-    _class_weights = ()
+    _class_weights: tuple[float, ...] = ()
 
     def __init__(self, preprocess=None, name=None):
         super().__init__(name=name)
@@ -106,7 +111,9 @@ class Distiller(keras.Model):
 
     @classmethod
     def stages(cls, make, network, **arguments):
-        """[Stage] in which the method is trained, one after another; the last one's network is deployed.
+        """Returns the Stages of the method, which are trained one after another.
+
+        The network of the last one is deployed.
 
         Args:
           make: a function (class, network, **arguments) -> Distiller of that class, whose attribute
@@ -134,15 +141,30 @@ class Distiller(keras.Model):
         return []
 
     def students(self, views, training):
-        """{exit name: Exit} of what is trained by gradient, for views [B, v, H, W, C]; v is 1 in a test."""
+        """Returns {exit name: Exit} of what is trained by gradient.
+
+        Args:
+          views: uint8 [B, v, H, W, C]; v is 1 in a test.
+          training: whether this is a training step.
+        """
         raise NotImplementedError
 
     def teachers(self, views, training):
-        """{exit name: Exit} of what no gradient trains; it runs outside the gradient tape, before the backward pass."""
+        """Returns {exit name: Exit} of what no gradient trains.
+
+        It runs outside the gradient tape, before the backward pass. The arguments are those of
+        `students`.
+        """
         return {}
 
     def loss_terms(self, labels, student, teacher):
-        """{term name: scalar}, whose sum is minimised, from labels [B] and the exits of students() and teachers()."""
+        """Returns {term name: scalar}, whose sum is minimised.
+
+        Args:
+          labels: [B].
+          student: the exits of `students`.
+          teacher: the exits of `teachers`.
+        """
         raise NotImplementedError
 
     def after_step(self, done):
@@ -154,9 +176,9 @@ class Distiller(keras.Model):
         return {} if self.distill_weight is None else {"rampup": self.ramp_up()}
 
     def deployed(self):
-        """The network to deploy: a functional keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
+        """Returns the network to deploy, which shares its weights with this model.
 
-        It shares its weights with this model.
+        It is a functional keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
         """
         raise NotImplementedError
 
@@ -288,7 +310,7 @@ class Distiller(keras.Model):
         return tuple(deployed.input_shape[1:]), deployed.output_shape[-1]
 
     def _callbacks(self, given):
-        """The callbacks of a fit with the arguments `given`, after the one that tells its length."""
+        """The callbacks of a fit with the arguments `given`; the first one tells its length."""
         callbacks = given.get("callbacks")
         if isinstance(callbacks, keras.callbacks.CallbackList):
             raise UserError("give a list of callbacks", parameter="callbacks", value="CallbackList")
@@ -338,7 +360,7 @@ class Distiller(keras.Model):
             return
         self._length = length
         if self._own_recipe and None not in length:
-            optimizer = getattr(self.optimizer, "inner_optimizer", self.optimizer)
+            optimizer: typing.Any = getattr(self.optimizer, "inner_optimizer", self.optimizer)
             optimizer.learning_rate = optimizers.recipe(*length)._learning_rate
         # The lengths are constants of the graph.
         self.make_train_function(force=True)
@@ -459,7 +481,7 @@ class Distiller(keras.Model):
         return [tf.cond(tf.equal(self.step, 0), look, lambda: tf.constant(True))]
 
     def _regularization(self):
-        """The penalties of layers with a regularizer of their own (keras kernel_regularizer), teachers left out."""
+        """The penalties of layers with a regularizer of their own; teachers are left out."""
         penalties = [
             loss
             for layer in self.layers
@@ -521,8 +543,8 @@ class _Begin(keras.callbacks.Callback):
         # At most: some exits may not be trained, and an exit may weigh less than 1.
         loss, usual = logs["loss/ce"] / len(self.model.exits), math.log(self.model._ends[1])
         said = (
-            f"the cross-entropy is {logs['loss/ce']:.3g} after epoch {epoch + 1}: {STANDARDISE}, or try "
-            "a smaller learning rate"
+            f"the cross-entropy is {logs['loss/ce']:.3g} after epoch {epoch + 1}: {STANDARDISE}, "
+            "or try a smaller learning rate"
         )
         if not loss < LOST * usual:
             raise UserError(said)

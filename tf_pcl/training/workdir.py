@@ -8,7 +8,7 @@ metrics.csv           a row for every epoch
 checkpoints/          the last checkpoints
 tensorboard/train, tensorboard/test
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
-export/labels.txt     the classes in the order of the outputs, one a line, special characters escaped
+export/labels.txt     the classes in the order of the outputs, one a line, escaped
 export/classes.json   the same names as a JSON list
 1-NAME, 2-NAME, …     the same for each stage before the last, without the first three files
 worker-1, worker-2, … what the workers after the first write
