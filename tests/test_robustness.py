@@ -1,18 +1,25 @@
 """What must not end or falsify a run: odd paths and values, streams, damaged files, bad numbers."""
 
+import errno
 import io
 import os
 import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+import tensorflow as tf
+from conftest import CLASSES, SHAPE, noise, other, with_labels
 
 from tf_pcl import console
 from tf_pcl.data import datasets
-from tf_pcl.errors import UserError
+from tf_pcl.errors import Stopped, UserError
+from tf_pcl.methods import METHODS
 from tf_pcl.options import Options
-from tf_pcl.training import strategy
+from tf_pcl.training import callbacks, export, report, run, strategy
+from tf_pcl.training import workdir as workdirs
+from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -149,3 +156,205 @@ def test_the_command_line_outlives_its_streams(streams):
     shell = ["bash", "-o", "pipefail", "-c", f"{command} {streams}"]
     done = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr
+
+
+# Damaged files.
+
+QUICK = dict(dataset="digits", network="resnet8", method="baseline", epochs=3, batch_size=256)
+
+
+def test_a_second_process_is_told_who_works_in_a_workdir(tmp_path):
+    workdir = Workdir(str(tmp_path / "run"))
+    other = (
+        "import sys; from tf_pcl.options import Options;"
+        "from tf_pcl.training.workdir import Workdir; w = Workdir(sys.argv[1]);"
+        "w.check(Options()); held = w.locked(); held.__enter__()"
+    )
+    command = [sys.executable, "-c", other, workdir.path]
+    held = tmp_path / "run/lock"
+    with workdir.locked():
+        before = held.stat().st_mtime_ns
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert f"process {os.getpid()}): wait for its end" in done.stderr.splitlines()[-1]
+        assert held.stat().st_mtime_ns == before
+    # The lock ends with its process, however that ends, and the file may stay.
+    kill = [*command[:2], other + "; import os; os.kill(os.getpid(), 9)", workdir.path]
+    assert subprocess.run(kill, cwd=ROOT).returncode == -9
+    workdir.check(Options())
+    with workdir.locked():
+        assert f"process {os.getpid()}" in held.read_text()
+
+
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(workdirs.fcntl, "lockf", refuse)
+    with Workdir(str(tmp_path)).locked():
+        assert "cannot be locked: No locks available" in caplog.text
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"--epochs=3\n--method\n", b"rubbish\n"])
+def test_damaged_flags_are_refused_in_a_line(damage, tmp_path):
+    workdir = Workdir(str(tmp_path))
+    workdir.begin(Options(**QUICK), {})
+    (tmp_path / "flags.txt").write_bytes(damage)
+    with pytest.raises(UserError, match="flags.txt is damaged") as refused:
+        workdir.check(Options(**QUICK))
+    assert "\n" not in str(refused.value) and (tmp_path / "flags.txt").read_bytes() == damage
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[1]", b"3"])
+def test_damaged_facts_of_data_give_a_warning(damage, tmp_path, caplog):
+    workdir = Workdir(str(tmp_path))
+    (tmp_path / "data.json").write_bytes(damage)
+    workdir.check_data({"classes": ["a"]})
+    assert "data.json is damaged" in caplog.text
+
+
+def test_foreign_lines_of_the_metrics_are_left_out(tmp_path, caplog):
+    workdir = Workdir(str(tmp_path))
+    rows = [{"epoch": e, "step": 7 * e, "loss": 0.5**e} for e in range(1, 4)]
+    workdir.write_rows(rows)
+    lines = (tmp_path / "metrics.csv").read_bytes().split(b"\n")
+    lines[2:2] = [b"<<<<<<< HEAD", b"1,7,0.5,9", b"\xff\x00,,", b"1,7,0.5"]
+    (tmp_path / "metrics.csv").write_bytes(b"\n".join(lines))
+    assert workdir.read_rows() == rows
+    assert "lines 3, 4, 5, 6 are not of this run" in caplog.text
+    for damage in (b"", b"\n", b"\xff\xff", b"what,is,this\n1,2,3\n"):
+        (tmp_path / "metrics.csv").write_bytes(damage)
+        assert workdir.read_rows() == []
+
+
+def tiny_model():
+    model = METHODS["baseline"](other(SHAPE, CLASSES))
+    model.compile(epochs=4, steps_per_epoch=3)
+    model.optimizer.build(model.trainable_weights)
+    return model
+
+
+def test_checkpoints_do_without_tensorflow_s_list_of_them(tmp_path):
+    model = tiny_model()
+    weight = model.trainable_weights[0]
+    for step in range(1, 4):
+        weight.assign(tf.fill(weight.shape, float(step)))
+        Checkpoints(model, str(tmp_path)).save(step)
+    for damage in (b"", b"rubbish", b"\xff\x00"):
+        (tmp_path / "checkpoint").write_bytes(damage)
+        assert Checkpoints(model, str(tmp_path)).restore() == 3
+    Checkpoints(model, str(tmp_path)).save(4)
+    assert sorted(p.stem for p in tmp_path.glob("*.index")) == ["ckpt-2", "ckpt-3", "ckpt-4"]
+    assert tf.train.latest_checkpoint(str(tmp_path)) == str(tmp_path / "ckpt-4")
+
+
+def test_litter_of_killed_processes_is_removed_and_nothing_good(tmp_path):
+    model = tiny_model()
+    keeps_all = Checkpoints(model, str(tmp_path / "checkpoints"), keep=9)
+    for step in range(1, 7):
+        keeps_all.save(step)
+    (tmp_path / "checkpoints/ckpt-6.index").write_bytes(b"")
+    (tmp_path / "checkpoints/ckpt-7_temp").mkdir()
+    (tmp_path / "checkpoints/ckpt-7_temp/part-00000-of-00001.data-00000-of-00001").write_text("x")
+    (tmp_path / "checkpoints/ckpt-1.index").unlink()  # Its data were to be removed, too.
+    for name in ("export/tmpabcd_123/1", "export/saved_model/1", "export/template"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "results.json.part").write_text("{")
+    Workdir(str(tmp_path)).tidy()
+    checkpoints = Checkpoints(model, str(tmp_path / "checkpoints"))
+    assert checkpoints.restore() == 5
+    checkpoints.tidy(5)
+    left = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if not p.is_dir()}
+    files = [f"checkpoints/ckpt-{s}.{end}" for s in (3, 4, 5, 6) for end in ENDS]
+    assert left == {"checkpoints/checkpoint", *files}
+    assert {p.name for p in (tmp_path / "export").iterdir()} == {"saved_model", "template"}
+
+
+ENDS = "index", "data-00000-of-00001"
+
+
+@pytest.mark.slow
+def test_what_metrics_lack_comes_from_tensorboard_and_each_tag_has_each_step_once(tmp_path, caplog):
+    """A run that is started again, whatever was lost, tells what it told before."""
+    settings = Options(**QUICK, train_examples=512, workdir=str(tmp_path))
+    first = run.run(settings)
+    whole, scalars = (tmp_path / "metrics.csv").read_text(), events(tmp_path)
+    assert {steps for steps in map(len, scalars.values())} == {1, 3}  # The picture, and the rest.
+    # Some event files of a process that was killed, one of them damaged at its end.
+    for path in list(tmp_path.glob("tensorboard/*/events*")):
+        (path.parent / f"{path.name}.more").write_bytes(path.read_bytes()[:-3])
+    (tmp_path / "metrics.csv").write_text("\n".join(whole.split("\n")[:2]) + "\nforeign\n")
+    (tmp_path / "checkpoints/checkpoint").write_text("rubbish")
+    (tmp_path / "data.json").write_text("")
+    again = run.run(settings)
+    assert "lacked the rows of 2 epochs; they were recovered" in caplog.text
+    for name in ("error", "deployed_error", "best_deployed_error", "steps", "epochs"):
+        assert again[name] == first[name]
+    assert numbers(tmp_path / "metrics.csv") == pytest.approx(numbers_of(whole), rel=1e-6)
+    assert events(tmp_path) == scalars
+    # Without both, the errors of the last epoch are measured again.
+    for path in [tmp_path / "metrics.csv", *tmp_path.glob("tensorboard/*/*")]:
+        path.unlink()
+    last = run.run(settings)
+    assert "those of epochs 1, 2 are lost" in caplog.text
+    assert last["error"] == first["error"]
+
+
+def numbers(path):
+    return numbers_of(path.read_text())
+
+
+def numbers_of(text):
+    return [float(cell) for line in text.split("\n")[1:] for cell in line.split(",") if cell]
+
+
+def events(workdir):
+    """{(split, tag): {step: value}} of TensorBoard's files, each step once."""
+    found = {}
+    for path in sorted(workdir.glob("tensorboard/*/*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                steps = found.setdefault((path.parent.name, value.tag), {})
+                assert event.step not in steps, value.tag
+                tensor = tf.make_ndarray(value.tensor)
+                steps[event.step] = float(tensor) if tensor.ndim == 0 else list(tensor)
+    return found
+
+
+# Numbers that are wrong.
+
+
+def test_weights_and_terms_that_are_no_numbers_are_named_and_not_saved(tmp_path):
+    model = tiny_model()
+    save = callbacks.Save(Checkpoints(model, str(tmp_path)), 1, 0, 10)
+    save.set_model(model)
+    save.on_train_batch_end(0, {"loss": 1.0, "loss/ce": 1.0})
+    kept = sorted(tmp_path.iterdir())
+    wrong = {"loss": np.nan, "error/exit_1": 50.0, "loss/ce": 1.0, "loss/kd": np.inf}
+    with pytest.raises(Stopped, match="^loss/kd is inf at step 2: not saved; .* of step 1"):
+        save.on_train_batch_end(1, wrong)
+    weight = model.trainable_weights[0]
+    weight.assign(tf.fill(weight.shape, np.inf))
+    velocity = model.optimizer.variables[-1]
+    velocity.assign(tf.fill(velocity.shape, np.nan))
+    with pytest.raises(Stopped, match=f"^2 of the variables, {weight.name} first, are not finite"):
+        save.on_epoch_end(0, {"loss": 1.0})
+    assert sorted(tmp_path.iterdir()) == kept
+    with pytest.raises(Stopped, match=f"not exported, since its {weight.name} is not finite"):
+        export.check_finite(model.deployed(), noise(2, *SHAPE))
+
+
+def test_who_only_guesses_is_told_so():
+    data = with_labels(noise(10, *SHAPE), np.array([3] * 4 + [1] * 6))
+    assert report.warning({"deployed_error": 39.0}, data) is None
+    assert "test error of 40.00 %" in report.warning({"deployed_error": 40.0}, data)
+
+
+@pytest.mark.slow
+def test_a_run_that_went_wrong_says_so_and_exports_no_rubbish(tmp_path, capsys):
+    lost = Options(**QUICK, learning_rate=1e20, workdir=str(tmp_path / "lost"))
+    with pytest.raises(Stopped, match=r"^loss/ce is (nan|inf) at step \d: not saved"):
+        run.run(lost)
+    assert not (tmp_path / "lost/export").exists() and not (tmp_path / "lost/checkpoints").exists()
+    run.run(Options(**{**QUICK, "epochs": 1}, learning_rate=3.0, workdir=str(tmp_path / "guess")))
+    assert capsys.readouterr().out.splitlines()[-1].startswith("WARNING: the deployed network is")

@@ -7,12 +7,12 @@ from types import FrameType
 from typing import Any, Optional
 
 import numpy as np
-import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
+from tf_pcl.training.events import Events
 from tf_pcl.training.workdir import Workdir
 
 Row = dict[str, float]
@@ -70,13 +70,7 @@ class Record(keras.callbacks.Callback):
         self.before = rows[-1]["wall_seconds"] if rows else seconds
         self.began = time.perf_counter()
         self.traced = False
-        self.writers: dict[str, Any] = {}
-
-    def writer(self, split: str) -> tf.summary.SummaryWriter:
-        """Returns the TensorBoard writer of "train" or "test"."""
-        if split not in self.writers:
-            self.writers[split] = tf.summary.create_file_writer(self.workdir.tensorboard(split))
-        return self.writers[split]
+        self.events = Events(workdir, rows)
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self.steps, self.since = 0, time.perf_counter()
@@ -98,7 +92,8 @@ class Record(keras.callbacks.Callback):
         self.workdir.write_rows(self.rows)
         if any(name.startswith("val_") for name in row):
             workdirs.write_json(self.workdir.results, self.describe(self.rows))
-        self._write_scalars(row)
+        self.events.write(row)
+        self.events.flush()
 
     def show_views(self, views: Any, mean_side: int = 32) -> None:
         """Writes a picture of the first 8 images' views to TensorBoard: a row per image.
@@ -113,9 +108,8 @@ class Record(keras.callbacks.Callback):
             views.repeat(factor, 2).repeat(factor, 3), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)]
         )
         rows, columns, h, w, channels = views.shape
-        grid = views.transpose(0, 2, 1, 3, 4).reshape(1, rows * h, columns * w, channels)
-        with self.writer("train").as_default(step=0):
-            tf.summary.image("views", grid)
+        grid = views.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, channels)
+        self.events.write_image("views", grid)
 
     def _row(self, epoch: int, logs: Mapping[str, float]) -> Row:
         seconds = self.trained or time.perf_counter() - self.since
@@ -129,15 +123,6 @@ class Record(keras.callbacks.Callback):
             **{name: float(value) for name, value in self.model.schedules().items()},
             **{name: float(value) for name, value in logs.items()},
         }
-
-    def _write_scalars(self, row: Row) -> None:
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                split = "test" if name.startswith("val_") else "train"
-                with self.writer(split).as_default(step=int(row["step"])):
-                    tf.summary.scalar(name.removeprefix("val_"), value)
-        for writer in self.writers.values():
-            writer.flush()
 
 
 class Save(keras.callbacks.Callback):
@@ -184,19 +169,32 @@ class Save(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self.step += 1
+        self._refuse_wrong(logs or {})
         if self.step % self.model.steps_per_epoch:
-            self._save_if_due(logs or {})
+            self._save_if_due()
 
     def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        self._save_if_due(logs or {})
+        self._refuse_wrong(logs or {})
+        self._save_if_due()
 
-    def _save_if_due(self, logs: Mapping[str, float]) -> None:
+    def _refuse_wrong(self, logs: Mapping[str, float]) -> None:
+        """Ends the run when a loss or an error is no finite number; terms come first."""
+        for name in sorted(logs, key=lambda name: not name.startswith("loss/")):
+            if not np.isfinite(logs[name]):
+                raise self._gone_wrong(f"{name} is {logs[name]}")
+
+    def _gone_wrong(self, what: str) -> Stopped:
+        return Stopped(
+            f"{what} at step {self.step}: not saved; the newest checkpoint is of step "
+            f"{self.saved}. Try a smaller `learning_rate` in another `workdir`."
+        )
+
+    def _save_if_due(self) -> None:
         if not (self.signal or self.step % self.every == 0 or self.step == self.total):
             return
-        if not np.isfinite(logs["loss"]):
-            raise Stopped(
-                f"the loss is {logs['loss']} at step {self.step}: not saved; the newest "
-                f"checkpoint is of step {self.saved}. Try a smaller `learning_rate`."
+        if wrong := self.checkpoints.not_finite():
+            raise self._gone_wrong(
+                f"{len(wrong)} of the variables, {wrong[0]} first, are not finite"
             )
         path = self.checkpoints.save(self.step)
         self.saved = self.step

@@ -2,12 +2,16 @@
 
 import os
 import re
-from typing import Any, Optional
+import shutil
+from collections.abc import Iterable
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_pcl.errors import UserError
+from tf_pcl.errors import UserError, one_line
+from tf_pcl.training import workdir as workdirs
 
 
 class Checkpoints:
@@ -21,14 +25,32 @@ class Checkpoints:
 
     def __init__(self, model: Any, folder: str, keep: int = 3):
         self.checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-        self.folder, self.keep = folder, keep
-        self._manager: Optional[tf.train.CheckpointManager] = None
+        self.model, self.folder, self.keep = model, folder, keep
 
     def save(self, step: int) -> str:
         """Saves the state after `step` steps and returns the checkpoint's path."""
-        if self._manager is None:
-            self._manager = tf.train.CheckpointManager(self.checkpoint, self.folder, self.keep)
-        return self._manager.save(checkpoint_number=step)
+        os.makedirs(self.folder, exist_ok=True)
+        path = self.checkpoint.write(self._path(step))
+        self._keep_last(step)
+        return path
+
+    def not_finite(self) -> list[str]:
+        """Returns the names of the variables that have a value which is no finite number."""
+        return not_finite([*self.model.weights, *self.model.optimizer.variables])
+
+    def tidy(self, step: int) -> None:
+        """Removes what a killed process left behind, where `step` is the newest good checkpoint's.
+
+        Checkpoints of later steps, which could not be read, stay until the run has saved these
+        steps again.
+        """
+        for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
+            if re.fullmatch(r"ckpt-\d+_temp", name):
+                shutil.rmtree(os.path.join(self.folder, name), ignore_errors=True)
+            elif re.fullmatch(r".*\.tempstate\d+|checkpoint\.tmp.*", name):
+                os.remove(os.path.join(self.folder, name))
+        if step:
+            self._keep_last(step)
 
     def restore(self) -> int:
         """Restores the newest checkpoint that can be read, with a warning of each that cannot.
@@ -41,16 +63,16 @@ class Checkpoints:
         """
         steps = self._steps()
         for step in steps:
-            path = os.path.join(self.folder, f"ckpt-{step}")
+            path = self._path(step)
             try:
-                self.checkpoint.restore(path).assert_existing_objects_matched()
+                self.checkpoint.read(path).assert_existing_objects_matched().expect_partial()
                 return step
             # A damaged file raises whatever its damage leads to: IndexError, DataLossError, …
             except Exception as e:
                 logging.warning(
                     "checkpoint %s cannot be read (%s); trying the one before",
                     path,
-                    " ".join(str(e).split())[:160],
+                    one_line(e),
                 )
         if steps:
             raise UserError(
@@ -59,8 +81,31 @@ class Checkpoints:
             )
         return 0
 
+    def _path(self, step: int) -> str:
+        return os.path.join(self.folder, f"ckpt-{step}")
+
+    def _keep_last(self, step: int) -> None:
+        """Removes all but the last checkpoints up to `step` and lists these for TensorFlow."""
+        steps = [s for s in self._steps() if s <= step]
+        for name in os.listdir(self.folder):
+            match = re.fullmatch(r"ckpt-(\d+)\.(index|data-\d+-of-\d+)", name)
+            if match and int(match[1]) <= step and int(match[1]) not in steps[: self.keep]:
+                os.remove(os.path.join(self.folder, name))
+        kept = [f"ckpt-{s}" for s in sorted(steps[: self.keep])]
+        # For tf.train.latest_checkpoint, in the text form of CheckpointState.
+        lines = [f'model_checkpoint_path: "{kept[-1]}"']
+        lines += [f'all_model_checkpoint_paths: "{path}"' for path in kept]
+        workdirs.write(os.path.join(self.folder, "checkpoint"), "\n".join(lines) + "\n")
+
     def _steps(self) -> list[int]:
         # Read the folder itself: after a crash TensorFlow's index of it can be out of date.
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         matches = (re.fullmatch(r"ckpt-(\d+)\.index", name) for name in names)
         return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def not_finite(variables: Iterable[tf.Variable]) -> list[str]:
+    """Returns the names of the variables that have a value which is no finite number."""
+    floats = [v for v in variables if v.dtype.is_floating]
+    finite = [tf.reduce_all(tf.math.is_finite(v)) for v in floats]
+    return [v.name for v, good in zip(floats, np.array(tf.stack(finite))) if not good]

@@ -14,8 +14,9 @@ from absl import logging
 
 from tf_pcl.compat import keras
 from tf_pcl.data import image_files
-from tf_pcl.errors import UserError, one_line
+from tf_pcl.errors import Stopped, UserError, one_line
 from tf_pcl.training import workdir as workdirs
+from tf_pcl.training.checkpoints import not_finite
 
 # Loads a SavedModel where tf_pcl cannot be imported and writes what its two signatures answer.
 _CHECK = """
@@ -143,6 +144,26 @@ def load(path: str, classes: Sequence[str]) -> keras.Model:
     return model
 
 
+def check_finite(model: keras.Model, images: np.ndarray) -> None:
+    """Checks that a network that is to be exported gives numbers.
+
+    Args:
+      model: a keras.Model from raw images uint8 to logits.
+      images: real images uint8 [N, H, W, C].
+
+    Raises:
+      Stopped: if its weights or its logits are not finite.
+    """
+    wrong = not_finite(model.weights)
+    if not wrong and not np.isfinite(model(images, training=False).numpy()).all():
+        wrong = ["logits"]
+    if wrong:
+        raise Stopped(
+            f"the trained network is not exported, since its {wrong[0]} is not finite. Try a "
+            "smaller `learning_rate` in another `workdir`."
+        )
+
+
 def check(folder: str, model: keras.Model, images: np.ndarray) -> None:
     """Compares a SavedModel's logits, in a fresh process without tf_pcl, with the model's.
 
@@ -156,8 +177,6 @@ def check(folder: str, model: keras.Model, images: np.ndarray) -> None:
     """
     expected = model(images, training=False).numpy()
     scale = max(1.0, np.abs(expected).max())
-    if not np.isfinite(scale):
-        raise RuntimeError(f"the trained network gives logits that are not finite: {folder}")
     of_scale = lambda logits: np.abs(logits - expected).max() / scale
     # Low precision and another device sum in another order. How much that can matter for this
     # network is seen from a graph of it in this process.

@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -115,6 +115,24 @@ def table(results: dict[str, Any]) -> str:
         f"{results['images_per_second'] or 0:.0f} training images/s, without the first step"
     )
     return "\n".join(lines)
+
+
+def warning(results: dict[str, Any], data: ImageData) -> Optional[str]:
+    """Returns a line for people if a trained network is no better than a guess, else None.
+
+    Args:
+      results: the contents of results.json.
+      data: the data set.
+    """
+    counts = np.bincount(data.test.all_labels(), minlength=len(data.classes))
+    guess = 100 * (1 - counts.max() / counts.sum())
+    if results["deployed_error"] < guess - 1e-3:
+        return None
+    return (
+        "WARNING: the deployed network is no better than a guess: to answer always with the most "
+        f"frequent class gives a test error of {guess:.2f} %. Look at the losses in metrics.csv, "
+        "the learning rate and the length of training."
+    )
 
 
 def _count(weights: Iterable[tf.Variable]) -> int:

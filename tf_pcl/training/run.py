@@ -58,13 +58,14 @@ def run(options: Options) -> dict[str, Any]:
         stages = METHODS[options.method].stages(make, _target(options), **arguments)
     first = trainer.build_all(stages)[0]
 
-    workdir.begin(options, facts, versions)
-    opening = report.opening(options, data, steps, strategy.num_replicas_in_sync)
-    checked = (
-        f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
-    )
-    print(opening, *make.lines, checked, sep="\n", flush=True)
-    return _train_all(trainer, stages, first, workdir)
+    with workdir.locked():
+        workdir.begin(options, facts, versions)
+        opening = report.opening(options, data, steps, strategy.num_replicas_in_sync)
+        checked = (
+            f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
+        )
+        print(opening, *make.lines, checked, sep="\n", flush=True)
+        return _train_all(trainer, stages, first, workdir)
 
 
 def _check_names(options: Options) -> dict[str, Any]:
@@ -107,13 +108,17 @@ def _train_all(
         )
         title = f"stage {i + 1} of {len(stages)}, {stage.name}" if folders else ""
         results = trainer.train(models[i], folder, describe, title, results["wall_seconds"])
+        export.check_finite(deployed, trainer.data.test.first(32))
         saved_model = export.export(deployed, trainer.data.classes, folder.export)
+        warning = report.warning(results, trainer.data)
+        if warning and folder is not workdir:
+            print(warning, flush=True)
     print("Checking the SavedModel in a fresh process …", flush=True)
     export.check(saved_model, deployed, trainer.data.test.first(32))
     print(
         f"{report.table(results)}\n"
         f"SavedModel:   {saved_model}\n"
         f"TensorBoard:  tensorboard --logdir {workdir.path}\n"
-        f"Results:      {workdir.results}"
+        f"Results:      {workdir.results}" + (f"\n{warning}" if warning else "")
     )
     return results

@@ -9,6 +9,7 @@ from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tf_pcl import data as datasets
 from tf_pcl import losses, optimizer
@@ -16,6 +17,7 @@ from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options, names
+from tf_pcl.training import events
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.callbacks import Progress, Record, Row, Save
 from tf_pcl.training.checkpoints import Checkpoints
@@ -97,14 +99,15 @@ class Trainer:
           Stopped: if a signal, a bad loss or an error ended the training early.
         """
         os.makedirs(workdir.path, exist_ok=True)
+        workdir.tidy()
         checkpoints = Checkpoints(model, workdir.checkpoints)
         start = checkpoints.restore()
+        checkpoints.tidy(start)
         total = model.steps_per_epoch * self.options.epochs
         _say_where(title, start, total)
-        rows = [row for row in workdir.read_rows() if row["step"] <= start]
+        rows = self._rows(model, workdir, start)
         record = Record(workdir, rows, self.options.batch_size, describe, seconds)
-        if not start:
-            record.show_views(next(iter(self._batches(model)))[0])
+        record.show_views(next(iter(self._batches(model)))[0])
         every = self.options.checkpoint_steps(model.steps_per_epoch)
         with Save(checkpoints, every, start, total, title) as save:
             try:
@@ -118,6 +121,36 @@ class Trainer:
                     "goes on from there"
                 ) from e
         return describe(rows)
+
+    def _rows(self, model: Distiller, workdir: Workdir, start: int) -> list[Row]:
+        """Returns the rows of the epochs up to step `start`.
+
+        Those that metrics.csv lacks are taken from TensorBoard's files, and the last one's errors
+        are measured again.
+        """
+        steps, last = model.steps_per_epoch, self.options.epochs
+        done = start // steps
+        rows = {int(row["epoch"]): row for row in workdir.read_rows() if row["epoch"] <= done}
+        lacking = [e for e in range(1, done + 1) if e not in rows]
+        if not lacking:
+            return list(rows.values())
+        found = events.read(workdir)
+        rows.update({e: {"epoch": e, **found[e * steps]} for e in lacking if e * steps in found})
+        if last in lacking and f"val_error/{model.deployed_exit}" not in rows.get(last, {}):
+            test = datasets.test_batches(self.data, 4 * self.options.batch_size)
+            tested = model.evaluate(test, verbose=0, return_dict=True)
+            known = {"epoch": last, "step": start, "wall_seconds": 0.0, **rows.get(last, {})}
+            rows[last] = {**known, **{f"val_{name}": v for name, v in tested.items()}}
+        lost = ", ".join(str(e) for e in lacking if e not in rows)
+        logging.warning(
+            "%s lacked the rows of %d epochs; %s",
+            workdir.metrics,
+            len(lacking),
+            f"those of epochs {lost} are lost" if lost else "they were recovered",
+        )
+        ordered = [rows[epoch] for epoch in sorted(rows)]
+        workdir.write_rows(ordered)
+        return ordered
 
     def _fit(self, model: Distiller, start: int, callbacks: list[Any]) -> None:
         """Trains from step `start` to the end: the rest of an epoch first, then whole epochs."""

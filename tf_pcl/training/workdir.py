@@ -3,29 +3,39 @@
 flags.txt             the options of the run, as a flagfile
 data.json             what the data were
 versions.json         the versions of Python and the packages that it ran with
+lock                  which process works here; the lock itself ends with that process
 results.json          what came out; rewritten after every epoch that was tested
 metrics.csv           a row for every epoch
 checkpoints/          the last checkpoints
 tensorboard/train, tensorboard/test
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
-export/labels.txt     the classes in the order of the outputs, one a line, escaped
+export/labels.txt     the classes in the order of the outputs, a line each, escaped
 export/classes.json   the same names as a JSON list
 1-NAME, 2-NAME, …     the same for each stage before the last, without the first three files
 worker-1, worker-2, … what the workers after the first write
 """
 
 import contextlib
-import csv
+import errno
 import json
 import os
 import re
+import shutil
+import socket
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Optional
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional, TextIO
+
+from absl import logging
 
 from tf_pcl.data import class_names
 from tf_pcl.errors import UserError
 from tf_pcl.options import Options
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks.
+    fcntl = None  # type: ignore[assignment]
 
 SAVED_MODEL = os.path.join("saved_model", "1")
 LABELS = "labels.txt"
@@ -45,6 +55,7 @@ class Workdir:
         self.flags = os.path.join(path, "flags.txt")
         self.data = os.path.join(path, "data.json")
         self.versions = os.path.join(path, "versions.json")
+        self.lock = os.path.join(path, "lock")
         self.results = os.path.join(path, "results.json")
         self.metrics = os.path.join(path, "metrics.csv")
         self.checkpoints = os.path.join(path, "checkpoints")
@@ -76,11 +87,15 @@ class Workdir:
         """Checks that a run with these options can use this folder. Writes nothing.
 
         Raises:
-          UserError: if the folder cannot be written, holds a run with other options or one of a
-            run's earlier stages, or holds any run where `options.resume` is "never".
+          UserError: if the folder cannot be written, another process works in it, it holds a run
+            with other options or one of a run's earlier stages, or any run where `options.resume`
+            is "never".
         """
         self._check_name()
         self._check_writable()
+        if os.path.exists(self.lock):
+            with open(self.lock, "r+", encoding="utf-8") as f:
+                self._take(f)
         if not os.path.exists(self.flags):
             if os.path.exists(self.checkpoints):
                 raise self._refused(
@@ -93,8 +108,7 @@ class Workdir:
                 "the folder holds a run already: give another workdir, or `resume=auto` to go on"
             )
         given, free = options.as_flags(), options.run_only()
-        with open(self.flags, encoding="utf-8") as f:
-            old = dict(line.strip()[2:].split("=", 1) for line in f if line.startswith("--"))
+        old = self._read_flags()
         differ = [
             f"`{name}={given.get(name, '(unset)')}` here, {old.get(name, '(unset)')} there"
             for name in sorted({*given, *old})
@@ -114,8 +128,16 @@ class Workdir:
         """
         if not os.path.exists(self.data):
             return
-        with open(self.data, encoding="utf-8") as f:
-            old = json.load(f)
+        try:
+            with open(self.data, encoding="utf-8") as f:
+                old = dict(json.load(f))
+        except (ValueError, TypeError):
+            logging.warning(
+                "%s is damaged: it is written anew, and whether the data are still those that the "
+                "run began with is not known",
+                self.data,
+            )
+            return
         differ = [
             f"{name} {_brief(facts[name])} here, {_brief(old.get(name))} there"
             for name in facts
@@ -163,12 +185,64 @@ class Workdir:
         write_json(self.data, facts)
         write_json(self.versions, versions)
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes out of this folder, which is made if it is not there.
+
+        The lock ends with the process, whatever ends it. A file system that has no locks gives a
+        warning.
+
+        Raises:
+          UserError: if another process has the lock; the text names it.
+        """
+        os.makedirs(self.path, exist_ok=True)
+        # The file stays open: when a process closes it anywhere, the system takes the lock back.
+        with open(self.lock, "a+", encoding="utf-8") as f:
+            self._take(f)
+            f.truncate(0)
+            f.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
+            f.flush()
+            yield
+
+    def tidy(self) -> None:
+        """Removes what a killed process left half written, checkpoints apart."""
+        for folder, pattern in (self.path, r".*\.part"), (self.export, r"tmp\w{8}|.*\.part"):
+            for name in os.listdir(folder) if os.path.isdir(folder) else ():
+                path = os.path.join(folder, name)
+                if re.fullmatch(pattern, name):
+                    if os.path.isdir(path):
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        os.remove(path)
+
     def read_rows(self) -> list[dict[str, float]]:
-        """Returns the rows of metrics.csv without empty cells, or [] if there is no such file."""
+        """Returns the rows of metrics.csv without empty cells, or [] if there is no such file.
+
+        What is no row of numbers, or of an epoch out of order, is left out with a warning.
+        """
         if not os.path.exists(self.metrics):
             return []
-        with open(self.metrics, encoding="utf-8", newline="") as f:
-            return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
+        with open(self.metrics, encoding="utf-8", errors="replace", newline="") as f:
+            columns, *lines = [line.split(",") for line in f.read().split("\n")]
+        rows: list[dict[str, float]] = []
+        foreign = [] if "epoch" in columns else [1]
+        for number, cells in enumerate(lines, 2):
+            try:
+                row = {name: float(cell) for name, cell in zip(columns, cells) if cell}
+                before = rows[-1]["epoch"] if rows else 0
+                if len(cells) != len(columns) or row["epoch"] <= before:
+                    raise ValueError
+                rows.append(row)
+            except (ValueError, KeyError):
+                if cells != [""]:
+                    foreign.append(number)
+        if foreign:
+            logging.warning(
+                "%s: lines %s are not of this run, and are left out",
+                self.metrics,
+                ", ".join(map(str, foreign[:5])) + ", …" * (len(foreign) > 5),
+            )
+        return rows
 
     def write_rows(self, rows: Sequence[Mapping[str, float]]) -> None:
         """Writes metrics.csv with a column for every key, in the order of first appearance."""
@@ -176,6 +250,33 @@ class Workdir:
         lines = [",".join(columns)]
         lines += [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
         write(self.metrics, "\n".join(lines) + "\n")
+
+    def _take(self, lock: TextIO) -> None:
+        """Locks an open file until it is closed; UserError if another process has locked it."""
+        try:
+            if fcntl:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in (errno.EACCES, errno.EAGAIN):
+                logging.warning("%s cannot be locked: %s", self.path, e.strerror)
+                return
+            lock.seek(0)
+            raise self._refused(
+                f"another process works in this folder ({lock.read(200).strip()}): wait for its "
+                "end, or give another workdir"
+            ) from e
+
+    def _read_flags(self) -> dict[str, str]:
+        """Returns {name: text} of flags.txt."""
+        with open(self.flags, encoding="utf-8", errors="replace") as f:
+            lines = [line.strip() for line in f if line.strip() and not line.startswith("#")]
+        matches = [re.fullmatch(r"--(\w+)=(.*)", line) for line in lines]
+        if not lines or not all(matches):
+            raise self._refused(
+                "its flags.txt is damaged, so it is not known which run is there: write the flags "
+                "of that run into it again, one --name=value a line, or give another workdir"
+            )
+        return {match[1]: match[2] for match in matches if match}
 
     def _check_name(self) -> None:
         if re.match(r"\w+:/", self.path):
