@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import CLASSES, SHAPE, noise, other, with_labels
+from helpers import CLASSES, SHAPE, noise, other, with_labels
 
 from tf_pcl import console
 from tf_pcl.data import datasets
