@@ -198,7 +198,7 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capl
 @pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"--epochs=3\n--method\n", b"rubbish\n"])
 def test_damaged_flags_are_refused_in_a_line(damage, tmp_path):
     workdir = Workdir(str(tmp_path))
-    workdir.begin(Options(**QUICK), {})
+    workdir.begin(Options(**QUICK), {}, {})
     (tmp_path / "flags.txt").write_bytes(damage)
     with pytest.raises(UserError, match="flags.txt is damaged") as refused:
         workdir.check(Options(**QUICK))
