@@ -274,7 +274,7 @@ class Workdir:
         if not lines or not all(matches):
             raise self._refused(
                 "its flags.txt is damaged, so it is not known which run is there: write the flags "
-                "of that run into it again, one --name=value a line, or give another workdir"
+                "of that run into it again, one flag and its value a line, or give another workdir"
             )
         return {match[1]: match[2] for match in matches if match}
 
