@@ -35,13 +35,16 @@ def digits():
 
 @pytest.fixture(scope="session")
 def two_replicas():
-    """One strategy for all tests: a second MirroredStrategy in a process would reuse the first's collective keys."""
+    """One strategy for all tests.
+
+    A second MirroredStrategy in a process would use the first's collective keys again.
+    """
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
 @pytest.fixture
 def make_folder(tmp_path):
-    """make_folder({split: {class: [array or bytes]}}) writes an image folder, PNG for arrays, and returns its path."""
+    """A function {split: {class: [array or bytes]}} -> path of the image folder that it writes."""
 
     def make(splits):
         for split, classes in splits.items():

@@ -10,7 +10,10 @@ def softmax(z, T=1.0):
 
 
 def ce(y, z, weights=1.0):
-    """The mean over the batch of w·CE; y are class numbers [B] or probabilities [B, C], weights [B] or 1."""
+    """The mean over the batch of w·CE.
+
+    y are class numbers [B] or probabilities [B, C]; weights are [B] or 1.
+    """
     y = np.asarray(y)
     q = np.eye(np.shape(z)[-1])[y] if y.ndim == 1 else y
     return -np.mean(weights * np.sum(q * np.log(softmax(z)), axis=-1))
@@ -22,7 +25,7 @@ def kl(q, p, weights=1.0):
 
 
 def error(y, z):
-    """Percent of the images whose largest logit is not that of their class, or of their most probable one."""
+    """Percent of the images whose largest logit is another than that of their (likeliest) class."""
     y = np.asarray(y)
     return 100 * np.mean(np.argmax(z, -1) != (y if y.ndim == 1 else np.argmax(y, -1)))
 
@@ -45,6 +48,117 @@ def pcl(y, z, z_e, z_t, T, w, weights=1.0):
         for j in range(m)
     )
     return l_c, w * l_pe, w * l_pm
+
+
+# The equations of a method of the tables, a function of the logits {exit: z}, ω and its share. It
+# returns the weight of every exit's cross-entropy, and lessons (term, weight, teacher's logits,
+# pupil), each of which adds weight · T² · KL(p^T(teacher) ‖ p^T(pupil)) to the loss.
+
+
+def dml(z, w, share):
+    lessons = [("mutual", 1 / (len(z) - 1), z[i], j) for j in z for i in z if i != j]
+    return dict.fromkeys(z, 1.0), lessons
+
+
+def cl(z, w, share):
+    lessons = [("consensus", share, np.mean([z[j] for j in z if j != h], axis=0), h) for h in z]
+    return dict.fromkeys(z, 1 - share), lessons
+
+
+def one(z, w, share):
+    return dict.fromkeys(z, 1.0), [("ensemble", w, z["ensemble"], j) for j in z if j != "ensemble"]
+
+
+def ffl(z, w, share):
+    peers = [j for j in z if j != "ensemble"]
+    average = np.mean([z[j] for j in peers], axis=0)
+    return dict.fromkeys(z, 1.0), [("fused", w, z["ensemble"], j) for j in peers] + [
+        ("average", w, average, "ensemble")
+    ]
+
+
+def byot(z, w, share):
+    shallow = [i for i in z if i != "deepest"]
+    return {**dict.fromkeys(shallow, 1 - share), "deepest": 1.0}, [
+        ("deepest", share, z["deepest"], i) for i in shallow
+    ]
+
+
+def okddip_targets(z, f, w_q, w_k):
+    """t_i of each peer: Σ_j a_ij z_j, a_ij = softmax_j((W_q f_i) · (W_k f_j)), image by image."""
+    peers = [j for j in z if j != "leader"]
+    targets = {i: np.empty_like(z[i]) for i in peers}
+    for b in range(len(f[peers[0]])):
+        for i in peers:
+            a = softmax([np.dot(f[i][b] @ w_q, f[j][b] @ w_k) for j in peers])
+            targets[i][b] = sum(a_j * z[j][b] for a_j, j in zip(a, peers))
+    return targets
+
+
+def okddip(z, w, f, w_q, w_k):
+    targets = okddip_targets(z, f, w_q, w_k)
+    average = np.mean([z[j] for j in targets], axis=0)
+    return dict.fromkeys(z, 1.0), [("personal", w, targets[i], i) for i in targets] + [
+        ("group", w, average, "leader")
+    ]
+
+
+def losses_of(y, z, weights, lessons, T):
+    """{term: value} of the weights and lessons that a method's equations give, for labels y."""
+    terms = {"ce": sum(weight * ce(y, z[name]) for name, weight in weights.items())}
+    for term, weight, teacher, pupil in lessons:
+        lesson = weight * T**2 * kl(softmax(teacher, T), softmax(z[pupil], T))
+        terms[term] = terms.get(term, 0.0) + lesson
+    return terms
+
+
+def gradients_of(y, z, weights, lessons, T):
+    """{exit: gradient to its logits}, where all that teaches is constant.
+
+    T² KL(q ‖ p^T(z)) has the gradient T (p − q) / B.
+    """
+    to = {}
+    for name, logits in z.items():
+        b, classes = logits.shape
+        to[name] = weights[name] * (softmax(logits) - np.eye(classes)[y]) / b
+    for _, weight, teacher, pupil in lessons:
+        to[pupil] += weight * T * (softmax(z[pupil], T) - softmax(teacher, T)) / len(teacher)
+    return to
+
+
+def distances(f):
+    d = np.array([[np.sqrt(np.sum((u - v) ** 2)) for v in f] for u in f])
+    return d / d[d > 0].mean()
+
+
+def angles(f):
+    a = np.zeros([len(f)] * 3)
+    for i, u in enumerate(f):
+        for j, v in enumerate(f):
+            for k, w in enumerate(f):
+                e, g = u - v, w - v
+                if np.any(e) and np.any(g):
+                    a[j, i, k] = e @ g / np.linalg.norm(e) / np.linalg.norm(g)
+    return a
+
+
+def huber(x, y):
+    r = np.abs(x - y)
+    return np.mean(np.where(r <= 1, r**2 / 2, r - 0.5))
+
+
+def ctsl_mkt(y, z, f, z_alone, alpha, beta, gamma, beta_1, beta_2, t, own=None):
+    """Returns the loss terms. `own` are the logits and features that vary, where not all do."""
+    own_z, own_f = own or (z, f)
+    m, terms = len(z), dict.fromkeys(("ce", "mutual", "self", "distance", "angle"), 0.0)
+    for k in range(m):
+        terms["ce"] += alpha * ce(y, own_z[k])
+        terms["self"] += gamma * t**2 * kl(softmax(z_alone[k], t), softmax(own_z[k], t))
+        for j in set(range(m)) - {k}:
+            terms["mutual"] += beta * beta_2 / (m - 1) * kl(softmax(z[j]), softmax(own_z[k]))
+            terms["distance"] += beta / (m - 1) * huber(distances(f[j]), distances(own_f[k]))
+            terms["angle"] += beta * beta_1 / (m - 1) * huber(angles(f[j]), angles(own_f[k]))
+    return terms
 
 
 def sgd(w, gradients, rates, momentum=0.9, decay=5e-4, nesterov=True):
@@ -73,6 +187,17 @@ def convolve(x, kernel, stride=1):
 def batch_norm(x, gamma, beta, mean, variance):
     """BatchNorm of [..., c] with the statistics that are given."""
     return gamma * (x - mean) / np.sqrt(np.asarray(variance, np.float64) + 1e-5) + beta
+
+
+def norm_relu(x, weights, training):
+    """BatchNorm of [..., c], with the batch's statistics in training, and ReLU.
+
+    weights are gamma, beta, mean and variance, as Keras lists a layer's.
+    """
+    gamma, beta, mean, variance = weights
+    axes = tuple(range(x.ndim - 1))
+    mean, variance = (x.mean(axes), x.var(axes)) if training else (mean, variance)
+    return np.maximum(batch_norm(x, gamma, beta, mean, variance), 0)
 
 
 def max_pool(x):

@@ -26,7 +26,7 @@ def tiny(method="baseline", optimizer=None, network=without_norm, **compiled):
     given = {"preprocess": networks.standardise([128.0], [64.0])}
     if method == "pcl":
         given.update(views="shared", rampup_epochs=0)
-    model = METHODS[method](network(SHAPE, CLASSES), **given)
+    model = METHODS[method](lambda: network(SHAPE, CLASSES), **given)
     model.compile(optimizer, **compiled)
     return model
 
@@ -250,7 +250,7 @@ def test_arrays_that_are_no_images_and_labels_are_refused(x, y, text):
 @pytest.mark.slow
 def test_the_number_of_views_is_the_methods():
     model = methods.PCL(
-        without_norm(SHAPE, CLASSES), preprocess=networks.standardise([128.0], [64.0])
+        lambda: without_norm(SHAPE, CLASSES), preprocess=networks.standardise([128.0], [64.0])
     )
     model.compile()
     for wrong in (IMAGES, THREE[:, :2], THREE[:, :1]):
@@ -422,7 +422,9 @@ def test_fit_tells_the_length_of_training(method):
         keras.utils.set_random_seed(0)
         given = {} if method == "baseline" else {"views": "shared"}
         model = METHODS[method](
-            without_norm(SHAPE, CLASSES), preprocess=networks.standardise([128.0], [64.0]), **given
+            lambda: without_norm(SHAPE, CLASSES),
+            preprocess=networks.standardise([128.0], [64.0]),
+            **given,
         )
         model.compile(**told)
         rates = Rates()

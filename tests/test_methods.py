@@ -18,7 +18,18 @@ from tf_pcl.training import export
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.checkpoints import Checkpoints
 
-EVERY = [(m, n) for m in METHODS for n in TINY]
+
+def slow_but(*quick):
+    """The methods, all of which but `quick` are tested in the slow tier."""
+    return [m if m in quick else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+
+
+QUICK = {("pcl", "without_norm"), ("baseline", "resnet8")}
+EVERY = [
+    pytest.param(m, n, marks=[] if (m, n) in QUICK else pytest.mark.slow)
+    for m in METHODS
+    for n in TINY
+]
 
 
 @pytest.mark.parametrize("method, network", EVERY)
@@ -105,7 +116,7 @@ def optimized_graph(model, batches, folder):
     "method", [m for m, cls in METHODS.items() if cls.after_step is not Distiller.after_step]
 )
 def test_no_weight_is_read_while_it_is_written(method, digits, tmp_path):
-    """Whoever reads a variable and whoever writes it stand in an order: one can be reached from the other."""
+    """Of a read and a write of one variable, one can be reached from the other in the graph."""
     model = build(method, "resnet8", epochs=1)
     graph = optimized_graph(
         model, data.train_batches(digits, 32, 1, views=model.num_views), tmp_path
@@ -129,9 +140,10 @@ def test_no_weight_is_read_while_it_is_written(method, digits, tmp_path):
     assert [(r, w) for r, w in pairs if r not in before[w] and w not in before[r]] == []
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but("pcl"))
 def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
-    # The BatchNorm of a method's own modules must see both replicas' images here, as the one replica does.
+    # The BatchNorm of a method's own modules must see both replicas' images here, as the one
+    # replica does.
     monkeypatch.setattr(
         keras.layers,
         "BatchNormalization",
@@ -163,8 +175,10 @@ def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
         np.testing.assert_allclose(history[name], of_two[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("precision", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("method", slow_but("pcl"))
+@pytest.mark.parametrize(
+    "precision", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)]
+)
 def test_mixed_precision(method, precision, digits):
     keras.mixed_precision.set_global_policy(precision)
     # The CPU computes convolutions in float16 slowly: the smaller network.
@@ -180,7 +194,7 @@ def test_mixed_precision(method, precision, digits):
     assert model.deployed()(digits.test.first(3)).dtype == tf.float32
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but("pcl"))
 def test_jit_compile(method, digits):
     losses = []
     for jit in (False, True):

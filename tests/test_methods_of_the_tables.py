@@ -29,81 +29,12 @@ def three_stages(input_shape, num_classes):
 
 def build(method, network=without_norm, **kwargs):
     model = METHODS[method](
-        network(SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]), **kwargs
+        lambda: network(SHAPE, CLASSES),
+        preprocess=networks.standardise([78.0], [96.0]),
+        **kwargs,
     )
     model.compile(epochs=EPOCHS, steps_per_epoch=STEPS)
     return model
-
-
-# Each method's equations: the weight of every exit's cross-entropy, and its lessons (term, weight, teacher's logits, pupil),
-# each of which adds weight · T² · KL(p^T(teacher) ‖ p^T(pupil)) to the loss.
-
-
-def dml(z, w, share):
-    lessons = [("mutual", 1 / (len(z) - 1), z[i], j) for j in z for i in z if i != j]
-    return dict.fromkeys(z, 1.0), lessons
-
-
-def cl(z, w, share):
-    lessons = [("consensus", share, np.mean([z[j] for j in z if j != h], axis=0), h) for h in z]
-    return dict.fromkeys(z, 1 - share), lessons
-
-
-def one(z, w, share):
-    return dict.fromkeys(z, 1.0), [("ensemble", w, z["ensemble"], j) for j in z if j != "ensemble"]
-
-
-def ffl(z, w, share):
-    peers = [j for j in z if j != "ensemble"]
-    average = np.mean([z[j] for j in peers], axis=0)
-    return dict.fromkeys(z, 1.0), [("fused", w, z["ensemble"], j) for j in peers] + [
-        ("average", w, average, "ensemble")
-    ]
-
-
-def byot(z, w, share):
-    shallow = [i for i in z if i != "deepest"]
-    return {**dict.fromkeys(shallow, 1 - share), "deepest": 1.0}, [
-        ("deepest", share, z["deepest"], i) for i in shallow
-    ]
-
-
-def okddip_targets(z, f, w_q, w_k):
-    """t_i of each peer: Σ_j a_ij z_j, a_ij = softmax_j((W_q f_i) · (W_k f_j)), for rows f_i, image by image."""
-    peers = [j for j in z if j != "leader"]
-    targets = {i: np.empty_like(z[i]) for i in peers}
-    for b in range(B):
-        for i in peers:
-            a = oracle.softmax([np.dot(f[i][b] @ w_q, f[j][b] @ w_k) for j in peers])
-            targets[i][b] = sum(a_j * z[j][b] for a_j, j in zip(a, peers))
-    return targets
-
-
-def okddip(z, w, f, w_q, w_k):
-    targets = okddip_targets(z, f, w_q, w_k)
-    average = np.mean([z[j] for j in targets], axis=0)
-    return dict.fromkeys(z, 1.0), [("personal", w, targets[i], i) for i in targets] + [
-        ("group", w, average, "leader")
-    ]
-
-
-def losses(z, weights, lessons, T):
-    """{term: value} of the equations."""
-    terms = {"ce": sum(weight * oracle.ce(LABELS, z[name]) for name, weight in weights.items())}
-    for term, weight, teacher, pupil in lessons:
-        lesson = weight * T**2 * oracle.kl(oracle.softmax(teacher, T), oracle.softmax(z[pupil], T))
-        terms[term] = terms.get(term, 0.0) + lesson
-    return terms
-
-
-def gradients(z, weights, lessons, T):
-    """{exit: gradient to its logits} with teachers that are constants: T² KL(q ‖ p^T(z)) has T (p − q) / B."""
-    to = {
-        name: weights[name] * (oracle.softmax(z[name]) - np.eye(CLASSES)[LABELS]) / B for name in z
-    }
-    for _, weight, teacher, pupil in lessons:
-        to[pupil] += weight * T * (oracle.softmax(z[pupil], T) - oracle.softmax(teacher, T)) / B
-    return to
 
 
 def exits(names, d=16, seed=1):
@@ -126,17 +57,17 @@ def peers(m, *more):
 @pytest.mark.parametrize(
     "equations, names, T, share, kwargs, step",
     [
-        (dml, peers(2), 1.0, None, {"peers": 2}, 0),
-        (dml, peers(4), 3.0, None, {"peers": 4, "temperature": 3.0}, 0),
-        (cl, peers(3), 2.0, 0.5, {}, 0),
-        (cl, peers(2), 5.0, 0.2, {"peers": 2, "temperature": 5.0, "distill_share": 0.2}, 0),
-        (one, peers(3, "ensemble"), 3.0, None, {}, 37),
-        (one, peers(2, "ensemble"), 2.0, None, {"peers": 2, "temperature": 2.0}, 200),
-        (ffl, peers(3, "ensemble"), 3.0, None, {}, 37),
-        (ffl, peers(4, "ensemble"), 1.0, None, {"peers": 4, "temperature": 1.0}, 0),
-        (byot, ["exit_1", "deepest"], 3.0, 0.3, {}, 0),
+        (oracle.dml, peers(2), 1.0, None, {"peers": 2}, 0),
+        (oracle.dml, peers(4), 3.0, None, {"peers": 4, "temperature": 3.0}, 0),
+        (oracle.cl, peers(3), 2.0, 0.5, {}, 0),
+        (oracle.cl, peers(2), 5.0, 0.2, {"peers": 2, "temperature": 5.0, "distill_share": 0.2}, 0),
+        (oracle.one, peers(3, "ensemble"), 3.0, None, {}, 37),
+        (oracle.one, peers(2, "ensemble"), 2.0, None, {"peers": 2, "temperature": 2.0}, 200),
+        (oracle.ffl, peers(3, "ensemble"), 3.0, None, {}, 37),
+        (oracle.ffl, peers(4, "ensemble"), 1.0, None, {"peers": 4, "temperature": 1.0}, 0),
+        (oracle.byot, ["exit_1", "deepest"], 3.0, 0.3, {}, 0),
         (
-            byot,
+            oracle.byot,
             ["exit_1", "exit_2", "deepest"],
             1.0,
             0.8,
@@ -157,8 +88,8 @@ def test_loss_and_the_gradient_that_is_cut_at_every_teacher(
     with tf.GradientTape() as tape:
         terms = model.loss_terms(LABELS, student, {})
         total = tf.add_n(list(terms.values()))
-    want = losses(z, weights, lessons, T)
-    if equations is byot:
+    want = oracle.losses_of(LABELS, z, weights, lessons, T)
+    if equations is oracle.byot:
         hint_weight = kwargs.get("hint_weight", 0.03)
         to_last = {name: f[name] - f["deepest"] for name in names[:-1]}
         want["hint"] = hint_weight * sum(
@@ -170,9 +101,9 @@ def test_loss_and_the_gradient_that_is_cut_at_every_teacher(
     logits, features = tape.gradient(
         total, [{name: e[i] for name, e in student.items()} for i in (0, 1)]
     )
-    for name, expected in gradients(z, weights, lessons, T).items():
+    for name, expected in oracle.gradients_of(LABELS, z, weights, lessons, T).items():
         np.testing.assert_allclose(logits[name], expected, atol=1e-6, err_msg=name)
-    if equations is byot:
+    if equations is oracle.byot:
         assert features["deepest"] is None
         for name, apart in to_last.items():
             np.testing.assert_allclose(features[name], hint_weight * 2 * apart / B, atol=1e-6)
@@ -214,20 +145,20 @@ def test_okddip_attention_targets_and_the_gradient_through_them(m, d, T, step):
     w = oracle.omega(step / STEPS, 8.0)
 
     def total(z, f, w_q, w_k):
-        weights, lessons = okddip(z, w, f, w_q, w_k)
-        return sum(losses(z, weights, lessons, T).values())
+        weights, lessons = oracle.okddip(z, w, f, w_q, w_k)
+        return sum(oracle.losses_of(LABELS, z, weights, lessons, T).values())
 
     features = tf.stack([student[name].features for name in peers(m)], axis=1)
     a = model.attention(features).numpy()
     np.testing.assert_allclose(a.sum(-1), 1, atol=1e-6)
     mixed = np.einsum("bij,jbc->ibc", a, np.stack([z[name] for name in peers(m)]))
     for target, name in zip(mixed, peers(m)):
-        np.testing.assert_allclose(target, okddip_targets(z, f, w_q, w_k)[name], atol=1e-5)
+        np.testing.assert_allclose(target, oracle.okddip_targets(z, f, w_q, w_k)[name], atol=1e-5)
 
     with tf.GradientTape() as tape:
         terms = model.loss_terms(LABELS, student, {})
         loss = tf.add_n(list(terms.values()))
-    want = losses(z, *okddip(z, w, f, w_q, w_k), T)
+    want = oracle.losses_of(LABELS, z, *oracle.okddip(z, w, f, w_q, w_k), T)
     for term in ("ce", "personal", "group"):
         assert terms[term].numpy() == pytest.approx(want[term], rel=1e-5), term
 
@@ -315,13 +246,6 @@ def shaken(module, seed=3):
     ]
 
 
-def norm_relu(x, weights, training):
-    gamma, beta, mean, variance = weights
-    axes = tuple(range(x.ndim - 1))
-    mean, variance = (x.mean(axes), x.var(axes)) if training else (mean, variance)
-    return np.maximum(oracle.batch_norm(x, gamma, beta, mean, variance), 0)
-
-
 @pytest.mark.parametrize("training", [False, True])
 def test_one_gate_and_ensemble(training):
     model = build("one", networks.resnet8)
@@ -329,7 +253,7 @@ def test_one_gate_and_ensemble(training):
     views = tf.constant(noise(8, 1, *SHAPE))
     low = model.peers.low(views, training)[0].numpy().astype(np.float64)
     student = model.students(views, training)
-    g = oracle.softmax(norm_relu(low.mean((1, 2)) @ kernel, norm, training))
+    g = oracle.softmax(oracle.norm_relu(low.mean((1, 2)) @ kernel, norm, training))
     z = [student[name].logits.numpy() for name in peers(3)]
     want = sum(g[:, j : j + 1] * z[j] for j in range(3))
     np.testing.assert_allclose(student["ensemble"].logits, want, rtol=1e-5, atol=1e-5)
@@ -346,8 +270,8 @@ def test_ffl_fusion(training):
     )
     for name, kept in zip(peers(3), np.split(maps, 3, axis=-1)):
         np.testing.assert_allclose(kept.mean((1, 2)), student[name].features, rtol=1e-4, atol=1e-5)
-    x = norm_relu(oracle.convolve(maps, depthwise * np.eye(3 * 64)), norm_1, training)
-    x = norm_relu(oracle.convolve(x, pointwise), norm_2, training)
+    x = oracle.norm_relu(oracle.convolve(maps, depthwise * np.eye(3 * 64)), norm_1, training)
+    x = oracle.norm_relu(oracle.convolve(x, pointwise), norm_2, training)
     np.testing.assert_allclose(
         student["ensemble"].logits, x.mean((1, 2)) @ kernel + bias, rtol=1e-5, atol=1e-5
     )
@@ -368,7 +292,7 @@ def test_byot_exits_stand_after_each_stage_but_the_last(training):
         x = to_stage(model.preprocess(images), training=training).numpy().astype(np.float64)
         strides = [1, *[2] * (2 - i), 1]
         for stride, (conv,), norm in zip(strides, convs_and_norms[::2], convs_and_norms[1::2]):
-            x = norm_relu(oracle.convolve(x, conv, stride), norm, training)
+            x = oracle.norm_relu(oracle.convolve(x, conv, stride), norm, training)
         assert len(convs_and_norms) == 2 * len(strides)
         got = student[f"exit_{i + 1}"]
         np.testing.assert_allclose(got.features, x.mean((1, 2)), rtol=1e-4, atol=1e-5)
@@ -463,19 +387,19 @@ def without_stages(input_shape, num_classes):
     "method, network, kwargs, text",
     [
         *(
-            (method, without_norm, {"peers": 1}, "--peers=1: .* at least 2 peers")
+            (method, without_norm, {"peers": 1}, "`peers=1`: .* at least 2 peers")
             for method in SINGLE_STAGE
             if method != "byot"
         ),
-        ("one", dense, {}, r"\(None, 8\) where --split_at cuts it, not a feature map"),
-        ("ffl", dense, {}, "'dense' has no feature map"),
+        ("one", dense, {}, r"\(None, 8\) where it is cut, not a feature map .*`split_at`"),
+        ("ffl", dense, {}, "the network has no feature map .*: cut earlier with `split_at`"),
         ("ffl", without_stages, {"split_at": "conv"}, "no feature map"),
         ("byot", dense, {}, "'dense' has stage_1, stage_2: .* with a feature map"),
         (
             "byot",
             without_stages,
             {},
-            "'without_stages' has no layer stage_1, .* two stages or more",
+            "'without_stages' has no layer stage_1, .* two sections or more",
         ),
     ],
 )

@@ -287,7 +287,7 @@ def test_proposed_cuts():
     ) as e:
         surgery.propose_cut(network, 0.1)
     assert surgery.propose_cut(network, 0.43).name == "a" and "\n" not in str(e.value)
-    # The default share is that of the tables' ResNets: the same cut with it as before their last stage.
+    # The default share is that of the tables' ResNets, which it cuts before their last stage.
     resnet = networks.resnet20((32, 32, 3), 10)
     assert (
         surgery.propose_cut(resnet).name
@@ -319,7 +319,8 @@ def base_model(size=8):
 
 def test_a_model_in_the_network_is_cut_inside():
     base = base_model(None)
-    # Its statistics stay as they are where it was called so, and a name that comes twice gets a number.
+    # Its statistics stay as they are where it was called so, and a name that comes twice gets a
+    # number.
     network = nested(base, keras.layers.Rescaling(1 / 255), Conv2D(3, 1, name="a"), training=False)
     whole = surgery.with_features(network)
     assert surgery.cut_points(whole) == [
@@ -683,7 +684,8 @@ def test_names(tmp_path, monkeypatch):
     (tmp_path / "my_models.py").write_text(
         "from tensorflow import keras\n"
         "def build(input_shape, num_classes):\n"
-        "    return keras.Sequential([keras.Input(input_shape), keras.layers.Flatten(), keras.layers.Dense(num_classes)])\n"
+        "    layers = [keras.layers.Flatten(), keras.layers.Dense(num_classes)]\n"
+        "    return keras.Sequential([keras.Input(input_shape), *layers])\n"
         "def wrong(input_shape, num_classes):\n"
         "    return 3\n"
         "def failing(input_shape, num_classes):\n"

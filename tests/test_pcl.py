@@ -17,7 +17,9 @@ B, EPOCHS, STEPS = 16, 30, 10
 
 
 def build(network=networks.resnet8, **kwargs):
-    model = PCL(network(SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]), **kwargs)
+    model = PCL(
+        lambda: network(SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]), **kwargs
+    )
     model.compile(epochs=EPOCHS, steps_per_epoch=STEPS)
     return model
 
@@ -178,10 +180,10 @@ def test_mean_teacher_keeps_statistics_of_its_own_passes():
 
 
 def test_mean_teacher_of_epochs_is_usable_after_the_first(digits):
-    """The first update, φ = 0, makes it the peers; with the statistics of its own passes it would only guess."""
+    """The first update, φ = 0, makes it the peers, with their statistics of BatchNorm too."""
     batch, steps = 64, len(digits.train) // 64
     model = PCL(
-        networks.resnet8(SHAPE, CLASSES),
+        lambda: networks.resnet8(SHAPE, CLASSES),
         preprocess=networks.standardise(digits.mean, digits.std),
         ema_every="epoch",
     )

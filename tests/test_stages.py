@@ -38,45 +38,6 @@ def exit_of(z, f=None):
 # The equations.
 
 
-def distances(f):
-    d = np.array([[np.sqrt(np.sum((u - v) ** 2)) for v in f] for u in f])
-    return d / d[d > 0].mean()
-
-
-def angles(f):
-    a = np.zeros([len(f)] * 3)
-    for i, u in enumerate(f):
-        for j, v in enumerate(f):
-            for k, w in enumerate(f):
-                e, g = u - v, w - v
-                if np.any(e) and np.any(g):
-                    a[j, i, k] = e @ g / np.linalg.norm(e) / np.linalg.norm(g)
-    return a
-
-
-def huber(x, y):
-    r = np.abs(x - y)
-    return np.mean(np.where(r <= 1, r**2 / 2, r - 0.5))
-
-
-def ctsl_mkt(z, f, z_alone, alpha, beta, gamma, beta_1, beta_2, t, own=None):
-    """Returns the loss terms. `own` are the logits and features that vary, where not all do."""
-    own_z, own_f = own or (z, f)
-    m, terms = len(z), dict.fromkeys(("ce", "mutual", "self", "distance", "angle"), 0.0)
-    for k in range(m):
-        terms["ce"] += alpha * oracle.ce(LABELS, own_z[k])
-        terms["self"] += (
-            gamma * t**2 * oracle.kl(oracle.softmax(z_alone[k], t), oracle.softmax(own_z[k], t))
-        )
-        for j in set(range(m)) - {k}:
-            terms["mutual"] += (
-                beta * beta_2 / (m - 1) * oracle.kl(oracle.softmax(z[j]), oracle.softmax(own_z[k]))
-            )
-            terms["distance"] += beta / (m - 1) * huber(distances(f[j]), distances(own_f[k]))
-            terms["angle"] += beta * beta_1 / (m - 1) * huber(angles(f[j]), angles(own_f[k]))
-    return terms
-
-
 @pytest.mark.parametrize(
     "kwargs, widths",
     [
@@ -116,7 +77,7 @@ def test_ctsl_mkt_loss_and_gradients(kwargs, widths):
     with tf.GradientTape() as tape:
         terms = model.loss_terms(LABELS, student, teacher)
         total = tf.add_n(list(terms.values()))
-    want = ctsl_mkt(z, f, z_alone, *weights, t)
+    want = oracle.ctsl_mkt(LABELS, z, f, z_alone, *weights, t)
     assert set(terms) == set(want) == set(model.terms)
     for name in want:
         assert terms[name].numpy() == pytest.approx(want[name], rel=1e-5), name
@@ -136,7 +97,7 @@ def test_ctsl_mkt_loss_and_gradients(kwargs, widths):
             at, ends = array[index], []
             for there in (at + 1e-5, at - 1e-5):
                 array[index] = there
-                ends.append(sum(ctsl_mkt(z, f, z_alone, *weights, t, own).values()))
+                ends.append(sum(oracle.ctsl_mkt(LABELS, z, f, z_alone, *weights, t, own).values()))
             array[index] = at
             assert gradient.numpy()[index] == pytest.approx((ends[0] - ends[1]) / 2e-5, abs=2e-5)
 
@@ -145,9 +106,11 @@ def test_ctsl_mkt_loss_and_gradients(kwargs, widths):
 def test_relations_of_few_images(scale, shift):
     f = np.float32(shift + scale * np.random.RandomState(3).randn(6, 5))
     np.testing.assert_allclose(
-        losses_module.pairwise_distances(f), distances(np.float64(f)), atol=1e-4
+        losses_module.pairwise_distances(f), oracle.distances(np.float64(f)), atol=1e-4
     )
-    np.testing.assert_allclose(losses_module.triplet_angles(f), angles(np.float64(f)), atol=1e-4)
+    np.testing.assert_allclose(
+        losses_module.triplet_angles(f), oracle.angles(np.float64(f)), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("kinds", [1, 3])
@@ -161,7 +124,7 @@ def test_relations_of_identical_images_are_finite_and_so_are_their_gradients(kin
     gradient = tape.gradient(loss, f).numpy()
     assert np.isfinite(gradient).all() and np.abs(gradient).max() < 1e3
     if kinds > 1:
-        np.testing.assert_allclose(a, angles(np.float64(f.numpy())), atol=1e-5)
+        np.testing.assert_allclose(a, oracle.angles(np.float64(f.numpy())), atol=1e-5)
 
 
 def test_the_angles_hold_no_vector_for_every_triple():
@@ -419,18 +382,18 @@ def test_different_networks_learn_together(tmp_path):
         (dict(method="kd", teacher="/nowhere"), "/nowhere holds no SavedModel"),
         (
             dict(method="kd", teacher_network="resnet8"),
-            "--teacher_network does not go with --teacher",
+            "`teacher_network` does not go with `teacher`",
         ),
         (dict(method="pcl"), "`teacher` does not go with `method=pcl`: it is for kd"),
         (dict(method="kd", teacher=None, teacher_network="resnet9"), "Did you mean resnet"),
         (dict(method="ban", teacher=None, generations=1), "at least 2"),
         (
             dict(method="dml", teacher=None, network="resnet8,resnet14", peers=3),
-            "--peers=3 does not go with 2 networks",
+            "`peers=3`: it does not go with 2 networks",
         ),
         (
             dict(method="ctsl_mkt", teacher=None, network="resnet8,resnet14", peers=3),
-            "--peers=3 does not go with 2 networks",
+            "`peers=3`: it does not go with 2 networks",
         ),
         (dict(method="ctsl_mkt", teacher=None, peers=1), "at least 2 peers"),
         (

@@ -1,4 +1,4 @@
-"""What is trained is what was given: networks made again, sliced, proven, or refused in a sentence."""
+"""What is trained is what was given: networks are made again, sliced, proven, or refused."""
 
 import numpy as np
 import pytest

@@ -24,7 +24,7 @@ QUICK = dict(dataset="digits", network="resnet8", epochs=2, batch_size=256, trai
 
 
 def small_model():
-    model = METHODS["pcl"](without_norm(SHAPE, CLASSES), peers=2)
+    model = METHODS["pcl"](lambda: without_norm(SHAPE, CLASSES), peers=2)
     model.compile(epochs=4, steps_per_epoch=3)
     model.optimizer.build(model.trainable_weights)
     return model

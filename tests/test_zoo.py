@@ -1,4 +1,4 @@
-"""The networks are those of the tables: exact parameter counts, forward cost, where the branch begins, any image size."""
+"""The zoo's networks are those of the tables: parameters, forward cost, cuts, any image size."""
 
 import functools
 import re
@@ -90,7 +90,8 @@ def test_any_image_size_in_low_precision(name):
 @pytest.mark.parametrize("fan", ["fan_in", "fan_out"])
 def test_kernels_can_be_drawn_by_fan_in_or_fan_out(fan):
     drawn = networks.build("resnet18", *IMAGENET, initializer=fan)
-    for model in (drawn, surgery.clone(drawn)):
+    target = surgery.Target.of(drawn)
+    for model in (target.new(), target.new()):
         kernels = [w.numpy() for w in model.weights if len(w.shape) == 4]
         assert len(kernels) == 20
         for k in kernels:
@@ -111,7 +112,9 @@ def test_a_run_draws_its_network_as_asked(digits):
 
 
 class Published:
-    """The blocks of the published PyTorch networks in NumPy float64, with the weights of ours in inference mode.
+    """The blocks of the published PyTorch networks, in inference mode with the weights of ours.
+
+    They are in NumPy float64.
 
     Args:
       model: a network whose layers were made in the order in which the blocks here use them.

@@ -95,7 +95,7 @@ class CoupledSGD(keras.optimizers.Optimizer):
 
 
 def recipe(
-    epochs: int,
+    epochs: float,
     steps_per_epoch: int,
     learning_rate: float = 0.1,
     lr_decay_epochs: Optional[Sequence[float]] = None,

@@ -13,7 +13,7 @@ from tf_pcl.methods.okddip import OKDDip
 from tf_pcl.methods.one import ONE
 from tf_pcl.methods.pcl import PCL
 
-# --method -> class. A method's flags are the keyword arguments of its class.
+# {name: class}. The options of a method are the keyword arguments of its class and its stages.
 METHODS: dict[str, type[Distiller]] = {
     "ban": BAN,
     "baseline": Baseline,

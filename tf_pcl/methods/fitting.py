@@ -1,0 +1,318 @@
+"""Keras's compile, fit, evaluate and predict as a method has them.
+
+They take what Keras's users give and refuse in one sentence what cannot be trained on. What a step
+computes stands in `distiller`.
+"""
+
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from tf_pcl import losses
+from tf_pcl import optimizer as optimizers
+from tf_pcl.compat import keras
+from tf_pcl.errors import UserError
+from tf_pcl.methods import batches
+
+STANDARDISE = (
+    "if these are raw images, 0–255, build the method with "
+    "`preprocess=networks.standardise(mean, std)`"
+)
+# So many times ln C, the cross-entropy of a guess, is no start, and no epoch to go on from.
+TOO_LARGE, LOST = 100, 1e6
+
+
+class Fitting(keras.Model):
+    """A keras.Model that brings its own losses and metrics and learns the length of its training.
+
+    `Distiller` adds the steps. It sets `step`, and defines `deployed`, `decay_exceptions` and
+    `reported`.
+
+    Attributes:
+      mean_of: {name: keras.metrics.Mean} of all that is reported, once the model is compiled.
+    """
+
+    # What compile and fit were given; a method trains only once it knows the length.
+    _given_length: tuple = (None, None)
+    _length: tuple = (None, None)
+    _own_recipe = False
+    _class_weights: tuple[float, ...] = ()
+    _takes_raw = False
+
+    def __init__(self, name: Optional[str] = None):
+        super().__init__(name=name)
+        # Past Keras, which would make it a part of checkpoints.
+        self.__dict__["_forms"] = {}
+
+    def compile(
+        self,
+        optimizer: Any = None,
+        *,
+        epochs: Optional[int] = None,
+        steps_per_epoch: Optional[int] = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configures training as Keras does, without losses and metrics: a method has its own.
+
+        Args:
+          optimizer: a keras optimizer or its name; by default the tables' SGD (optimizer.recipe),
+            whose learning rate drops at 1/2 and 3/4 of training. An optimizer of another class
+            decays all weights alike.
+          epochs: the length of training, which schedules scale with. By default it is what fit
+            says: the epochs done before and those of this call. A training in several calls of
+            fit needs the whole length here.
+          steps_per_epoch: the steps of an epoch; by default what fit says.
+          **kwargs: jit_compile, run_eagerly, steps_per_execution.
+
+        Raises:
+          UserError: for losses and metrics.
+        """
+        for name in ("loss", "metrics", "loss_weights", "weighted_metrics"):
+            if kwargs.get(name) is not None:
+                raise UserError(
+                    "a method brings its own losses and metrics: leave it out",
+                    parameter=name,
+                    value="…",
+                )
+        self._given_length = self._length = (epochs, steps_per_epoch)
+        self._own_recipe = not optimizer
+        optimizer = optimizer or optimizers.recipe(epochs or 1, steps_per_epoch or 1)
+        if isinstance(optimizer, optimizers.CoupledSGD):
+            for weights, decay in self.decay_exceptions:
+                optimizer.set_decay(weights, decay)
+        super().compile(optimizer=optimizer, **kwargs)
+        self.mean_of = {name: keras.metrics.Mean(name) for name in self.reported}
+
+    @property
+    def epochs(self) -> int:
+        """The length of training in epochs; UserError if nobody has told it."""
+        return self._known(0)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The steps of an epoch; UserError if nobody has told it."""
+        return self._known(1)
+
+    def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains as Keras's fit does and refuses in one sentence what it cannot train on.
+
+        Raises:
+          UserError: for data of another form (see the class), labels that are no classes, weights
+            that are none, a callback that sets the learning rate of an optimizer which follows a
+            schedule, and a loss that is lost since raw images reach the network.
+        """
+        given = _bound(super().fit, x, y, *args, **kwargs)
+        given["callbacks"] = self._callbacks(given)
+        weights = given.pop("class_weight", None)
+        if weights is not None:
+            self._class_weights = batches.as_class_weights(weights, self._ends[1])
+            self.train_function = None
+        if getattr(self, "_eval_data_handler", None) is not None:
+            # A fit that was broken off has left its validation data, which Keras would take again.
+            del self._eval_data_handler
+        try:
+            with batches.in_one_sentence():
+                return super().fit(**self._checked(given, "train_function"))
+        finally:
+            if weights is not None:
+                self._class_weights, self.train_function = (), None
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Measures the deployed exit's cross-entropy, and each exit's error in percent.
+
+        The cross-entropy, `loss`, is weighted by `sample_weight` and without penalties of the
+        network's own. All are means over the images, however the batches are cut.
+
+        Raises:
+          UserError: as `fit`.
+        """
+        given = _bound(super().evaluate, x, y, *args, **kwargs)
+        with batches.in_one_sentence():
+            return super().evaluate(**self._checked(given, "test_function"))
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
+        """Returns the deployed exit's logits [N, C]; UserError for images of another size."""
+        with batches.in_one_sentence():
+            _ = self._ends
+            return super().predict(x, *args, **kwargs)
+
+    def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains on a batch; UserError as in `fit`, and for an unknown length of training."""
+        with batches.in_one_sentence():
+            return super().train_on_batch(*args, **kwargs)
+
+    def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Measures on a batch what `evaluate` measures; UserError as there."""
+        with batches.in_one_sentence():
+            return super().test_on_batch(*args, **kwargs)
+
+    def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
+        """Refuses: a method is not saved as a whole; its weights and the deployed network are."""
+        raise UserError(
+            "a method is not saved as a model: use save_weights (a ModelCheckpoint with "
+            "`save_weights_only=True`), or save what deployed() gives"
+        )
+
+    @functools.cached_property
+    def _ends(self) -> tuple:
+        """((H, W, C) of the images, number of classes); None in the shape for any."""
+        deployed = self.deployed()
+        return tuple(deployed.input_shape[1:]), deployed.output_shape[-1]
+
+    @property
+    def _image_shape(self) -> Optional[tuple]:
+        # Known in fit, evaluate and predict; a step alone does not build a network for it.
+        return self.__dict__.get("_ends", (None,))[0]
+
+    def _known(self, i: int) -> int:
+        if self._length[i] is None:
+            raise UserError(
+                "the length of training is not known, and schedules scale with it: give "
+                "`compile` or `fit` the `epochs` and `steps_per_epoch`"
+            )
+        return self._length[i]
+
+    def _set_length(self, epochs: float, steps: Optional[int]) -> None:
+        """Takes the length of training from fit, where compile was not given it."""
+        given_epochs, given_steps = self._given_length
+        epochs = epochs if given_epochs is None else given_epochs
+        steps = steps if given_steps is None else given_steps
+        if (epochs, steps) == self._length:
+            return
+        self._length = (epochs, steps)
+        if self._own_recipe and steps is not None:
+            rate = optimizers.recipe(epochs, steps)._learning_rate
+            self._inner_optimizer.learning_rate = rate
+        # The lengths are constants of the graph.
+        self.make_train_function(force=True)
+
+    @property
+    def _inner_optimizer(self) -> Any:
+        # Mixed precision wraps an optimizer in one that scales the loss.
+        return getattr(self.optimizer, "inner_optimizer", self.optimizer)
+
+    def _callbacks(self, given: dict) -> list:
+        """Returns a fit's callbacks, after the one that tells the model its length."""
+        callbacks = given.get("callbacks")
+        if isinstance(callbacks, keras.callbacks.CallbackList):
+            raise UserError("give a list of callbacks", parameter="callbacks", value="CallbackList")
+        callbacks = tf.nest.flatten(callbacks) if callbacks else []
+        rate = getattr(self._inner_optimizer, "_learning_rate", None)
+        sets_rate = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
+        for callback in callbacks:
+            if isinstance(callback, sets_rate) and isinstance(
+                rate, keras.optimizers.schedules.LearningRateSchedule
+            ):
+                raise UserError(
+                    f"{type(callback).__name__} cannot change a learning rate that follows a "
+                    "schedule: give `compile` one with a number, such as "
+                    "tf_pcl.optimizer.CoupledSGD(0.1)"
+                )
+        return [_Begin(given.get("initial_epoch") or 0), *callbacks]
+
+    def _checked(self, given: dict, function: str) -> dict:
+        """Returns the arguments of fit or evaluate, once what is known before a step was checked.
+
+        Args:
+          given: {name: value}.
+          function: the name of the attribute that keeps what Keras makes of the step.
+        """
+        y, classes = given.get("y"), self._ends[1]
+        if y is not None and not tf.nest.is_nested(y):
+            try:
+                y = tf.convert_to_tensor(np.asarray(y))
+            except (TypeError, ValueError) as e:
+                raise UserError("the labels are no array of numbers") from e
+            batches.as_labels(batches.dense("labels", y), classes)
+        form = [batches.form(given.get(name)) for name in ("x", "y", "sample_weight")]
+        in_fit = given.get("_use_cached_eval_dataset", False)
+        if form != self._forms.get(function) or ("?" in form and not in_fit):
+            # Else TensorFlow traces one function for both forms, in which the shapes are not known.
+            self._forms[function] = form
+            setattr(self, function, None)
+        for name in ("x", "validation_data") if self._jit_compile else ():
+            # A step that XLA compiles asserts nothing.
+            if isinstance(given.get(name), tf.data.Dataset):
+                given[name] = given[name].map(functools.partial(batches.asserted, classes))
+        return given
+
+    def _check_first_batch(
+        self, views: tf.Tensor, labels: tf.Tensor, logits: Sequence[tf.Tensor]
+    ) -> list:
+        """Looks for images that reach the network raw, in the first step and before its update.
+
+        Args:
+          views: as the step gets them, [B, m, H, W, C].
+          labels: class numbers [B] or probabilities [B, C].
+          logits: what the trained exits say, each [B, C].
+
+        Returns:
+          What the update must wait for, and what fails with a sentence; nothing under XLA, which
+          drops assertions.
+        """
+        if not self._takes_raw or self._jit_compile:
+            return []
+        usual = math.log(logits[0].shape[-1])
+
+        def look():
+            loss = tf.reduce_max(
+                [tf.reduce_mean(losses.cross_entropies(labels, z)) for z in logits]
+            )
+            largest = tf.reduce_max(tf.abs(tf.cast(views, tf.float32)))
+            check = batches.demand(
+                tf.logical_or(largest <= 20, loss <= TOO_LARGE * usual),
+                "the images have values up to",
+                largest,
+                "and reach the network as they are, whose cross-entropy starts at",
+                loss,
+                f"instead of about {usual:.2g}: {STANDARDISE}",
+            )
+            return batches.after([check], tf.constant(True))
+
+        return [tf.cond(tf.equal(self.step, 0), look, lambda: tf.constant(True))]
+
+
+def _bound(function: Callable, *args: Any, **kwargs: Any) -> dict:
+    """Returns the arguments of a call as {name: value}."""
+    given = inspect.signature(function).bind(*args, **kwargs).arguments
+    further = given.pop("kwargs", {})
+    return {**given, **further}
+
+
+class _Begin(keras.callbacks.Callback):
+    """Tells the model its training's length, before others restore anything, and looks at its loss.
+
+    Args:
+      initial_epoch: as fit was given it.
+    """
+
+    def __init__(self, initial_epoch: int):
+        super().__init__()
+        self.initial_epoch = initial_epoch
+
+    def on_train_begin(self, logs=None):
+        epochs, steps = self.params["epochs"] - self.initial_epoch, self.params["steps"]
+        if steps:
+            done = self.model.step.numpy() / steps
+            epochs += int(done) if done == int(done) else done
+        self.model._set_length(epochs, steps)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self.model._takes_raw or "loss/ce" not in (logs or {}):
+            return
+        # At most: some exits may not be trained, and an exit may weigh less than 1.
+        loss, usual = logs["loss/ce"] / len(self.model.exits), math.log(self.model._ends[1])
+        said = (
+            f"the cross-entropy is {logs['loss/ce']:.3g} after epoch {epoch + 1}: {STANDARDISE}, "
+            "or try a smaller learning rate"
+        )
+        if not loss < LOST * usual:
+            raise UserError(said)
+        if loss > 5 * usual:
+            warnings.warn(said, stacklevel=2)
