@@ -1,6 +1,7 @@
 """Small networks and small data for the tests, and a method built around them."""
 
 import numpy as np
+import pytest
 import tensorflow as tf
 from tensorflow import keras
 
@@ -113,3 +114,8 @@ def flop(model):
         (node,) = node.children
         total += node.float_ops * (node.name in ("Conv2D", "DepthwiseConv2dNative", "MatMul"))
     return total
+
+
+def slow_but(names, *quick):
+    """Parameters for pytest, all of which but `quick` are tested in the slow tier."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import build, noise, without_norm
+from helpers import build, noise, slow_but, without_norm
 from tensorflow import keras
 
 from tf_pcl import methods, networks
@@ -68,13 +68,16 @@ FORMS = {
     "soft": SOFT,
     "soft float16": SOFT.astype(np.float16),
 }
+QUICK_FORMS = ("uint8", "column", "soft")
 
 
 @pytest.mark.parametrize("method", BOTH)
-def test_labels_of_every_form_give_the_true_loss_and_error(method):
+@pytest.mark.parametrize("names", slow_but([QUICK_FORMS, tuple(FORMS)], QUICK_FORMS), ids=len)
+def test_labels_of_every_form_give_the_true_loss_and_error(names, method):
     model = still(method)
     z = logits(model)
-    for name, labels in FORMS.items():
+    for name in names:
+        labels = FORMS[name]
         y = labels if name.startswith("soft") else LABELS
         for data in ((IMAGES, labels), (dataset(IMAGES, labels), None)):
             # 50 images in batches of 16: the last one has 2.
@@ -155,8 +158,8 @@ def one_sentence(error, text):
     assert error.match(text) and "\n" not in str(error.value) and len(str(error.value)) < 300
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
-@pytest.mark.parametrize("name", WRONG_LABELS)
+@pytest.mark.parametrize("jit_compile", slow_but([False, True], False))
+@pytest.mark.parametrize("name", slow_but(WRONG_LABELS, "-1", "255", "fractions", "other width"))
 def test_labels_that_are_none_are_refused(name, jit_compile):
     labels, text = WRONG_LABELS[name]
     model = tiny(jit_compile=jit_compile, epochs=1, steps_per_epoch=4)

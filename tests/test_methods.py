@@ -7,7 +7,7 @@ import graphlib
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, TINY, batch, build, last_stage
+from helpers import CLASSES, SHAPE, TINY, batch, build, last_stage, slow_but
 from pages import METHODS_OF_PAPERS
 from tensorflow import keras
 
@@ -18,15 +18,8 @@ from tf_pcl.training import export
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.checkpoints import Checkpoints
 
-
-def slow_but(*quick):
-    """The methods, all of which but `quick` are tested in the slow tier."""
-    return [m if m in quick else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
-
-
-QUICK = {("pcl", "without_norm"), ("baseline", "resnet8")}
 EVERY = [
-    pytest.param(m, n, marks=[] if (m, n) in QUICK else pytest.mark.slow)
+    pytest.param(m, n, marks=[] if (m, n) == ("pcl", "without_norm") else pytest.mark.slow)
     for m in METHODS
     for n in TINY
 ]
@@ -55,10 +48,8 @@ def test_contract(method, network, digits, tmp_path):
         None
     ] * len(frozen)
     assert set(terms) <= set(model.terms) and set(student) | set(teacher) <= set(model.exits)
-    assert (
-        set(model.all_exits(views[:, 0])) == set(model.exits)
-        and model.deployed_exit in student | teacher
-    )
+    assert model.deployed_exit in student | teacher
+    assert set(model.all_exits(views[:, 0])) == set(model.exits)
 
     # The loss falls under fit, on one batch over and over, and the error of every exit is reported.
     one = tf.data.Dataset.from_tensors((views, labels)).repeat(24)
@@ -112,6 +103,7 @@ def optimized_graph(model, batches, folder):
     return max(graphs, key=lambda graph: len(graph.node))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method", [m for m, cls in METHODS.items() if cls.after_step is not Distiller.after_step]
 )
@@ -140,7 +132,7 @@ def test_no_weight_is_read_while_it_is_written(method, digits, tmp_path):
     assert [(r, w) for r, w in pairs if r not in before[w] and w not in before[r]] == []
 
 
-@pytest.mark.parametrize("method", slow_but("pcl"))
+@pytest.mark.parametrize("method", slow_but(METHODS, "baseline"))
 def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
     # The BatchNorm of a method's own modules must see both replicas' images here, as the one
     # replica does.
@@ -175,7 +167,7 @@ def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
         np.testing.assert_allclose(history[name], of_two[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("method", slow_but("pcl"))
+@pytest.mark.parametrize("method", slow_but(METHODS, "baseline"))
 @pytest.mark.parametrize(
     "precision", ["mixed_bfloat16", pytest.param("mixed_float16", marks=pytest.mark.slow)]
 )
@@ -194,7 +186,8 @@ def test_mixed_precision(method, precision, digits):
     assert model.deployed()(digits.test.first(3)).dtype == tf.float32
 
 
-@pytest.mark.parametrize("method", slow_but("pcl"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_jit_compile(method, digits):
     losses = []
     for jit in (False, True):

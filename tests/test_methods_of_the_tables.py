@@ -348,27 +348,6 @@ def test_dml_networks_begin_apart_and_share_nothing():
     )
 
 
-@pytest.mark.parametrize("method", SINGLE_STAGE)
-def test_loss_falls_and_the_target_network_is_deployed(method, digits):
-    kwargs = {} if method == "byot" else {"peers": 2}
-    model = build(method, networks.resnet8, **kwargs)
-    images, labels = digits.train.first(B), digits.train.labels[:B]
-    terms = []
-    for _ in range(6):
-        model.reset_metrics()
-        terms.append(
-            model.train_step((tf.constant(images), tf.constant(labels)))["loss/ce"].numpy()
-        )
-    assert np.isfinite(terms).all() and terms[-1] < 0.9 * terms[0]
-
-    count = lambda m: sum(np.prod(w.shape) for w in m.trainable_weights)
-    deployed = model.deployed()
-    assert count(deployed) == count(networks.resnet8(SHAPE, CLASSES)) < count(model)
-    student = model.all_exits(tf.constant(images))
-    assert list(student) == list(model.exits)
-    np.testing.assert_allclose(deployed(images), student[model.deployed_exit].logits, atol=1e-5)
-
-
 def dense(input_shape, num_classes):
     images = keras.Input(input_shape)
     x = keras.layers.Flatten()(images)
