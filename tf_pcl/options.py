@@ -78,7 +78,7 @@ class Options:
         None,
         "largest share of the network's forward cost, more than 0 and at most "
         "1, that the peers have in common: the cut is the last possible one; "
-        "default: 0.7 for networks without stages",
+        "default: 0.7 for networks without named sections",
         float,
         above=0,
         high=1,
@@ -93,7 +93,7 @@ class Options:
     initializer: Optional[str] = _flag(
         None,
         "draw the convolutions' kernels of --network with variance 2 / fan_in or 2 / fan_out; "
-        "default: as the network does, fan_in for those named below",
+        "default: as the network does, fan_in for the networks of the table",
         ("fan_in", "fan_out"),
     )
     preprocess: str = _flag(

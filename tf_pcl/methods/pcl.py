@@ -16,7 +16,7 @@ With p^T(z) = softmax(z / T) and the ramp-up weight ω, the loss is L = L_c + ω
 
 No gradient flows into a teacher. The mean model of peer 1 is deployed.
 
-The paper leaves some things open. Here they are settled as follows.
+The paper leaves some things open. This implementation makes these choices:
 - g counts training steps, or epochs with `ema_every="epoch"`.
 - β is 0.999. If steps are counted, it is capped so that the average spans at most 1 % of training.
 - The mean teacher sees the peers' views and uses batch statistics. It is deployed with the
