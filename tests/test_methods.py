@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 from helpers import CLASSES, SHAPE, TINY, batch, build, last_stage, slow_but
 from pages import METHODS_OF_PAPERS
-from tensorflow import keras
 
 from tf_pcl import data
+from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.training import export
