@@ -100,7 +100,7 @@ def test_a_network_is_copied_where_another_keras_has_taken_the_names(tmp_path):
         from tf_pcl import compat, methods, networks, surgery
         from tf_pcl.compat import keras
         from tf_pcl.errors import UserError
-        import {OTHER}
+        import {OTHER} as other
         network = networks.resnet8((8, 8, 1), 10)
         model = methods.PCL(network, peers=2)
         print(all(isinstance(layer, keras.layers.Layer) for layer in model.submodules
