@@ -68,18 +68,61 @@ def test_the_package_works_where_tensorflow_was_imported_first():
     assert printed == "True (2, 10)"
 
 
+# The other Keras: Keras 3 beside tf_keras, tf_keras beside the Keras of TensorFlow 2.15. Its import
+# changes what the process's Keras does, so that it has a process of its own.
+OTHER = "keras" if KERAS_3 else "tf_keras"
+
+
 def test_own_models_are_not_foreign_and_others_are_told_what_to_do():
     assert compat.foreign_keras(keras.Sequential()) is None
     assert compat.foreign_keras(keras.layers.Dense(1)) is None
     assert compat.foreign_keras("resnet32") is None
-    # The other Keras: Keras 3 beside tf_keras, tf_keras beside the Keras of TensorFlow 2.15.
-    other = __import__("keras" if KERAS_3 else "tf_keras")
-    sentence = compat.foreign_keras(other.layers.Dense(1))
-    assert sentence.startswith(f"Dense comes from the package {other.__name__}, ")
+    printed = python(
+        f"""
+        from tf_pcl import compat
+        compat.keras
+        import {OTHER} as other
+        print(compat.foreign_keras(other.layers.Dense(1)))
+        print(compat.foreign_keras(type("Mine", (other.Model,), {{}})()))
+        """
+    )
+    sentence, of_subclass = printed.splitlines()
+    assert sentence.startswith(f"Dense comes from the package {OTHER}, ")
     assert "from tf_pcl.compat import keras" in sentence
     assert ("TF_USE_LEGACY_KERAS=1" in sentence) == KERAS_3
-    subclass = type("Mine", (other.Model,), {})
-    assert compat.foreign_keras(subclass()).startswith("Mine comes from")
+    assert of_subclass.startswith("Mine comes from")
+
+
+def test_a_network_is_copied_where_another_keras_has_taken_the_names(tmp_path):
+    """Keras itself would wait without end for layers of its own."""
+    printed = python(
+        f"""
+        from tf_pcl import compat, methods, networks, surgery
+        from tf_pcl.compat import keras
+        from tf_pcl.errors import UserError
+        import {OTHER} as other
+        network = networks.resnet8((8, 8, 1), 10)
+        model = methods.PCL(network, peers=2)
+        print(all(isinstance(layer, keras.layers.Layer) for layer in model.submodules
+                  if "Layer" in [c.__name__ for c in type(layer).__mro__]))
+        network.save({str(tmp_path / "w.keras")!r})
+        try:
+            loaded, _ = surgery.load_weights(network, {str(tmp_path / "w.keras")!r})
+            print(len(loaded))
+        except UserError as e:
+            print(e)
+        """
+    )
+    of_keras, loaded = printed.splitlines()[-2:]
+    assert of_keras == "True"
+    if KERAS_3:
+        assert int(loaded) > 10
+    else:
+        assert loaded.endswith(
+            "in this process another Keras, tf_keras, has taken the names of the layers in such a "
+            "file: load it where neither tensorflow-hub nor tf_keras is imported, or give a "
+            ".weights.h5"
+        )
 
 
 def test_keras_3_without_tf_keras_says_what_to_install(monkeypatch):

@@ -722,3 +722,37 @@ def test_standardise_gives_zero_mean_and_unit_deviation():
     out = layer(tf.constant(images)).numpy()
     np.testing.assert_allclose(out.mean((0, 1, 2)), 0, atol=1e-3)
     np.testing.assert_allclose(out.std((0, 1, 2)), 1, atol=1e-3)
+
+
+def test_weights_that_keras_publishes_for_imagenet(monkeypatch):
+    build, made = networks.applications.application, []
+
+    def published(name):
+        def application(weights, include_top, input_shape):
+            assert weights == "imagenet" and not include_top
+            made.append(build(name)(weights=None, include_top=False, input_shape=input_shape))
+            return made[0]
+
+        return application
+
+    name = "applications.MobileNetV2"
+    network = networks.build(name, (32, 32, 3), 7)
+    before = network.layers[-1].get_weights()[0]
+    monkeypatch.setattr(networks.applications, "application", published)
+    loaded, fresh = networks.load_imagenet(name, network)
+    assert fresh == [network.layers[-1].name] and len(loaded) == 104
+    # The source has the layers in the same order, all but the classifier.
+    for a, b in zip(made[0].get_weights(), network.get_weights()):
+        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(network.layers[-1].get_weights()[0], before)
+
+    def offline(name):
+        def application(**kwargs):
+            raise Exception("URL fetch failure")
+
+        return application
+
+    monkeypatch.setattr(networks.applications, "application", offline)
+    with pytest.raises(UserError, match="`weights=imagenet`: Keras cannot give .*URL fetch") as e:
+        networks.load_imagenet(name, network)
+    assert "\n" not in str(e.value)

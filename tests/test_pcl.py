@@ -97,14 +97,14 @@ def test_ablations():
 
 def test_ensemble_is_a_classifier_of_the_features_or_the_mean_of_the_logits():
     views = tf.constant(noise(6, 3, *SHAPE))
-    model = build()
+    model = build(without_norm)
     out = model.students(views, False)
     peers = [out[f"peer_{j}"] for j in (1, 2, 3)]
     kernel, bias = model.student.ensemble_classifier.get_weights()
-    assert kernel.shape == (3 * 64, CLASSES)
+    assert kernel.shape == (3 * 16, CLASSES)
     want = np.concatenate([p.features for p in peers], 1) @ kernel + bias
     np.testing.assert_allclose(out["ensemble"].logits, want, atol=1e-4)
-    model = build(ensemble_teacher="logits")
+    model = build(without_norm, ensemble_teacher="logits")
     out = model.students(views, False)
     np.testing.assert_allclose(
         out["ensemble"].logits, np.mean([out[f"peer_{j}"].logits for j in (1, 2, 3)], 0), atol=1e-5
@@ -113,7 +113,7 @@ def test_ensemble_is_a_classifier_of_the_features_or_the_mean_of_the_logits():
 
 def test_peers_begin_apart_and_see_their_own_views():
     views = noise(6, 3, *SHAPE)
-    model = build()
+    model = build(without_norm)
     one = model.students(tf.constant(views[:, :1]), False)
     own = model.students(tf.constant(views), False)
     assert np.abs(one["peer_1"].logits - one["peer_2"].logits).max() > 1e-3
@@ -207,7 +207,7 @@ def test_mean_teacher_of_epochs_is_usable_after_the_first(digits):
 
 
 def test_high_capacity_network_is_the_mean_ensemble():
-    model = build(deploy="ensemble")
+    model = build(without_norm, deploy="ensemble")
     images = noise(5, *SHAPE)
     assert model.deployed_exit == "mean_ensemble"
     np.testing.assert_allclose(
@@ -219,7 +219,7 @@ def test_high_capacity_network_is_the_mean_ensemble():
 
 
 def test_schedules_are_reported():
-    model = build()
+    model = build(without_norm)
     model.step.assign(40)
     values = model.schedules()
     assert float(values["rampup"]) == pytest.approx(oracle.omega(4.0, 8.0), rel=1e-5)

@@ -129,6 +129,17 @@ def foreign_keras(thing: object) -> str | None:
     )
 
 
+def names_are_taken() -> bool:
+    """Says whether this Keras makes another one's layers when it reads a configuration.
+
+    TensorFlow 2.15 has one table of Keras's public names, and the Keras that was imported last owns
+    it. That is tf_keras, for instance, once tensorflow-hub was imported.
+    """
+    keras = _import_keras()
+    layer = keras.layers.deserialize(keras.layers.serialize(keras.layers.ReLU()))
+    return not isinstance(layer, keras.layers.ReLU)
+
+
 def is_of_keras(cls: type) -> bool:
     """Says whether a class is defined by Keras itself."""
     return _package(cls) in _KERAS_PACKAGES

@@ -1,6 +1,8 @@
 """The target network as something that can be made several times."""
 
+import functools
 import inspect
+import sys
 import weakref
 from typing import Any, Callable, Optional, Union
 
@@ -224,7 +226,7 @@ def _serialized(model):
                 objects[value.__name__] = value
     try:
         with keras.utils.custom_object_scope(objects):
-            return type(model).from_config(_with_same_lambdas(model.get_config()))
+            return type(model).from_config(_readable(model.get_config()))
     except Exception as e:  # NotImplementedError, and whatever a layer of the user's own raises.
         raise UserError(
             f"network {model.name!r} cannot be copied by Keras's serialization: {one_line(e)}; "
@@ -249,10 +251,15 @@ class _SameLambda:
         )
 
 
-def _with_same_lambdas(config):
-    """Returns a configuration in which every Lambda layer is a _SameLambda."""
+def _readable(config):
+    """Returns a configuration in which Lambda layers and Keras's own classes are those of before.
+
+    Every Lambda layer is a _SameLambda. A class is named by the module that defines it: its public
+    name may lead to another Keras (see compat.names_are_taken), for whose layers this one would
+    wait without end.
+    """
     if isinstance(config, (list, tuple)):
-        return type(config)(map(_with_same_lambdas, config)) if config else config
+        return type(config)(map(_readable, config)) if config else config
     if not isinstance(config, dict):
         return config
     if config.get("class_name") == "Lambda" and isinstance(config.get("config"), dict):
@@ -265,7 +272,14 @@ def _with_same_lambdas(config):
             "registered_name": name,
             "config": own,
         }
-    return {key: _with_same_lambdas(value) for key, value in config.items()}
+    read = {key: _readable(value) for key, value in config.items()}
+    module, of_class = config.get("module"), config.get("class_name")
+    if isinstance(module, str) and isinstance(of_class, str) and module.startswith("keras."):
+        public = functools.reduce(lambda a, b: getattr(a, b, None), module.split(".")[1:], keras)
+        defined_in = getattr(getattr(public, of_class, None), "__module__", "")
+        if hasattr(sys.modules.get(defined_in), of_class):
+            read["module"] = defined_in
+    return read
 
 
 def paired(one: keras.Model, other: keras.Model) -> list:

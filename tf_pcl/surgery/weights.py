@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import tensorflow as tf
 
+from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery.graph import head, leaves, sublayers
@@ -109,6 +110,12 @@ def _located(path):
         raise UserError(
             f"`weights={path}`: there is no such file; give a .weights.h5, .h5 or .keras file, a "
             "SavedModel's folder or a checkpoint's prefix"
+        )
+    if path.endswith(".keras") and compat.names_are_taken():
+        raise UserError(
+            f"`weights={path}`: in this process another Keras, tf_keras, has taken the names of "
+            "the layers in such a file: load it where neither tensorflow-hub nor tf_keras is "
+            "imported, or give a .weights.h5"
         )
     return path
 
