@@ -64,25 +64,22 @@ class Place(NamedTuple):
 
     def call(self):
         """Returns the call that makes the tensor; it is no call of an inner model."""
-        return self._deepest().tensor.node
+        return self.deepest().tensor.node
 
-    def _deepest(self) -> "Place":
+    def deepest(self) -> "Place":
+        """Returns the place of the same tensor inside the inner models that make it."""
         call = self.tensor.node
         if not call.keras_inputs and self.around:  # The input of an inner model.
-            return Place(self.around[-1].keras_inputs[0], self.around[:-1])._deepest()
+            return Place(self.around[-1].keras_inputs[0], self.around[:-1]).deepest()
         if is_inner_model(call.layer):
             index = [id(t) for t in tf.nest.flatten(call.outputs)].index(id(self.tensor))
-            return Place(call.layer.outputs[index], (*self.around, call))._deepest()
+            return Place(call.layer.outputs[index], (*self.around, call)).deepest()
         return self
 
     def inputs(self) -> list:
         """Returns the places of the tensors that the call of `call()` takes."""
-        deepest = self._deepest()
+        deepest = self.deepest()
         return [Place(t, deepest.around) for t in deepest.tensor.node.keras_inputs]
-
-    def deepest(self) -> "Place":
-        """Returns the place of the same tensor inside the inner models that make it."""
-        return self._deepest()
 
 
 def leaves(model: keras.Model) -> list:
