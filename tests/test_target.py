@@ -497,6 +497,25 @@ class TestTheProofItself:
             proof.same(network, wrong(network), "it")
 
 
+@pytest.mark.parametrize("find", [surgery.with_logits, surgery.with_features])
+@pytest.mark.parametrize("activation", [None, "softmax"])
+def test_logits_that_are_not_the_networks_are_refused(find, activation, monkeypatch):
+    exposed = surgery.features._exposed
+
+    def wrong(network, wanted):
+        made = exposed(network, wanted)
+        logits = L.Softmax()(made.output["logits"])  # The fault that nobody sees.
+        return keras.Model(made.input, {**made.output, "logits": logits})
+
+    images = keras.Input((8, 8, 3))
+    x = L.GlobalAveragePooling2D()(L.Conv2D(4, 3)(images))
+    network = keras.Model(images, L.Dense(3, activation=activation)(x))
+    find(network)
+    monkeypatch.setattr(surgery.features, "_exposed", wrong)
+    with pytest.raises(UserError, match="to have its logits.*answers differ"):
+        find(network)
+
+
 def test_trial_passes_print_nothing(capfd):
     class Loud(L.Layer):
         def call(self, x):

@@ -31,12 +31,14 @@ class Classifier(NamedTuple):
     inputs: the place of what the classifier takes, [B, d] or a map [B, H, W, d].
     layer: the Dense or Conv2D layer.
     fused: whether the layer applies a softmax itself.
+    normalised: the name of the softmax or log-softmax that the network ends in, or "".
     """
 
     logits: Place
     inputs: Place
     layer: keras.layers.Layer
     fused: bool
+    normalised: str
 
 
 def with_logits(network: keras.Model) -> keras.Model:
@@ -61,10 +63,9 @@ def with_logits(network: keras.Model) -> keras.Model:
     network = functional(network, integers=True)
     try:
         network, classifier = _with_classifier(network)
-        made = _exposed(network, {"logits": _logits(network, classifier)})
     except NoClassifier:
-        made = _by_values(network)
-    return keras.Model(made.input, made.output, name=network.name)
+        return _by_values(network)
+    return _made(network, classifier, {"logits": _logits(network, classifier)})
 
 
 def with_features(network: keras.Model) -> keras.Model:
@@ -93,8 +94,7 @@ def with_features(network: keras.Model) -> keras.Model:
     wanted = {"logits": _logits(network, classifier), "features": _vector(network, pooled)}
     if feature_map is not None:
         wanted["feature_map"] = feature_map
-    made = _exposed(network, wanted)
-    return keras.Model(made.input, made.output, name=network.name)
+    return _made(network, classifier, wanted)
 
 
 def _one(network):
@@ -106,6 +106,34 @@ def _one(network):
 def _has_logits(network):
     output = getattr(network, "output", None)
     return isinstance(output, dict) and "logits" in output
+
+
+def _made(network, classifier, wanted):
+    """Returns a model of the places `wanted`, {key: Place}, proven to say what the network says."""
+    exposed = _exposed(network, wanted)
+    made = keras.Model(exposed.input, exposed.output, name=network.name)
+    # Elsewhere the graph is the network's own, and what it does in training is, too.
+    rebuilt = classifier.fused or any(place.around for place in wanted.values())
+    _prove(network, made, classifier.normalised, training=rebuilt)
+    return made
+
+
+def _prove(network, made, normalised="", training=False):
+    """Proves that a model's logits are those of a network, or belong to its probabilities."""
+
+    def reference(images, training):
+        answer = tf.cast(network(images, training=training), tf.float32)
+        return tf.exp(answer) if normalised.startswith("log") else answer
+
+    def answer(images, training):
+        logits = made(images, training=training)["logits"]
+        return tf.nn.softmax(logits) if normalised else logits
+
+    exact = network.outputs[0].dtype in (tf.float32, tf.float64)
+    # A softmax in half precision keeps two or three digits.
+    tolerance = 0.05 if normalised and not exact else proof.TOLERANCE
+    what = f"what was made of network {network.name!r} to have its logits"
+    proof.same(network, answer, what, reference=reference, training=training, tolerance=tolerance)
 
 
 def _exposed(model, wanted):
@@ -215,6 +243,7 @@ def _classifier(network) -> Classifier:
         )
 
     place, averaged, softmax = Place(network.outputs[0]).deepest(), False, None
+    normalised = ""
     while not isinstance(place.call().layer, (layers.Dense, layers.Conv2D)):
         call = place.call()
         layer, applied = call.layer, _applied(call.layer)
@@ -231,7 +260,7 @@ def _classifier(network) -> Classifier:
         before = place.inputs()[0]
         x = before.tensor
         if applied in _SOFTMAX and softmax is None and (not averaged or _is_vector(x)):
-            softmax = before
+            softmax, normalised = before, applied
         elif _averages(call):
             averaged = averaged or not _is_vector(x)
         elif applied not in _IDENTITY:
@@ -253,7 +282,9 @@ def _classifier(network) -> Classifier:
     if len(layer.inbound_nodes) > 1 and len(_calls_of(network, layer)) > 1:
         raise refused(f"uses its last layer {layer.name!r} more than once")
     logits = softmax or Place(network.outputs[0])
-    return Classifier(logits.deepest(), place.inputs()[0].deepest(), layer, fused)
+    normalised = applied if fused else normalised
+    inputs = place.inputs()[0].deepest()
+    return Classifier(logits.deepest(), inputs, layer, fused, normalised)
 
 
 def _calls_of(network, layer):
@@ -359,7 +390,9 @@ def _by_values(network):
     elif x.dtype != tf.float32:
         name = _free(network, "float32_logits")
         x = layers.Activation("linear", dtype="float32", name=name)(x)
-    return keras.Model(network.input, {"logits": x})
+    made = keras.Model(network.input, {"logits": x}, name=network.name)
+    _prove(network, made, "softmax" if kind == "probabilities" else "")
+    return made
 
 
 class LogOfProbabilities(layers.Layer):

@@ -81,18 +81,18 @@ def run(model: Callable, images, training: bool, state: list, weights: list, see
     return Run(outputs, changes, gradients and [g is not None for g in gradients])
 
 
-def _close(a, b) -> bool:
+def _close(a, b, tolerance) -> bool:
     if a.shape != b.shape:
         return False
     a, b = a.astype(np.float64), b.astype(np.float64)  # NumPy does not compare bfloat16.
     scale = max(1e-3, float(np.abs(a).max(initial=0.0)))
-    return np.allclose(a, b, rtol=0, atol=TOLERANCE * scale, equal_nan=True)
+    return np.allclose(a, b, rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
-def _all_close(one: Iterable, other: Iterable) -> bool:
+def _all_close(one: Iterable, other: Iterable, tolerance: float = TOLERANCE) -> bool:
     one, other = list(one), list(other)
     return len(one) == len(other) and all(
-        a is b is None or (a is not None and b is not None and _close(a, b))
+        a is b is None or (a is not None and b is not None and _close(a, b, tolerance))
         for a, b in zip(one, other)
     )
 
@@ -105,6 +105,7 @@ def same(
     reference: Optional[Callable] = None,
     twin: Optional[keras.Model] = None,
     training: bool = True,
+    tolerance: float = TOLERANCE,
 ) -> None:
     """Proves that what was made of a network computes what the network computes.
 
@@ -119,6 +120,7 @@ def same(
       twin: the keras.Model that `other` belongs to, if it has variables of its own. They must have
         the network's values.
       training: whether to look at training too, not at inference alone.
+      tolerance: how far answers and statistics may be apart, as a part of their size.
 
     Raises:
       UserError: if they differ.
@@ -133,10 +135,11 @@ def same(
         for phase in (False, True)[: 1 + training]:
             for seed in (None, 1)[: 1 + phase]:  # Without a seed, perhaps only dropout differs.
                 differ = _difference(
+                    tolerance,
                     *(
                         run(call, images, phase, variables, side.trainable_weights, seed)
                         for (call, side), variables in zip(sides, state)
-                    )
+                    ),
                 )
                 if not differ:
                     break
@@ -145,11 +148,11 @@ def same(
                 raise UserError(f"{what} is not the network that was given: in {where} {differ}")
 
 
-def _difference(one: Run, other: Run) -> str:
+def _difference(tolerance: float, one: Run, other: Run) -> str:
     """Says in what two runs differ; "" if in nothing."""
-    if not _all_close(one.outputs, other.outputs):
+    if not _all_close(one.outputs, other.outputs, tolerance):
         return "its answers differ"
-    if not _all_close(one.changes, other.changes):
+    if not _all_close(one.changes, other.changes, tolerance):
         return "it changes other statistics"
     return "" if one.gradients == other.gradients else "other weights get a gradient"
 
