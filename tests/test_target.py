@@ -273,11 +273,20 @@ def test_loaded_weights_are_in_every_peer_but_in_the_classifier(tmp_path):
 def test_frozen_weights_are_the_same_in_all_peers():
     def build():
         images = keras.Input((8, 8, 3))
-        frozen = L.Conv2D(6, 3, name="frozen", trainable=False)
-        return keras.Model(images, ends(frozen(L.Conv2D(4, 3, name="cut")(images))))
+        x = L.Conv2D(4, 3, name="cut")(images)
+        for name, seed in (("frozen", None), ("frozen_with_a_seed", 1)):
+            x = L.Conv2D(
+                6,
+                3,
+                kernel_initializer=keras.initializers.HeNormal(seed),
+                name=name,
+                trainable=False,
+            )(x)
+        return keras.Model(images, ends(x))
 
     branches = around(build).student.branches
-    np.testing.assert_array_equal(*(b.get_layer("frozen").kernel for b in branches))
+    for name in ("frozen", "frozen_with_a_seed"):
+        np.testing.assert_array_equal(*(b.get_layer(name).kernel for b in branches))
 
 
 @pytest.mark.parametrize("end", [lambda x: L.Dropout(0.5)(x, training=True), Noisy()])

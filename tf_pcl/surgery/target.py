@@ -309,7 +309,8 @@ def paired(one: keras.Model, other: keras.Model) -> list:
 
 
 def _draw_anew(model, salt):
-    """Draws weights again that an initializer with a fixed seed gave, with another seed."""
+    """Draws trained weights that an initializer with a fixed seed gave again, with another seed."""
+    trained = {id(w) for w in model.trainable_weights}
     for layer in sublayers(model):
         for initializer in list(vars(layer).values()):
             seed = getattr(initializer, "seed", None)
@@ -317,7 +318,7 @@ def _draw_anew(model, salt):
                 changed = type(initializer).from_config(
                     {**initializer.get_config(), "seed": seed + salt}
                 )
-                for weight in layer.weights:
+                for weight in (w for w in layer.weights if id(w) in trained):
                     given = _drawn(initializer, weight)
                     if given is not None and np.array_equal(given, weight.numpy()):
                         weight.assign(_drawn(changed, weight))
