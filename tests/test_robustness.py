@@ -206,11 +206,14 @@ def test_damaged_flags_are_refused_in_a_line(damage, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[1]", b"3"])
-def test_damaged_facts_of_data_give_a_warning(damage, tmp_path, caplog):
+def test_damaged_records_of_a_run_give_a_warning(damage, tmp_path, caplog):
     workdir = Workdir(str(tmp_path))
-    (tmp_path / "data.json").write_bytes(damage)
+    for name in ("data.json", "versions.json"):
+        (tmp_path / name).write_bytes(damage)
     workdir.check_data({"classes": ["a"]})
+    workdir.check_versions({"tensorflow": "2.15.1", "keras": "2.15.0"})
     assert "data.json is damaged" in caplog.text
+    assert "versions.json is damaged" in caplog.text
 
 
 def test_foreign_lines_of_the_metrics_are_left_out(tmp_path, caplog):

@@ -126,17 +126,8 @@ class Workdir:
         Raises:
           UserError: if it is on other data.
         """
-        if not os.path.exists(self.data):
-            return
-        try:
-            with open(self.data, encoding="utf-8") as f:
-                old = dict(json.load(f))
-        except (ValueError, TypeError):
-            logging.warning(
-                "%s is damaged: it is written anew, and whether the data are still those that the "
-                "run began with is not known",
-                self.data,
-            )
+        old = _recorded(self.data)
+        if old is None:
             return
         differ = [
             f"{name} {_brief(facts[name])} here, {_brief(old.get(name))} there"
@@ -160,10 +151,9 @@ class Workdir:
         Raises:
           UserError: if the run was on another minor version of TensorFlow or Keras.
         """
-        if not os.path.exists(self.versions):
+        old = _recorded(self.versions)
+        if old is None:
             return
-        with open(self.versions, encoding="utf-8") as f:
-            old = json.load(f)
         packages = ("tensorflow", "keras")
         if all(_minor(versions[p]) == _minor(old[p]) for p in packages):
             return
@@ -325,6 +315,22 @@ def write(path: str, text: str) -> None:
 def write_json(path: str, value: Any) -> None:
     """Writes a JSON file with `write`."""
     write(path, json.dumps(value, indent=2) + "\n")
+
+
+def _recorded(path: str) -> Optional[dict[str, Any]]:
+    """Returns what a JSON file records of how a run began; None if it is missing or damaged."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (ValueError, TypeError):
+        logging.warning(
+            "%s is damaged: it is written anew, and whether the run goes on as it began is not "
+            "known from it",
+            path,
+        )
+        return None
 
 
 def saved_model(path: str) -> Optional[str]:
