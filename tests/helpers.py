@@ -72,8 +72,7 @@ def last_stage(method, network, preprocess=None):
         built = lambda one: one if isinstance(one, keras.Model) else function
         return cls(
             [built(one) for one in given] if isinstance(given, list) else built(given),
-            preprocess=preprocess,
-            **arguments,
+            **{"preprocess": preprocess, **arguments},
         )
 
     models = []

@@ -680,6 +680,17 @@ def test_weights_of_keras_applications_come_with_their_scale_of_images(digits):
     assert networks.preprocessing("resnet8", (32, 32, 3)) is None
 
 
+def test_trained_networks_go_on_with_the_images_they_know(digits, tmp_path, monkeypatch):
+    published = lambda name, shape: keras.layers.Rescaling(1 / 64, -1, name="published")
+    monkeypatch.setattr(networks, "preprocessing", published)
+    network = "test_networks:plain"
+    path = saved(plain((8, 8, 1), 10), ".h5", tmp_path)
+    make, trained = Assembly(digits, weights={network: path}), []
+    for stage in methods.CTSLMKT.stages(make, network):
+        trained.append(stage.build(trained))
+    assert [model.preprocess.name for model in trained] == ["published"] * 3
+
+
 def test_names(tmp_path, monkeypatch):
     (tmp_path / "my_models.py").write_text(
         "from tensorflow import keras\n"

@@ -105,7 +105,10 @@ class CTSLMKT(Distiller):
                 "together",
                 network,
                 lambda trained: make(
-                    cls, [peer.target for peer in trained[: len(several)]], **arguments
+                    cls,
+                    [peer.target for peer in trained[: len(several)]],
+                    preprocess=trained[0].preprocess,  # They go on with the images they know.
+                    **arguments,
                 ),
             ),
         ]

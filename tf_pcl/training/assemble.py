@@ -52,13 +52,20 @@ class Assembly:
         self.lines: list[str] = []
 
     def __call__(
-        self, cls: type[Distiller], network: Union[Network, list[Network]], **arguments: Any
+        self,
+        cls: type[Distiller],
+        network: Union[Network, list[Network]],
+        *,
+        preprocess: Optional[keras.layers.Layer] = None,
+        **arguments: Any,
     ) -> Distiller:
         """Makes a Distiller.
 
         Args:
           cls: its class.
           network: the target network, or a list of several for methods of whole networks.
+          preprocess: what networks that were trained before saw their images through; by default
+            it is chosen for the network.
           **arguments: keyword arguments of the constructor.
 
         Raises:
@@ -66,7 +73,8 @@ class Assembly:
         """
         several = network if isinstance(network, (list, tuple)) else [network]
         targets = [self._target(one, cls) for one in several]
-        preprocess = self._preprocess(several[0], [target.first for target in targets])
+        if preprocess is None:
+            preprocess = self._preprocess(several[0], [target.first for target in targets])
         if "split_at" in cls.parameters() and not arguments.get("split_at"):
             arguments["split_at"] = self._cut(targets[0].first)
         # Every method names the arguments of its own constructor.
