@@ -160,6 +160,7 @@ class Trainer:
         epoch += bool(done)
         parts += [(epoch * steps, epoch, epochs, steps)] if epoch < epochs else []
         tests = [*range(self.options.test_every, epochs, self.options.test_every), epochs]
+        class_weight = self._class_weight()
         for first_step, first_epoch, last_epoch, steps_per_epoch in parts:
             model.fit(
                 strategies.distribute(
@@ -170,7 +171,7 @@ class Trainer:
                 steps_per_epoch=steps_per_epoch,
                 validation_data=datasets.test_batches(self.data, 4 * self.options.batch_size),
                 validation_freq=tests,
-                class_weight=self._class_weight(),
+                class_weight=class_weight,
                 callbacks=callbacks,
                 verbose=1 if sys.stdout.isatty() else 2,
             )
