@@ -59,8 +59,11 @@ def test_the_package_works_where_tensorflow_was_imported_first():
         """
         import tensorflow as tf
         tf.keras.layers.Dense  # a notebook has used it
-        from tf_pcl import networks
+        from tf_pcl import compat
         from tf_pcl.compat import keras
+        compat._addons()
+        assert compat.layers is keras.layers
+        from tf_pcl import networks
         network = networks.resnet8((8, 8, 1), 10)
         print(isinstance(network, keras.Model), network(tf.zeros([2, 8, 8, 1])).shape)
         """

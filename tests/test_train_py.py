@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tf_pcl.methods import METHODS
+
 ROOT = pathlib.Path(__file__).parent.parent
 # 22 steps an epoch.
 RUN = [
@@ -239,7 +241,7 @@ def test_help_names_every_flag_with_its_default():
     )
     text = " ".join(done.stdout.split())
     for line in (
-        "--method: how to train: ban, baseline, byot,",
+        f"--method: how to train: {', '.join(METHODS)}. Flags",
         "target first. Names: resnet8,",
         "--dataset: what to learn from: digits (8×8 handwritten digits,",
         "any other name (an image-classification data set of tensorflow-datasets,",

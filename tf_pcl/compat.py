@@ -54,14 +54,13 @@ def use_keras_2() -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "keras":
-        found = _import_keras()
-    elif name == "layers":
-        found = _import_keras().layers
-    else:
+    if name not in ("keras", "layers"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
+    # Both at once: TensorFlow 2.15 gives another module `keras`, of the same classes, after
+    # tensorflow-addons was imported.
+    keras = _import_keras()
+    globals().update(keras=keras, layers=keras.layers)
+    return globals()[name]
 
 
 def _import_keras() -> Any:
