@@ -1,4 +1,4 @@
-"""The command line: tf-pcl VERB [flags]. A verb is a row of VERBS.
+"""The command line: tf-pcl VERB [flags].
 
 Exit status: 0 when done; 2 for what was asked wrongly, with one line on stderr; 1 when a run ended
   early.
@@ -10,36 +10,21 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, Union
+from collections.abc import Sequence
+from typing import NoReturn, Union
 
 from absl import app, flags, logging
 
-from tf_pcl import compat, console, options
+from tf_pcl import console
 from tf_pcl.errors import Stopped, UserError, choose
+from tf_pcl.verbs import VERBS
+from tf_pcl.verbs.verb import Verb
 
 PROGRAM = "tf-pcl"
 HELP = ("--help", "-help", "--helpshort", "-helpshort", "-h")
 # A checkout has the recipes beside the package, an installed package has them inside.
 _PACKAGE = pathlib.Path(__file__).parent
 RECIPES = [_PACKAGE / "flags", _PACKAGE.parent / "flags"]
-
-
-class Verb(NamedTuple):
-    """Something that the command line does.
-
-    Attributes:
-      summary: one line for --help.
-      define_flags: defines its absl flags.
-      complete_help: adds to the help of its flags what takes seconds to find out.
-      run: does it, given the arguments that are not flags. UserError and Stopped end it in one
-        line.
-    """
-
-    summary: str
-    define_flags: Callable[[], None]
-    complete_help: Callable[[], None]
-    run: Callable[[list[str]], Any]
 
 
 def main() -> NoReturn:
@@ -138,7 +123,8 @@ def _help(row: Verb, program: str, modules: set[str]) -> str:
     """Returns the help of a verb, whose flags are those that `modules` define."""
     lists = "\n".join(flags.FLAGS.module_help(name) for name in sorted(modules))
     return (
-        f"usage: {program} [flags]\n\n{row.summary}\n{lists}\n\n"
+        f"usage: {' '.join(filter(None, [program, row.arguments]))} [flags]\n\n"
+        f"{row.summary}\n{lists}\n\n"
         "--flagfile=NAME reads flags from a file, or from the recipe of this name.\n"
         "--helpfull lists those of absl too."
     )
@@ -161,33 +147,3 @@ def _recipe(name: str) -> str:
     if os.path.exists(os.path.expanduser(name)) or os.path.basename(name) != name:
         return name
     return next((str(folder / name) for folder in RECIPES if (folder / name).is_file()), name)
-
-
-def _complete_train_help() -> None:
-    compat.import_tensorflow()
-    from tf_pcl.data import datasets
-    from tf_pcl.methods import METHODS
-    from tf_pcl.networks import NETWORKS
-
-    options.complete_help(METHODS, NETWORKS, datasets.described())
-
-
-def _train(rest: list[str]) -> None:
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a flag: flags begin with --, as in --epochs=300")
-    chosen = options.from_flags()
-    # TensorFlow takes seconds to import: not before the flags are known to be good.
-    compat.import_tensorflow()
-    from tf_pcl.training import run
-
-    run.run(chosen)
-
-
-VERBS = {
-    "train": Verb(
-        "Trains a network with a method of online knowledge distillation.",
-        options.define_flags,
-        _complete_train_help,
-        _train,
-    ),
-}

@@ -1,0 +1,11 @@
+"""The verbs of the command line. A verb is one file and one row here.
+
+A verb's file imports nothing that takes long: the command line imports all of them.
+"""
+
+from tf_pcl.verbs import train
+from tf_pcl.verbs.verb import Verb
+
+VERBS: dict[str, Verb] = {
+    "train": train.VERB,
+}

@@ -1,0 +1,33 @@
+"""tf-pcl train: the same as train.py."""
+
+from tf_pcl import compat, options
+from tf_pcl.errors import UserError
+from tf_pcl.verbs.verb import Verb
+
+
+def _complete_help() -> None:
+    compat.import_tensorflow()
+    from tf_pcl.data import datasets
+    from tf_pcl.methods import METHODS
+    from tf_pcl.networks import NETWORKS
+
+    options.complete_help(METHODS, NETWORKS, datasets.described())
+
+
+def _train(rest: list[str]) -> None:
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag: flags begin with --, as in --epochs=300")
+    chosen = options.from_flags()
+    # TensorFlow takes seconds to import: not before the flags are known to be good.
+    compat.import_tensorflow()
+    from tf_pcl.training import run
+
+    run.run(chosen)
+
+
+VERB = Verb(
+    "Trains a network with a method of online knowledge distillation.",
+    options.define_flags,
+    _train,
+    complete_help=_complete_help,
+)
