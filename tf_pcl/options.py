@@ -71,7 +71,7 @@ class Options:
     split_at: Optional[str] = _flag(
         None,
         "layer after which each peer has its own branch; default: before the "
-        "last stage, or as --trunk_share says",
+        "last section, or as --trunk_share says",
         str,
     )
     trunk_share: Optional[float] = _flag(
