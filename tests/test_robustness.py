@@ -214,6 +214,10 @@ def test_damaged_records_of_a_run_give_a_warning(damage, tmp_path, caplog):
     workdir.check_versions({"tensorflow": "2.15.1", "keras": "2.15.0"})
     assert "data.json is damaged" in caplog.text
     assert "versions.json is damaged" in caplog.text
+    caplog.clear()
+    (tmp_path / "versions.json").write_text('{"tensorflow": "2.15.1"}')
+    workdir.check_versions({"tensorflow": "2.15.1", "keras": "2.15.0"})
+    assert "versions.json is damaged" in caplog.text
 
 
 def test_foreign_lines_of_the_metrics_are_left_out(tmp_path, caplog):

@@ -151,10 +151,10 @@ class Workdir:
         Raises:
           UserError: if the run was on another minor version of TensorFlow or Keras.
         """
-        old = _recorded(self.versions)
+        packages = ("tensorflow", "keras")
+        old = _recorded(self.versions, needs=packages)
         if old is None:
             return
-        packages = ("tensorflow", "keras")
         if all(_minor(versions[p]) == _minor(old[p]) for p in packages):
             return
         here, there = (
@@ -317,20 +317,28 @@ def write_json(path: str, value: Any) -> None:
     write(path, json.dumps(value, indent=2) + "\n")
 
 
-def _recorded(path: str) -> Optional[dict[str, Any]]:
-    """Returns what a JSON file records of how a run began; None if it is missing or damaged."""
+def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
+    """Returns what a JSON file records of how a run began; None if it is missing or damaged.
+
+    Args:
+      path: the file.
+      needs: keys without which it is damaged.
+    """
     if not os.path.exists(path):
         return None
     try:
         with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
+            record = dict(json.load(f))
+        if set(needs) <= set(record):
+            return record
     except (ValueError, TypeError):
-        logging.warning(
-            "%s is damaged: it is written anew, and whether the run goes on as it began is not "
-            "known from it",
-            path,
-        )
-        return None
+        pass
+    logging.warning(
+        "%s is damaged: it is written anew, and whether the run goes on as it began is not known "
+        "from it",
+        path,
+    )
+    return None
 
 
 def saved_model(path: str) -> Optional[str]:
