@@ -86,6 +86,6 @@ def test_a_method_is_named_in_its_file_and_the_table_alone():
         # "baseline" are words of the language too.
         text = path.read_text().replace('method: str = _flag("pcl"', "").replace("tf-pcl", "")
         for name in METHODS:
-            assert not re.search(rf'"{name}"' if name in ("one", "baseline") else rf"\b{name}\b", text), (
-                f"{path} knows {name}"
-            )
+            assert not re.search(
+                rf'"{name}"' if name in ("one", "baseline") else rf"\b{name}\b", text
+            ), f"{path} knows {name}"

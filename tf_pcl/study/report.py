@@ -1,0 +1,229 @@
+"""A report of several runs: a page that opens offline, and tables."""
+
+import importlib.resources
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import jinja2
+
+import tf_pcl
+from tf_pcl.errors import UserError
+from tf_pcl.options import Options
+from tf_pcl.study import comparisons, figures, paper, runs, statistics, tables
+from tf_pcl.study.comparisons import Comparison
+from tf_pcl.study.runs import Section
+from tf_pcl.training.report import alike
+from tf_pcl.training.workdir import write
+
+PAGE, MARKDOWN = "report.html", "report.md"
+ERRORS, DIFFERENCES = "errors.csv", "differences.csv"
+
+
+class Report(NamedTuple):
+    """What was written.
+
+    Attributes:
+      markdown: the text of the tables, the findings and the notes.
+      files: the paths of the files, the page first.
+    """
+
+    markdown: str
+    files: list[str]
+
+
+class _Chapter(NamedTuple):
+    """A section of the study with all that the page says of it."""
+
+    section: Section
+    costs: Mapping[str, Optional[float]]
+    comparisons: Sequence[Comparison]
+    errors: tables.Table
+    differences: tables.Table
+    findings: list[str]
+    remarks: list[str]
+    looks: Mapping[str, figures.Look]
+    charts: Sequence[figures.Chart]
+
+
+def report(
+    paths: Sequence[str], output: str, cost_of: Optional[Callable[[Options], float]] = None
+) -> Report:
+    """Reads runs and writes what they show together into a folder.
+
+    The folder gets a page of HTML, the same tables in Markdown, and two CSV files with the errors
+    and the differences. Older ones are replaced.
+
+    Args:
+      paths: workdirs, or folders that hold workdirs.
+      output: the folder, which is made if it is not there.
+      cost_of: a function from Options to the training cost in GFLOP, which raises UserError where
+        it is not known; by default nothing is said of costs.
+
+    Raises:
+      UserError: if no finished run is found, or the folder cannot be written.
+    """
+    study = runs.read(paths)
+    notes = list(study.notes)
+    chapters = [_chapter(section, cost_of, notes) for section in study.sections]
+    warnings = _alike(study.sections)
+    markdown = _markdown(chapters, warnings, notes)
+    texts = {
+        PAGE: _page(chapters, warnings, notes),
+        MARKDOWN: markdown,
+        ERRORS: tables.errors_csv((c.section, c.costs) for c in chapters),
+        DIFFERENCES: tables.differences_csv((c.section, c.comparisons) for c in chapters),
+    }
+    files = [os.path.join(output, name) for name in texts]
+    try:
+        os.makedirs(output, exist_ok=True)
+        for path, text in zip(files, texts.values()):
+            write(path, text)
+    except OSError as e:
+        raise UserError(
+            f"the folder cannot be written ({e.strerror}): give another one",
+            parameter="output",
+            value=output,
+        ) from e
+    return Report(markdown, files)
+
+
+def _chapter(
+    section: Section, cost_of: Optional[Callable[[Options], float]], notes: list[str]
+) -> _Chapter:
+    """Returns all that is said of a section; costs that are not known are added to the notes."""
+    costs: dict[str, Optional[float]] = {}
+    for group in section.groups:
+        costs[group.label] = None
+        if cost_of:
+            try:
+                costs[group.label] = cost_of(group.options)
+            except UserError as e:
+                notes.append(f"what {group.label} costs is not known: {e}")
+    found = comparisons.compare(section, costs)
+    return _Chapter(
+        section,
+        costs,
+        found,
+        tables.errors(section, costs, found),
+        tables.differences(found),
+        _findings(found),
+        _remarks(section, costs, found),
+        figures.looks(section),
+        figures.charts(section, costs),
+    )
+
+
+def _findings(found: Sequence[Comparison]) -> list[str]:
+    """Returns a sentence for each comparison."""
+    sentences = []
+    for c in found:
+        if c.seeds is None:
+            continue
+        mine, theirs = (
+            statistics.summary(
+                [g.errors()[s] for s in g.runs if s in c.group.runs and s in c.against.runs]
+            )
+            for g in (c.group, c.against)
+        )
+        points = abs(c.seeds.mean)
+        how = f"{points:.2f} points {'less' if c.seeds.mean < 0 else 'more'}"
+        if points < 0.005:
+            how = "the same"
+        seeds = f"{c.seeds.count} seed{'s' * (c.seeds.count > 1)}"
+        why = {
+            "not known": f"whether that is noise is not known from {seeds}",
+        }.get(c.seeds.verdict, f"that is {c.seeds.verdict} over {seeds}")
+        sentences.append(
+            f"{c.group.label} has a test error of {mine.mean:.2f} %, {c.against.label} "
+            f"{theirs.mean:.2f} %{' at ' + c.at if c.at else ''}: {how}; {why}."
+        )
+    return sentences
+
+
+def _remarks(
+    section: Section, costs: Mapping[str, Optional[float]], found: Sequence[Comparison]
+) -> list[str]:
+    """Returns what has to be known to read a section's tables."""
+    remarks = []
+    verdicts = [c for c in found if c.seeds is not None and c.seeds.clear is not None]
+    if len(verdicts) > 4:
+        remarks.append(
+            f"Of {len(verdicts)} comparisons, about {len(verdicts) / 20:.1f} would be called more "
+            "than noise by chance alone, if no two methods differed."
+        )
+    dear = [g.label for g in section.groups if not g.is_baseline and costs[g.label]]
+    without = [
+        label
+        for label in dear
+        if not any(c.group.label == label and c.at == "equal cost" for c in found)
+    ]
+    if without:
+        remarks.append(
+            f"No baseline that costs as much is among these runs for {_listed(without)}, so it is "
+            "not known what is left of a gain at equal cost."
+        )
+    for group in section.groups:
+        figure = paper.figure(group.options.method, section.network, section.data)
+        departures = paper.departures(group.options) if figure else []
+        if departures:
+            remarks.append(
+                f"The paper's figure of {group.label} has another protocol than these runs: "
+                f"{'; '.join(departures)}."
+            )
+    return remarks
+
+
+def _alike(sections: Sequence[Section]) -> list[str]:
+    """Returns a warning for each run whose peers have become alike."""
+    return [
+        f"{group.label}, seed {seed} ({section.data}, {section.network}): {sentence}"
+        for section in sections
+        for group in section.groups
+        for seed, run in group.runs.items()
+        if run.results and (sentence := alike(run.results))
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _page(chapters: Sequence[_Chapter], warnings: Sequence[str], notes: Sequence[str]) -> str:
+    template = (importlib.resources.files("tf_pcl.study") / "report.html").read_text("utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    values: dict[str, Any] = dict(
+        chapters=chapters,
+        warnings=warnings,
+        notes=notes,
+        version=tf_pcl.__version__,
+        confidence=f"{100 * statistics.CONFIDENCE:.0f} %",
+        summary=_summary(chapters),
+    )
+    return environment.from_string(template).render(values)
+
+
+def _summary(chapters: Sequence[_Chapter]) -> str:
+    groups = sum(len(c.section.groups) for c in chapters)
+    count = sum(len(g.runs) for c in chapters for g in c.section.groups)
+    return f"{count} run{'s' * (count > 1)} of {groups} setting{'s' * (groups > 1)}"
+
+
+def _markdown(chapters: Sequence[_Chapter], warnings: Sequence[str], notes: Sequence[str]) -> str:
+    parts = []
+    for c in chapters:
+        common = ", ".join(f"{name}={value}" for name, value in c.section.common.items())
+        parts += [f"# {c.section.network} on {c.section.data}", f"Unless said otherwise: {common}."]
+        parts += [_bullets(c.findings), c.errors.markdown()]
+        parts += [c.differences.markdown()] if c.differences.rows else []
+        parts += c.remarks
+    if warnings or notes:
+        parts += ["# Notes", _bullets([*(f"WARNING: {w}" for w in warnings), *notes])]
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return "\n".join(f"- {sentence}" for sentence in sentences)
