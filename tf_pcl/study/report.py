@@ -202,6 +202,7 @@ def _page(chapters: Sequence[_Chapter], warnings: Sequence[str], notes: Sequence
         version=tf_pcl.__version__,
         confidence=f"{100 * statistics.CONFIDENCE:.0f} %",
         summary=_summary(chapters),
+        settings=_settings,
     )
     return environment.from_string(template).render(values)
 
@@ -215,14 +216,20 @@ def _summary(chapters: Sequence[_Chapter]) -> str:
 def _markdown(chapters: Sequence[_Chapter], warnings: Sequence[str], notes: Sequence[str]) -> str:
     parts = []
     for c in chapters:
-        common = ", ".join(f"{name}={value}" for name, value in c.section.common.items())
-        parts += [f"# {c.section.network} on {c.section.data}", f"Unless said otherwise: {common}."]
+        parts += [f"# {c.section.network} on {c.section.data}", _settings(c.section)]
         parts += [_bullets(c.findings), c.errors.markdown()]
         parts += [c.differences.markdown()] if c.differences.rows else []
         parts += c.remarks
     if warnings or notes:
         parts += ["# Notes", _bullets([*(f"WARNING: {w}" for w in warnings), *notes])]
     return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def _settings(section: Section) -> str:
+    common = ", ".join(f"{name}={value}" for name, value in section.common.items())
+    if not common:
+        return "All settings are the defaults, unless a label says otherwise."
+    return f"Unless a label says otherwise: {common}, and the defaults of all other settings."
 
 
 def _bullets(sentences: Sequence[str]) -> str:

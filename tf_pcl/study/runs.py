@@ -118,7 +118,8 @@ class Section(NamedTuple):
       data: the data set, for people.
       network: the network's name.
       groups: the groups, those of the baseline first.
-      common: {name: text} of the settings that all have unless their label says otherwise.
+      common: {name: text} of the settings that all have unless their label says otherwise, but
+        for defaults.
     """
 
     data: str
@@ -274,18 +275,25 @@ def _labelled(data: str, network: str, groups: list[Group]) -> Section:
         key=lambda g: (not g.is_baseline, order.index(g.options.method), g.options.epochs),
     )
     names = dict.fromkeys(name for group in groups for name in group.settings)
-    common, labels = {}, [group.options.method for group in groups]
+    common: dict[str, str] = {}
+    changes: list[list[str]] = [[] for _ in groups]
+    defaults = Options().as_flags()
     for name in names:
         if name in ("method", "dataset", *_SUBJECT):
             continue
         values = [group.settings.get(name) for group in groups]
         usual = collections.Counter(values).most_common(1)[0][0]
-        if usual is not None:
+        if usual is not None and (usual != defaults.get(name) or len({*values}) > 1):
             common[name] = usual
-        for i, value in enumerate(values):
+        for change, value in zip(changes, values):
             if value != usual:
-                labels[i] += f", default {name}" if value is None else f", {name}={value}"
-    labelled = [dataclasses.replace(g, label=label) for g, label in zip(groups, labels)]
+                change.append(f"default {name}" if value is None else f"{name}={value}")
+    labelled = [
+        dataclasses.replace(
+            group, label=group.options.method + (f" ({', '.join(change)})" if change else "")
+        )
+        for group, change in zip(groups, changes)
+    ]
     return Section(data, network, labelled, common)
 
 

@@ -82,7 +82,7 @@ def differences(comparisons: Sequence[Comparison]) -> Table:
                 c.against.label,
                 c.at or NONE,
                 NONE if seeds is None else str(seeds.count),
-                NONE if seeds is None else f"{seeds.mean:+.2f}",
+                NONE if seeds is None else _signed(seeds.mean),
                 _interval(seeds),
                 "no seed in common" if seeds is None else seeds.verdict,
                 _interval(c.images),
@@ -225,13 +225,17 @@ def _points(comparison: Optional[Comparison]) -> str:
         return NONE
     if comparison.seeds is None:
         return "no seed in common"
-    return f"{comparison.seeds.mean:+.2f}, {comparison.seeds.verdict}"
+    return f"{_signed(comparison.seeds.mean)}, {comparison.seeds.verdict}"
 
 
 def _interval(difference: Optional[Difference]) -> str:
     if difference is None or difference.low is None:
         return NONE
-    return f"{difference.low:+.2f} to {difference.high:+.2f}"
+    return f"{_signed(difference.low)} to {_signed(difference.high)}"
+
+
+def _signed(points: Optional[float]) -> str:
+    return NONE if points is None else f"{points:+.2f}".replace("-", "−")
 
 
 def _csv(rows: Sequence[Mapping[str, Any]]) -> str:
