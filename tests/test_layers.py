@@ -13,6 +13,7 @@ LAYERS = [
     {"methods"},
     {"options"},
     {"training"},
+    {"study"},
     {"verbs"},
     {"cli"},
     {"__main__"},
