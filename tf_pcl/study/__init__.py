@@ -1,1 +1,1 @@
-"""Several runs: what they showed together."""
+"""Studies: several runs, planned by what they cost, and compared."""

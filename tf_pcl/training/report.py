@@ -60,6 +60,7 @@ def results(
     stage: Stage,
     model: Distiller,
     deployed: keras.Model,
+    gflop: tuple[float, float],
 ) -> dict[str, Any]:
     """Returns the contents of results.json.
 
@@ -69,6 +70,7 @@ def results(
       stage: which stage of the method this is.
       model: what is trained.
       deployed: the network that it deploys.
+      gflop: what the stages before cost, and what a step costs.
     """
     last, key = rows[-1], f"val_error/{model.deployed_exit}"
     errors = {name: last[f"val_error/{name}"] for name in model.exits}
@@ -91,6 +93,7 @@ def results(
             "deployed": _count(deployed.trainable_weights),
             "training": _count(model.trainable_weights),
         },
+        "training_gflop": float(f"{gflop[0] + gflop[1] * last['step']:.6g}"),
         "images_per_second": _mean_speed(rows),
         "wall_seconds": round(last["wall_seconds"], 1),
         "settings": _effective(options),
