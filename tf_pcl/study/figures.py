@@ -3,6 +3,7 @@
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -51,6 +52,8 @@ _STYLE = {
 # Inches: the width of the page's column, and the height of a chart.
 _WIDTH, _HEIGHT = 8.4, 3.5
 _PANELS_A_ROW = 3
+# Characters of a panel's title in a line.
+_LINE = 30
 # Groups that share one chart of curves; more of them get a panel each.
 _TOGETHER = 4
 
@@ -132,7 +135,7 @@ def _seeds(section: Section, look: Mapping[str, Look]) -> Chart:
         known = paper.figure(group.options.method, section.network, section.data)
         if known and not paper.departures(group.options):
             axes.plot([known.mean], [y], "D", mfc="none", mec=_INK, ms=6)
-    axes.set_yticks(range(len(groups)), [group.label for group in groups])
+    axes.set_yticks(range(len(groups)), [_wrapped(group.label) for group in groups])
     axes.set_ylim(len(groups) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
@@ -198,7 +201,7 @@ def _teachers(section: Section) -> Optional[Chart]:
                 width = 2.4 if group.deployed in exits else 1.3
                 axes.plot(curves[0][0], means, lw=width, **look[kind].line)
                 ends.extend([means[len(means) // 2], means[-1]])
-        axes.set_title(group.label)
+        axes.set_title(_wrapped(group.label))
 
     figure, panels = _panels(len(drawn))
     for axes, group in zip(panels, drawn):
@@ -206,7 +209,9 @@ def _teachers(section: Section) -> Optional[Chart]:
     low, high = min(ends), max(ends)
     for axes in panels:
         axes.set_ylim(max(0, low - (high - low)), high + (high - low) + 0.1)
+        axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     panels[0].set_ylabel("test error, %")
     note = (
         "The mean test error of the exits of each kind over seeds. The thick line has the exit "
@@ -287,6 +292,10 @@ def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     return Chart("Reliability", note, svg, _legend(drawn, look))
 
 
+def _wrapped(label: str) -> str:
+    return "\n".join(textwrap.wrap(label, _LINE))
+
+
 def _half(group: Group, column: str) -> int:
     return group.curve(column)[0].size // 2
 
@@ -322,7 +331,7 @@ def _curves(
             if groups[0].is_baseline and group is not groups[0]:
                 draw(axes, groups[0])
             draw(axes, group)
-            axes.set_title(group.label)
+            axes.set_title(_wrapped(group.label))
     for axes in panels:
         axes.set_ylim(*limits)
         axes.set_xlim(left=0)

@@ -2,22 +2,25 @@
 
 import importlib.resources
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import jinja2
 
 import tf_pcl
 from tf_pcl.errors import UserError
-from tf_pcl.options import Options
-from tf_pcl.study import comparisons, figures, paper, runs, statistics, tables
+from tf_pcl.study import comparisons, cost, figures, paper, runs, statistics, tables
 from tf_pcl.study.comparisons import Comparison
-from tf_pcl.study.runs import Section
+from tf_pcl.study.runs import Group, Section
+from tf_pcl.study.statistics import Difference
 from tf_pcl.training.report import alike
 from tf_pcl.training.workdir import write
 
 PAGE, MARKDOWN = "report.html", "report.md"
 ERRORS, DIFFERENCES = "errors.csv", "differences.csv"
+
+# More comparisons than these do not each get a sentence.
+_MANY = 6
 
 
 class Report(NamedTuple):
@@ -46,9 +49,7 @@ class _Chapter(NamedTuple):
     charts: Sequence[figures.Chart]
 
 
-def report(
-    paths: Sequence[str], output: str, cost_of: Optional[Callable[[Options], float]] = None
-) -> Report:
+def report(paths: Sequence[str], output: str) -> Report:
     """Reads runs and writes what they show together into a folder.
 
     The folder gets a page of HTML, the same tables in Markdown, and two CSV files with the errors
@@ -57,15 +58,13 @@ def report(
     Args:
       paths: workdirs, or folders that hold workdirs.
       output: the folder, which is made if it is not there.
-      cost_of: a function from Options to the training cost in GFLOP, which raises UserError where
-        it is not known; by default nothing is said of costs.
 
     Raises:
       UserError: if no finished run is found, or the folder cannot be written.
     """
     study = runs.read(paths)
     notes = list(study.notes)
-    chapters = [_chapter(section, cost_of, notes) for section in study.sections]
+    chapters = [_chapter(section, notes) for section in study.sections]
     warnings = _alike(study.sections)
     markdown = _markdown(chapters, warnings, notes)
     texts = {
@@ -88,18 +87,9 @@ def report(
     return Report(markdown, files)
 
 
-def _chapter(
-    section: Section, cost_of: Optional[Callable[[Options], float]], notes: list[str]
-) -> _Chapter:
+def _chapter(section: Section, notes: list[str]) -> _Chapter:
     """Returns all that is said of a section; costs that are not known are added to the notes."""
-    costs: dict[str, Optional[float]] = {}
-    for group in section.groups:
-        costs[group.label] = None
-        if cost_of:
-            try:
-                costs[group.label] = cost_of(group.options)
-            except UserError as e:
-                notes.append(f"what {group.label} costs is not known: {e}")
+    costs = {group.label: _cost(group, notes) for group in section.groups}
     found = comparisons.compare(section, costs)
     return _Chapter(
         section,
@@ -114,31 +104,51 @@ def _chapter(
     )
 
 
+def _cost(group: Group, notes: list[str]) -> Optional[float]:
+    """Returns what a run of a group costs in GFLOP; None if it is not known, which is noted."""
+    told = [run.results.get("training_gflop") for run in group.runs.values() if run.results]
+    if all(told):
+        return sum(told) / len(told)
+    # Runs of earlier versions do not tell.
+    try:
+        return cost.cost_of(group.options)
+    except UserError as e:
+        notes.append(f"what {group.label} costs is not known: {e}")
+        return None
+
+
 def _findings(found: Sequence[Comparison]) -> list[str]:
-    """Returns a sentence for each comparison."""
-    sentences = []
-    for c in found:
-        if c.seeds is None:
-            continue
-        mine, theirs = (
-            statistics.summary(
-                [g.errors()[s] for s in g.runs if s in c.group.runs and s in c.against.runs]
-            )
-            for g in (c.group, c.against)
-        )
-        points = abs(c.seeds.mean)
-        how = f"{points:.2f} points {'less' if c.seeds.mean < 0 else 'more'}"
-        if points < 0.005:
-            how = "the same"
-        seeds = f"{c.seeds.count} seed{'s' * (c.seeds.count > 1)}"
-        why = {
-            "not known": f"whether that is noise is not known from {seeds}",
-        }.get(c.seeds.verdict, f"that is {c.seeds.verdict} over {seeds}")
+    """Returns a sentence for each comparison; of many, for those that are more than noise."""
+    told = [c for c in found if c.seeds]
+    if len(told) > _MANY:
+        told = [c for c in told if c.seeds and c.seeds.clear]
+    sentences = [_finding(c, c.seeds) for c in told if c.seeds]
+    if len(told) < len(found):
+        which = "Of the other comparisons, none" if told else "None of the comparisons"
         sentences.append(
-            f"{c.group.label} has a test error of {mine.mean:.2f} %, {c.against.label} "
-            f"{theirs.mean:.2f} %{' at ' + c.at if c.at else ''}: {how}; {why}."
+            f"{which} is known to be more than noise; the table of differences has all "
+            f"{len(found)}."
         )
     return sentences
+
+
+def _finding(c: Comparison, seeds: Difference) -> str:
+    common = {*c.group.runs} & {*c.against.runs}
+    mine, theirs = (
+        statistics.summary([error for seed, error in group.errors().items() if seed in common])
+        for group in (c.group, c.against)
+    )
+    points = abs(seeds.mean)
+    how = f"{points:.2f} points {'less' if seeds.mean < 0 else 'more'}"
+    many = f"{seeds.count} seed{'s' * (seeds.count > 1)}"
+    judged = f"that is {seeds.verdict} over {many}"
+    if seeds.clear is None:
+        judged = f"{many} cannot tell whether that is noise"
+    return (
+        f"{c.group.label} has a test error of {mine.mean:.2f} %, {c.against.label} of "
+        f"{theirs.mean:.2f} %{' at ' + c.at if c.at else ''}: "
+        f"{'the same' if points < 0.005 else how}; {judged}."
+    )
 
 
 def _remarks(

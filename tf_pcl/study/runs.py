@@ -260,9 +260,12 @@ def _data_names(found: Sequence[Run]) -> dict[str, str]:
     for run in found:
         name = run.options.dataset
         if len(kinds[name]) > 1:
-            folder = os.path.basename(os.path.normpath(run.options.data_dir or "")).strip(".")
-            name += f" ({folder}, {len(run.data.get('classes', []))} classes, "
-            name += f"{run.data.get('test images', 0):,} test images)"
+            facts = [
+                os.path.basename(os.path.normpath(run.options.data_dir or "")).strip("."),
+                f"{len(run.data.get('classes', []))} classes",
+                f"{run.data.get('test images', 0):,} test images",
+            ]
+            name += f" ({', '.join(filter(None, facts))})"
         names[run.path] = name
     return names
 
@@ -272,7 +275,12 @@ def _labelled(data: str, network: str, groups: list[Group]) -> Section:
     order = list(METHODS)
     groups = sorted(
         groups,
-        key=lambda g: (not g.is_baseline, order.index(g.options.method), g.options.epochs),
+        key=lambda g: (
+            not g.is_baseline,
+            order.index(g.options.method),
+            g.options.epochs,
+            len(g.settings),
+        ),
     )
     names = dict.fromkeys(name for group in groups for name in group.settings)
     common: dict[str, str] = {}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Optional
 from tf_pcl.study import paper, statistics
 from tf_pcl.study.comparisons import Comparison
 from tf_pcl.study.runs import Group, Section
-from tf_pcl.study.statistics import Difference
+from tf_pcl.study.statistics import Difference, McNemar
 
 NONE = "–"
 # Units of cost and their size in GFLOP.
@@ -86,11 +86,7 @@ def differences(comparisons: Sequence[Comparison]) -> Table:
                 _interval(seeds),
                 "no seed in common" if seeds is None else seeds.verdict,
                 _interval(c.images),
-                "; ".join(
-                    f"seed {seed}: {m.first_only} to {m.second_only}, p = {m.p:.2g}"
-                    for seed, m in c.mcnemar.items()
-                )
-                or NONE,
+                ", ".join(f"{m.p:.2g}" for m in c.mcnemar.values()) or NONE,
             ]
         )
     columns = [
@@ -102,7 +98,7 @@ def differences(comparisons: Sequence[Comparison]) -> Table:
         "95 % over seeds",
         "verdict",
         "95 % over test images",
-        "McNemar: images that one alone gets right",
+        "McNemar's p, by seed",
     ]
     kept = [i for i, _ in enumerate(columns) if i < 7 or any(row[i] != NONE for row in rows)]
     return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
@@ -146,7 +142,7 @@ def differences_csv(found: Iterable[tuple[Section, Sequence[Comparison]]]) -> st
     rows: list[dict[str, Any]] = []
     for section, comparisons in found:
         for c in comparisons:
-            seeds, images = c.seeds, c.images
+            seeds, images, tests = c.seeds, c.images, list(c.mcnemar.values())
             rows.append(
                 {
                     "data": section.data,
@@ -162,6 +158,10 @@ def differences_csv(found: Iterable[tuple[Section, Sequence[Comparison]]]) -> st
                     "images": images.count if images else 0,
                     "images_low": images and images.low,
                     "images_high": images and images.high,
+                    **{
+                        f"mcnemar_{name}": " ".join(f"{getattr(m, name):.4g}" for m in tests)
+                        for name in McNemar._fields
+                    },
                 }
             )
     return _csv(rows)
