@@ -21,7 +21,7 @@ def test_the_paired_interval_is_students():
     first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
     second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
     found = statistics.paired(dict(enumerate(second)), dict(enumerate(first)))
-    assert found.count == 10 and found.mean == pytest.approx(1.58)
+    assert found.size == 10 and found.mean == pytest.approx(1.58)
     assert (found.low, found.high) == pytest.approx((0.7001142, 2.4598858))
     assert found.clear and found.verdict == "more than noise"
     # The interval leaves out 0 where the test's p is below 0.05.
@@ -33,7 +33,7 @@ def test_the_paired_interval_is_students():
 
 def test_only_common_seeds_are_paired():
     found = statistics.paired({0: 5.0, 1: 6.0, 7: 99.0}, {0: 4.0, 1: 4.0, 2: -99.0})
-    assert (found.count, found.mean) == (2, 1.5)
+    assert (found.size, found.mean) == (2, 1.5)
     # Two seeds: t is 12.7062, the standard error is 0.5.
     assert (found.low, found.high) == pytest.approx((1.5 - 6.3531, 1.5 + 6.3531), abs=1e-4)
     assert found.verdict == "within noise"
@@ -74,10 +74,10 @@ def test_a_classifier_that_is_right_as_often_as_it_is_sure():
     sure = np.array([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
     labels = np.array([0, 0, 0, 1, 0, 1])
     found = statistics.reliability(labels, np.stack([sure, 1 - sure], 1), bins=10)
-    assert found.count[9] == 4 and found.accuracy[9] == 0.75
-    assert found.count[6] == 2 and found.confidence[6] == pytest.approx(0.6)
+    assert found.size[9] == 4 and found.accuracy[9] == 0.75
+    assert found.size[6] == 2 and found.confidence[6] == pytest.approx(0.6)
     assert found.error == pytest.approx((4 * 0.15 + 2 * 0.1) / 6)
-    assert np.isnan(found.accuracy[0]) and found.count.sum() == 6
+    assert np.isnan(found.accuracy[0]) and found.size.sum() == 6
     # Labels drawn from the probabilities themselves.
     p = RNG.dirichlet([0.5] * 4, 20_000)
     drawn = (p.cumsum(1) < RNG.random((len(p), 1))).sum(1)

@@ -88,14 +88,10 @@ def _compared(group: Group, against: Group, at: str) -> Comparison:
     seeds = statistics.paired(group.errors(), against.errors())
     wrong, tests = [], {}
     for seed in sorted({*group.runs} & {*against.runs}):
-        pair = [g.runs[seed].predictions() for g in (group, against)]
-        if pair[0] is None or pair[1] is None:
-            continue
-        (labels, logits), (other_labels, other_logits) = pair
-        if not np.array_equal(labels, other_labels):
-            continue
-        right = [logits.argmax(-1) == labels, other_logits.argmax(-1) == labels]
-        tests[seed] = statistics.mcnemar(*right)
-        wrong.append([~r for r in right])
+        mine, theirs = (g.runs[seed].predictions() for g in (group, against))
+        if mine and theirs and np.array_equal(mine[0], theirs[0]):
+            first, second = (logits.argmax(-1) == labels for labels, logits in (mine, theirs))
+            tests[seed] = statistics.mcnemar(first, second)
+            wrong.append([~first, ~second])
     images = statistics.bootstrap(*np.mean(wrong, 0)) if wrong else None
     return Comparison(group, against, at, seeds, images, tests)

@@ -26,7 +26,7 @@ _VARIABLES = {
     **{color: f"var(--series-{i})" for i, color in enumerate(_SERIES)},
 }
 _DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
     "font.family": "sans-serif",
@@ -111,7 +111,10 @@ def charts(section: Section, costs: Mapping[str, Optional[float]]) -> list[Chart
       costs: {label of a group: training cost in GFLOP, or None}.
     """
     look = looks(section)
-    with matplotlib.rc_context({**matplotlib.rcParamsDefault, **_STYLE, "backend": "svg"}):
+    with matplotlib.rc_context():
+        # What the user's own settings say does not count.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
         found = [
             _seeds(section, look),
             _epochs(section, look),
@@ -275,7 +278,7 @@ def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=_INK, lw=0.8, linestyle=_DASHES[2])
     for group, line in zip(drawn, lines):
-        some = line.count > 0
+        some = line.size > 0
         axes.plot(
             line.confidence[some], line.accuracy[some], marker="o", ms=4, **look[group.label].line
         )
@@ -352,6 +355,7 @@ class _Few(matplotlib.ticker.Locator):
     """About five ticks at round numbers of a logarithmic axis."""
 
     def __call__(self) -> Any:
+        assert self.axis
         low, high = self.axis.get_view_interval()
         return self.tick_values(low, high)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import jinja2
+import numpy as np
 
 import tf_pcl
 from tf_pcl.errors import UserError
@@ -106,9 +107,10 @@ def _chapter(section: Section, notes: list[str]) -> _Chapter:
 
 def _cost(group: Group, notes: list[str]) -> Optional[float]:
     """Returns what a run of a group costs in GFLOP; None if it is not known, which is noted."""
-    told = [run.results.get("training_gflop") for run in group.runs.values() if run.results]
-    if all(told):
-        return sum(told) / len(told)
+    told = [(run.results or {}).get("training_gflop") for run in group.runs.values()]
+    known = [gflop for gflop in told if gflop]
+    if len(known) == len(told):
+        return float(np.mean(known))
     # Runs of earlier versions do not tell.
     try:
         return cost.cost_of(group.options)
@@ -140,7 +142,7 @@ def _finding(c: Comparison, seeds: Difference) -> str:
     )
     points = abs(seeds.mean)
     how = f"{points:.2f} points {'less' if seeds.mean < 0 else 'more'}"
-    many = f"{seeds.count} seed{'s' * (seeds.count > 1)}"
+    many = f"{seeds.size} seed{'s' * (seeds.size > 1)}"
     judged = f"that is {seeds.verdict} over {many}"
     if seeds.clear is None:
         judged = f"{many} cannot tell whether that is noise"

@@ -247,7 +247,10 @@ def _sections(found: Sequence[Run], notes: list[str]) -> list[Section]:
         if done:
             subject = tuple(settings[name] for name in _SUBJECT)
             by_subject.setdefault(subject, []).append(Group("", settings, done, unfinished))
-    return [_labelled(*subject, groups) for subject, groups in sorted(by_subject.items())]
+    return [
+        _labelled(name, network, groups)
+        for (name, network), groups in sorted(by_subject.items())
+    ]
 
 
 def _data_names(found: Sequence[Run]) -> dict[str, str]:

@@ -16,13 +16,13 @@ class Summary(NamedTuple):
     """The mean of some values.
 
     Attributes:
-      count: how many values there are, at least 1.
+      size: how many values there are, at least 1.
       mean: their mean.
-      deviation: the sample standard deviation, with count − 1 in the denominator; None for one
+      deviation: the sample standard deviation, with size − 1 in the denominator; None for one
         value.
     """
 
-    count: int
+    size: int
     mean: float
     deviation: Optional[float]
 
@@ -31,12 +31,12 @@ class Difference(NamedTuple):
     """The mean of paired differences, and what is known of it.
 
     Attributes:
-      count: how many pairs there are.
+      size: how many pairs there are.
       mean: the mean difference, first minus second.
       low, high: the ends of its confidence interval; None where there is none.
     """
 
-    count: int
+    size: int
     mean: float
     low: Optional[float] = None
     high: Optional[float] = None
@@ -73,14 +73,14 @@ class Reliability(NamedTuple):
 
     Attributes:
       confidence, accuracy: float64 [bins], the means within each bin; NaN in an empty one.
-      count: int64 [bins], how many images each bin has.
+      size: int64 [bins], how many images each bin has.
       error: the expected calibration error in [0, 1], the mean over images of the distance between
         their bin's accuracy and confidence.
     """
 
     confidence: np.ndarray
     accuracy: np.ndarray
-    count: np.ndarray
+    size: np.ndarray
     error: float
 
 
