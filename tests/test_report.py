@@ -388,13 +388,15 @@ def test_the_page_is_whole_in_itself(folder):
 
 
 def test_many_groups_have_a_panel_each(tmp_path):
-    for peers in range(2, 12):
+    for peers in range(2, 10):
         make_run(tmp_path / str(peers), "pcl", 0, 3.0 + peers, peers=peers)
-    page = Page(written(tmp_path)[0])
+    text = written(tmp_path)[0]
+    page = Page(text)
     epochs = page.charts[1].split("\n")
-    assert [f"pcl (peers={n})" in epochs for n in (2, 7, 11)] == [True] * 3
+    assert [f"pcl (peers={n})" in epochs for n in (2, 7, 9)] == [True] * 3
     # Without a baseline, all are compared with the first; of many comparisons few are told.
-    assert len(page.tables[1]) == 10
+    assert len(page.tables[1]) == 8
+    assert "None of the comparisons is known to be more than noise; the table of" in text
 
 
 CHROMIUM = "/usr/bin/chromium"
@@ -440,17 +442,15 @@ if os.path.exists(CHROMIUM):
             re.search(r"<title>(\{.*?\})</title>", dom).group(1).replace("&quot;", '"')
         )
         assert found == {"inside": [True] * 6, "wide": False, "fetched": 0}
-        for dark in (False, True):
-            shot = tmp_path / f"{dark}.png"
-            browse(
-                page,
-                tmp_path,
-                f"--screenshot={shot}",
-                "--window-size=1200,4000",
-                *["--force-dark-mode"] * dark,
-            )
-            pixels = image.imread(shot)[..., :3]
-            # The paper, and the first method's colour: the lines of its curves.
-            assert (pixels[5, 5].mean() < 0.3) == dark
-            blue = (pixels[..., 2] - pixels[..., 0] > 0.35).sum()
-            assert 1_000 < blue < 0.2 * pixels[..., 0].size
+        browse(
+            page,
+            tmp_path,
+            f"--screenshot={tmp_path / 'dark.png'}",
+            "--window-size=1200,3000",
+            "--force-dark-mode",
+        )
+        pixels = image.imread(tmp_path / "dark.png")[..., :3]
+        # The page is dark, and the curves have the first method's colour.
+        assert pixels[5, 5].max() < 0.2
+        blue = (pixels[..., 2] - pixels[..., 0] > 0.35).sum()
+        assert 1_000 < blue < 0.1 * pixels[..., 0].size

@@ -248,8 +248,7 @@ def _sections(found: Sequence[Run], notes: list[str]) -> list[Section]:
             subject = tuple(settings[name] for name in _SUBJECT)
             by_subject.setdefault(subject, []).append(Group("", settings, done, unfinished))
     return [
-        _labelled(name, network, groups)
-        for (name, network), groups in sorted(by_subject.items())
+        _labelled(name, network, groups) for (name, network), groups in sorted(by_subject.items())
     ]
 
 
