@@ -50,7 +50,7 @@ _STYLE: Any = {
     "lines.solid_capstyle": "round",
 }
 # Inches: the width of the page's column, and the height of a chart.
-_WIDTH, _HEIGHT = 8.4, 3.5
+_WIDTH, _HEIGHT = 9.6, 3.7
 _PANELS_A_ROW = 3
 # Characters of a panel's title in a line.
 _LINE = 30
@@ -173,7 +173,9 @@ def _diversity(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     last = max(float(np.max(group.curve(column)[1][:, -1])) for group in drawn)
     most = max(float(np.max(group.curve(column)[1])) for group in drawn)
     draw = lambda axes, group: _band(axes, group, column, look[group.label])
-    limits = (0, min(most * 1.05, 8 * last) or 1)
+    top = min(most * 1.05, 8 * last) or 1.0
+    # A line at 0 is seen whole.
+    limits = (-0.02 * top, top)
     svg = _curves(drawn, draw, "diversity", limits, "Diversity of the peers over epochs")
     note = (
         "The mean distance between the class probabilities of two peers on the test images: 0 "
@@ -243,7 +245,8 @@ def _cost(
         s = statistics.summary(list(group.errors().values()))
         color = look[group.label].line["color"]
         axes.errorbar([cost], [s.mean], [s.deviation or 0], fmt="o", color=color, ms=7, capsize=3)
-        axes.annotate(group.label, (cost, s.mean), (8, 5), textcoords="offset points")
+        if group.is_baseline or len(drawn) <= _TOGETHER:
+            axes.annotate(group.label, (cost, s.mean), (8, 5), textcoords="offset points")
     axes.set_xscale("log")
     low, high = min(cost for _, cost in drawn), max(cost for _, cost in drawn)
     # Room for the labels, which stand to the right of the points.
@@ -259,7 +262,8 @@ def _cost(
         "deviation over seeds. A method pays where it lies below the line of the baselines."
     )
     svg = _svg(figure, "Test error against the cost of training")
-    return Chart("Error against training cost", note, svg, [])
+    legend = _legend([g for g, _ in drawn if not g.is_baseline], look)
+    return Chart("Error against training cost", note, svg, legend)
 
 
 def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
@@ -286,7 +290,7 @@ def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")
-    found = ", ".join(f"{100 * line.error:.1f} % ({g.label})" for g, line in zip(drawn, lines))
+    found = ", ".join(f"{g.label} {100 * line.error:.1f} %" for g, line in zip(drawn, lines))
     note = (
         "How often the network is right where it is so sure, all seeds together. On the dotted "
         f"line it is as often right as it is sure. Expected calibration error: {found}."
@@ -384,9 +388,9 @@ def _svg(figure: Figure, title: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg)
-    svg = re.sub(
-        r'^<svg [^>]*(viewBox="[^"]*")[^>]*>', rf'<svg role="img" \1><title>{title}</title>', svg
-    )
+    width = round(96 * figure.get_size_inches()[0])
+    head = rf'<svg role="img" width="{width}" \1><title>{title}</title>'
+    svg = re.sub(r'^<svg [^>]*(viewBox="[^"]*")[^>]*>', head, svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)
     # The page's own type, in sizes that are the chart's.

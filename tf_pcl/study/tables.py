@@ -79,8 +79,7 @@ def differences(comparisons: Sequence[Comparison]) -> Table:
         rows.append(
             [
                 c.group.label,
-                c.against.label,
-                c.at or NONE,
+                ", ".join(filter(None, [c.against.label, c.at])),
                 NONE if seeds is None else str(seeds.size),
                 NONE if seeds is None else _signed(seeds.mean),
                 _interval(seeds),
@@ -92,7 +91,6 @@ def differences(comparisons: Sequence[Comparison]) -> Table:
     columns = [
         "method",
         "against",
-        "at",
         "seeds",
         "difference, points",
         "95 % over seeds",
@@ -100,7 +98,7 @@ def differences(comparisons: Sequence[Comparison]) -> Table:
         "95 % over test images",
         "McNemar's p, by seed",
     ]
-    kept = [i for i, _ in enumerate(columns) if i < 7 or any(row[i] != NONE for row in rows)]
+    kept = [i for i, _ in enumerate(columns) if i < 6 or any(row[i] != NONE for row in rows)]
     return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows])
 
 
