@@ -5,11 +5,14 @@ import html.parser
 import io
 import json
 import os
+import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import numpy as np
+import pages
 import pytest
 
 from tf_pcl.errors import UserError
@@ -17,6 +20,7 @@ from tf_pcl.options import Options
 from tf_pcl.study import paper, report, runs, tables
 from tf_pcl.training.report import alike
 from tf_pcl.training.workdir import Workdir, write_json
+from tf_pcl.verbs import VERBS
 
 EPOCHS = 12
 BASE = dict(dataset="digits", network="resnet8", epochs=EPOCHS, train_examples=200)
@@ -371,8 +375,8 @@ def test_the_page_is_whole_in_itself(folder):
     titles = [chart.split("\n")[0] for chart in page.charts]
     assert titles == [
         "Test error of every seed",
-        "Test error over epochs",
-        "Test error of peers and teachers over epochs",
+        "Error over epochs",
+        "Error of peers and teachers over epochs",
         "Diversity of the peers over epochs",
         "Test error against the cost of training",
         "Reliability diagram",
@@ -397,6 +401,38 @@ def test_many_groups_have_a_panel_each(tmp_path):
     # Without a baseline, all are compared with the first; of many comparisons few are told.
     assert len(page.tables[1]) == 8
     assert "None of the comparisons is known to be more than noise; the table of" in text
+
+
+def test_the_verb_wants_runs():
+    with pytest.raises(UserError, match="give the workdirs of runs, or folders that hold them"):
+        VERBS["report"].run([])
+
+
+@pytest.mark.slow
+def test_the_command_of_the_page_makes_a_report(folder, tmp_path):
+    (arguments,) = pages.commands(pages.page("docs/compare.md"), "tf-pcl report")
+    here = tmp_path / "here"
+    folder = pathlib.Path(shutil.copytree(folder, here / arguments[0]))
+    call = [sys.executable, "-m", "tf_pcl", "report"]
+    run = lambda *more: subprocess.run(
+        [*call, *more],
+        cwd=here,
+        env={**os.environ, "PYTHONPATH": str(pages.ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    done = run(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# resnet8 on digits\n")
+    # The files of the page's table, the page first.
+    text = pages.section(pages.page("docs/compare.md"), "## Read a report")
+    files = [row[0] for row in pages.rows(text, 2) if "." in row[0]]
+    assert done.stdout.splitlines()[-4:] == [f"report/{name}" for name in files]
+    assert sorted(files) == sorted(os.listdir(here / "report"))
+    refused = run("nowhere")
+    assert refused.returncode == 2 and refused.stderr == (
+        "tf-pcl report: nowhere is no folder: give workdirs of runs, or folders that hold them\n"
+    )
 
 
 CHROMIUM = "/usr/bin/chromium"

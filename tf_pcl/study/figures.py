@@ -157,10 +157,11 @@ def _epochs(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     most = max(float(np.max(group.curve(column(group))[1])) for group in drawn)
     top = min(most, 2.5 * max(middle) + 1)
     draw = lambda axes, group: _band(axes, group, column(group), look[group.label])
-    svg = _curves(drawn, draw, "test error, %", (0, top), "Test error over epochs")
+    svg = _curves(drawn, draw, "error, %", (0, top), "Error over epochs")
     note = (
-        "The test error of the deployed network, the mean over seeds; the band reaches from the "
-        "lowest to the highest seed."
+        "The error of the deployed network, the mean over seeds, on the test images, or on the "
+        "validation images of runs that have them. The band reaches from the lowest to the highest "
+        "seed."
     )
     return Chart("Error over epochs", note, svg, _legend(drawn, look))
 
@@ -217,12 +218,12 @@ def _teachers(section: Section) -> Optional[Chart]:
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    panels[0].set_ylabel("test error, %")
+    panels[0].set_ylabel("error, %")
     note = (
-        "The mean test error of the exits of each kind over seeds. The thick line has the exit "
-        "that is deployed."
+        "The mean error of the exits of each kind over seeds, on the images of the chart above. "
+        "The thick line has the exit that is deployed."
     )
-    svg = _svg(figure, "Test error of peers and teachers over epochs")
+    svg = _svg(figure, "Error of peers and teachers over epochs")
     return Chart("Peers against teachers", note, svg, list(look.items()))
 
 

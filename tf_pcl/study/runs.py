@@ -91,12 +91,15 @@ class Group:
 
     def errors(self, exit_name: Optional[str] = None) -> dict[int, float]:
         """Returns {seed: test error in percent at the end} of an exit, by default the deployed."""
-        name = exit_name or self.deployed
-        return {seed: _results(run)["error"][name] for seed, run in self.runs.items()}
+        found = {seed: _results(run) for seed, run in self.runs.items()}
+        if exit_name is None:
+            return {seed: results["deployed_error"] for seed, results in found.items()}
+        return {seed: results["error"][exit_name] for seed, results in found.items()}
 
     def exits(self) -> list[str]:
-        """Returns the names of all exits."""
-        return list(_results(next(iter(self.runs.values())))["error"])
+        """Returns the names of the exits that all runs have."""
+        first, *others = (_results(run)["error"] for run in self.runs.values())
+        return [name for name in first if all(name in other for other in others)]
 
     def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns epochs [E] and values [seeds, E] of a column of metrics.csv.
@@ -210,7 +213,8 @@ def _read(path: str) -> Run:
         last = next((row for row in reversed(rows) if "val_diversity" in row), {})
         if "val_diversity" in last:
             results.setdefault("diversity", last["val_diversity"])
-        results["error"][results["deployed"]], results["epochs"]
+        if not {"deployed", "deployed_error", "epochs", "error"} <= {*results}:
+            raise UserError("its results.json is not that of a run")
     return Run(path, given, results, rows, data)
 
 
