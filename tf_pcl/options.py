@@ -446,18 +446,27 @@ def from_flags(values: flags.FlagValues = flags.FLAGS) -> Options:
     Raises:
       UserError: if they are out of range or do not fit together.
     """
-    given: dict[str, Any] = {name: values[name].value for name in names()}
-    drops = given["lr_decay_epochs"]
+    return Options(**given(values))
+
+
+def given(values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+    """Returns {name: value} of the options that parsed absl FlagValues were given.
+
+    Raises:
+      UserError: for numbers that are none.
+    """
+    found: dict[str, Any] = {name: values[name].value for name in names() if values[name].present}
+    drops = found.get("lr_decay_epochs")
     if drops is not None:
         try:
-            given["lr_decay_epochs"] = tuple(float(e) for e in drops)
+            found["lr_decay_epochs"] = tuple(float(e) for e in drops)
         except ValueError as e:
             raise UserError(
                 f"{e}; give numbers, such as 150,225",
                 parameter="lr_decay_epochs",
                 value=",".join(drops),
             ) from e
-    return Options(**given)
+    return found
 
 
 def from_file(path: str) -> Options:

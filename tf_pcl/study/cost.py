@@ -106,8 +106,8 @@ def _flop(
     # What the pixels are does not matter.
     noise = np.random.RandomState(0).randint(0, 256, (4, *shape)).astype(np.uint8)
     images = Arrays(noise, np.arange(4) % len(classes))
-    channels = np.ones(shape[-1])
-    data = ImageData("noise", classes, shape, images, images, 128 * channels, 64 * channels)
+    means, deviations = (128.0,) * shape[-1], (64.0,) * shape[-1]
+    data = ImageData("noise", classes, shape, images, images, means, deviations)
     stages = METHODS[options.method].stages(
         Assembly(data, trunk_share=options.trunk_share),
         several if len(several) > 1 else several[0],
