@@ -446,15 +446,41 @@ def from_flags(values: flags.FlagValues = flags.FLAGS) -> Options:
     Raises:
       UserError: if they are out of range or do not fit together.
     """
-    given: dict[str, Any] = {name: values[name].value for name in names()}
-    drops = given["lr_decay_epochs"]
+    return Options(**given(values))
+
+
+def given(values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+    """Returns {name: value} of the options that parsed absl FlagValues were given.
+
+    Raises:
+      UserError: for numbers that are none.
+    """
+    found: dict[str, Any] = {name: values[name].value for name in names() if values[name].present}
+    drops = found.get("lr_decay_epochs")
     if drops is not None:
         try:
-            given["lr_decay_epochs"] = tuple(float(e) for e in drops)
+            found["lr_decay_epochs"] = tuple(float(e) for e in drops)
         except ValueError as e:
             raise UserError(
                 f"{e}; give numbers, such as 150,225",
                 parameter="lr_decay_epochs",
                 value=",".join(drops),
             ) from e
-    return Options(**given)
+    return found
+
+
+def from_file(path: str) -> Options:
+    """Returns the Options in a flagfile, such as the flags.txt of a workdir.
+
+    Raises:
+      UserError: if it is no such file, or of a version with other options.
+    """
+    values = flags.FlagValues()
+    define_flags(values)
+    try:
+        rest = values(["", f"--flagfile={path}"])[1:]
+    except (flags.Error, UnicodeError) as e:
+        raise UserError(f"{path} is no list of the options of a run: {e}") from e
+    if rest:
+        raise UserError(f"{path} is no list of the options of a run: {rest[0]!r} is none")
+    return from_flags(values)

@@ -171,8 +171,7 @@ def method_arguments(options: Options) -> dict[str, Any]:
     Raises:
       UserError: if an option is given that this method does not take.
     """
-    possible = set(names()) - {"network", "preprocess"}  # These go to the Assembly.
-    taken = {name: possible & _taken(cls) for name, cls in METHODS.items()}
+    taken = {name: options_of(name) for name in METHODS}
     chosen = taken[options.method]
     given = {
         name: value
@@ -191,7 +190,8 @@ def method_arguments(options: Options) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "trunk_share"}
 
 
-def _taken(cls: type[Distiller]) -> set[str]:
+def options_of(method: str) -> set[str]:
     """Returns the names of the options that a method takes: a share is for whoever can be cut."""
-    own = set(cls.parameters())
-    return own | ({"trunk_share"} if "split_at" in own else set())
+    own = set(METHODS[method].parameters())
+    own |= {"trunk_share"} if "split_at" in own else set()
+    return own & set(names()) - {"network", "preprocess"}  # These go to the Assembly.

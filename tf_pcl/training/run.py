@@ -7,6 +7,7 @@ from tf_pcl import data as datasets
 from tf_pcl import networks, surgery
 from tf_pcl.errors import choose
 from tf_pcl.methods import METHODS
+from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
 from tf_pcl.training import export, report
@@ -99,13 +100,21 @@ def _train_all(
     """Trains and exports every stage, the first of which is built; returns the last's results."""
     folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(stages[:-1], 1)]
     models, results = [first], {"wall_seconds": 0.0}
+    gflop = 0.0
     for i, (stage, folder) in enumerate(zip(stages, [*folders, workdir])):
         if i:
             models.append(trainer.build(stages, models))
         deployed = models[i].deployed()
+        step_gflop = trainer.options.batch_size * training_flop(models[i]) / 1e9
         describe = functools.partial(
-            report.results, options=trainer.options, stage=stage, model=models[i], deployed=deployed
+            report.results,
+            options=trainer.options,
+            stage=stage,
+            model=models[i],
+            deployed=deployed,
+            gflop=(gflop, step_gflop),
         )
+        gflop += step_gflop * trainer.steps_per_epoch * trainer.options.epochs
         title = f"stage {i + 1} of {len(stages)}, {stage.name}" if folders else ""
         results = trainer.train(models[i], folder, describe, title, results["wall_seconds"])
         export.check_finite(deployed, trainer.data.test.first(32))
