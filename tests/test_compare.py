@@ -140,24 +140,6 @@ def test_a_grid_goes_on_after_a_signal_and_shares_a_teacher_bit_for_bit(tmp_path
     results = json.loads((second / "results.json").read_text())
     again = json.loads((tmp_path / "alone/results.json").read_text())
     assert results["training_gflop"] == again["training_gflop"] > 0
-    # All is done: the same command trains nothing; with other options it is refused.
-    done = subprocess.run(command, **call)
-    assert done.returncode == 0 and "2 of 2 runs are done already" in done.stdout
-    refused = subprocess.run([*command, "--epochs=3"], **call)
-    assert refused.returncode == 2 and "--epochs=3 here, 2 there" in refused.stderr
-
-
-@pytest.mark.slow
-def test_a_run_that_fails_is_named_and_the_others_go_on(tmp_path):
-    (tmp_path / "lines").write_text(
-        "lost: --methods=baseline --learning_rate=1e30\nkept: --methods=baseline\n"
-    )
-    code, out, err = finish(tmp_path, "--grid=lines", "--noequal_cost", "--workdir=grid")
-    assert code == 1 and err.count("\n") == 1
-    name = "lost-helpers.without_norm-digits-seed0"
-    assert f"1 of 2 runs failed: {name} with status 1, see grid/{name}/log.txt" in err
-    assert f"{name}: FAILED with status 1: " in out and "smaller --learning_rate" in out
-    assert "kept-helpers.without_norm-digits-seed0: test error" in out
 
 
 def test_the_commands_of_the_page_are_planned(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Grids of runs: which runs, what they are called, what they cost, what stages they share."""
 
-import json
+import os
+import sys
 
 import pytest
 
@@ -8,8 +9,19 @@ from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.study import grid, runner, summary
 from tf_pcl.study.grid import Cell, Line
+from tf_pcl.training.workdir import Workdir
 
 SMALL = dict(train_examples=200, batch_size=50, epochs=6)
+
+
+# What a run that is done leaves.
+TRAIN = """
+import json, os
+os.makedirs(os.path.join(path, "export/saved_model/1"))
+open(os.path.join(path, "export/saved_model/1/saved_model.pb"), "w").close()
+with open(os.path.join(path, "results.json"), "w") as f:
+    json.dump({"epochs": epochs, "deployed_error": error}, f)
+"""
 
 
 def line(*methods, networks=("helpers:without_norm",), seeds=(0,), name="", **given):
@@ -140,11 +152,7 @@ def test_the_summary_has_means_over_seeds_and_what_is_missing(tmp_path):
     cells = grid.with_equal_cost(cells, str(tmp_path))
     for cell, error in zip(cells, (6.0, 8.0, 5.0, None, 4.0, 4.5)):
         if error is not None:
-            saved_model = tmp_path / cell.title / "export/saved_model/1"
-            saved_model.mkdir(parents=True)
-            (saved_model / "saved_model.pb").touch()
-            results = {"epochs": cell.options.epochs, "deployed_error": error}
-            (tmp_path / cell.title / "results.json").write_text(json.dumps(results))
+            exec(TRAIN, {"path": cell.path, "epochs": cell.options.epochs, "error": error})
     head, _, *rows, last = summary.summary(cells).splitlines()
     assert head.startswith(
         "helpers:without_norm on digits: test error in percent, mean ± deviation"
@@ -159,3 +167,41 @@ def test_the_summary_has_means_over_seeds_and_what_is_missing(tmp_path):
     other = dict(SMALL, epochs=7)
     assert runner.results_of(cells[0])
     assert not runner.results_of(grid.plan([line("baseline")], str(tmp_path), other)[0])
+
+
+def test_a_run_that_fails_is_named_the_others_go_on_and_what_is_done_stays(
+    tmp_path, monkeypatch, capfd
+):
+    def command(cell, python):
+        fails = cell.options.seed == 1
+        lines = ["print('first'); raise SystemExit('it broke')"] if fails else [TRAIN]
+        told = f"path, epochs, error = {cell.path!r}, {cell.options.epochs}, 7.5"
+        return [python, "-c", "\n".join([told, *lines])]
+
+    monkeypatch.setattr(Cell, "command", command)
+    cells = grid.plan([line("baseline", seeds=[0, 1, 2])], str(tmp_path), SMALL)
+    for done in (0, 2):
+        (failure,) = runner.run(cells)
+        assert failure == (cells[1], 1, os.path.join(cells[1].path, "log.txt"))
+        out = capfd.readouterr().out
+        assert f"{cells[1].title}: FAILED with status 1: it broke\n" in out
+        assert (f"{cells[2].title}: test error 7.50 %, 0 s\n" in out) == (not done)
+        assert ("2 of 3 runs are done already\n" in out) == bool(done)
+    assert open(failure.log).read() == 2 * "first\nit broke\n"
+
+
+def test_a_workdir_with_another_run_is_refused(tmp_path):
+    cells = grid.plan([line("baseline", seeds=[0, 1])], str(tmp_path), SMALL)
+    runner.check(cells)
+    assert not list(tmp_path.iterdir())
+    Workdir(cells[1].path).begin(cells[1].options, {}, {})
+    runner.check(cells)
+    other = grid.plan([line("baseline", seeds=[0, 1])], str(tmp_path), dict(SMALL, epochs=7))
+    with pytest.raises(UserError, match="seed1`: .*`epochs=7` here, 6 there"):
+        runner.check(other)
+
+
+def test_ray_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UserError, match="`runner=ray`: it needs the package ray"):
+        runner.run(grid.plan([line("baseline")], str(tmp_path), SMALL), "ray")
