@@ -1,6 +1,7 @@
 """The benchmarks run and print what they say they measure."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -73,6 +74,34 @@ def test_a_run_that_is_killed_is_compared(tmp_path):
     assert last == (
         "2 kills, 1 at random moments and 1 at calls; 1 of 1 runs end as the undisturbed one"
     )
+
+
+@pytest.mark.slow
+def test_the_cost_of_checks_is_told_as_ratios(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "benchmarks/checks.py",
+            "--networks=resnet8",
+            "--methods=baseline",
+            "--batch_size=16",
+            "--steps=2",
+            "--rounds=1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    _, line = done.stdout.splitlines()
+    number = r"(\d+\.?\d*)"
+    found = re.fullmatch(
+        rf"resnet8 +baseline +{number} +× {number} +× {number} +{number} ms, {number} % of a "
+        "checkpoint",
+        line,
+    )
+    assert found and min(map(float, found.groups())) > 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_run_left_is_compared_bit_for_bit(tmp_path):
