@@ -2,6 +2,7 @@ import base64
 import io
 import itertools
 import os
+import pathlib
 import shutil
 import struct
 import time
@@ -15,6 +16,9 @@ from helpers import noise, with_labels
 from tf_pcl import data
 from tf_pcl.data import augmentations, class_names, datasets, from_tfds, image_files, storage
 from tf_pcl.errors import UserError
+from tf_pcl.options import Options
+from tf_pcl.training import report
+from tf_pcl.training.workdir import Workdir
 
 
 def counted(n=50):
@@ -633,6 +637,28 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
     assert lines[-1].startswith("Left out: ") and lines[-1].count(".png") == 6
     assert (len(d.train), len(d.test)) == (3, 2) and len(batches(d, 3, 2)) == 2
     assert sorted(d.train.fetch(tf.range(3))[1].numpy()) == [0, 1, 1]
+
+
+def test_files_that_broke_since_are_left_out_alike_and_no_run_goes_on_without_them(
+    make_folder, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
+    several = [noise(8, 8, 3, seed=i) for i in range(4)]
+    folder = make_folder({"train": {"a": several, "b": several}, "test": ONE})
+    workdir = Workdir(str(tmp_path / "run"))
+    whole = data.load("image_folder", folder, on_bad_image="skip")
+    workdir.begin(Options(), report.facts_of(whole), {})
+    good = pathlib.Path(folder, "train/a/1.png").read_bytes()
+    pathlib.Path(folder, "train/a/1.png").write_bytes(good[:60])
+    lacking = [data.load("image_folder", folder, on_bad_image="skip") for _ in range(2)]
+    assert [len(d.train) for d in (whole, *lacking)] == [8, 7, 7]
+    assert same(*(batches(d, 3, 2) for d in lacking))
+    with pytest.raises(UserError, match="training images 7 here, 8 there"):
+        workdir.check_data(report.facts_of(lacking[0]))
+    pathlib.Path(folder, "train/a/1.png").write_bytes(good)
+    mended = data.load("image_folder", folder, on_bad_image="skip")
+    workdir.check_data(report.facts_of(mended))
+    assert same(batches(mended, 3, 2), batches(whole, 3, 2))
 
 
 def test_a_class_without_a_readable_image_is_refused(make_folder):

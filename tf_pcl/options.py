@@ -122,6 +122,13 @@ class Options:
         high=1000,
     )
 
+    trust_files: bool = _flag(
+        False,
+        "run the code that files given as --weights and --teacher hold, such as that of Lambda "
+        "layers",
+        run_only=True,
+    )
+
     # Data.
     dataset: str = _flag("cifar100", "what to learn from")
     data_dir: Optional[str] = _flag(

@@ -54,6 +54,7 @@ def run(options: Options) -> dict[str, Any]:
         trunk_share=options.trunk_share,
         initializer=options.initializer,
         preprocess=options.preprocess,
+        trust_files=options.trust_files,
     )
     with strategy.scope():
         stages = METHODS[options.method].stages(make, _target(options), **arguments)
