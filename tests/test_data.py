@@ -435,7 +435,7 @@ def test_a_header_behind_a_long_colour_profile(tmp_path):
     jpeg = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
     profile = b"\xff\xe2" + struct.pack(">H", 60002) + bytes(60000)
     (tmp_path / "long.jpg").write_bytes(jpeg[:2] + 3 * profile + b"\xff" + jpeg[2:])
-    assert image_files._header_of(tmp_path / "long.jpg") == (6, 4, 1, ())
+    assert image_files._start_of(tmp_path / "long.jpg")[0] == (6, 4, 1, ())
 
 
 def test_orientation_of_damaged_exif():
