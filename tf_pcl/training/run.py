@@ -9,7 +9,7 @@ from tf_pcl.errors import choose
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
-from tf_pcl.training import export, report
+from tf_pcl.training import export, report, selection
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
 from tf_pcl.training.stages import Trainer
@@ -40,7 +40,8 @@ def run(options: Options) -> dict[str, Any]:
     workdir.check_versions(versions)
     strategy = strategies.start(options)
 
-    data = _load_data(options)
+    data = load_data(options)
+    selection.check(options, data)
     facts = report.facts_of(data)
     trainer = Trainer(options, data, strategy)
     steps = trainer.steps_per_epoch
@@ -60,6 +61,7 @@ def run(options: Options) -> dict[str, Any]:
 
     with workdir.locked():
         workdir.begin(options, facts, versions)
+        workdir.write_lists(data.lists)
         opening = report.opening(options, data, steps, strategy.num_replicas_in_sync)
         checked = (
             f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
@@ -82,7 +84,8 @@ def _target(options: Options) -> Any:
     return names if len(names) > 1 else names[0]
 
 
-def _load_data(options: Options) -> datasets.ImageData:
+def load_data(options: Options) -> datasets.ImageData:
+    """Loads the data set of a run; UserError if it cannot be had or used."""
     return datasets.load(
         options.dataset,
         options.data_dir,
@@ -90,6 +93,10 @@ def _load_data(options: Options) -> datasets.ImageData:
         options.train_examples,
         options.seed,
         options.on_bad_image,
+        validation_examples=options.validation_examples,
+        test_examples=options.test_examples,
+        labels=options.labels,
+        labels_columns=options.labels_columns,
     )
 
 
