@@ -580,6 +580,8 @@ def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
         "train: 11 images of 2×3 to 8×12 pixels; 3 grey; 2 with alpha (dropped); 1 of 16 bits; "
         "1 CMYK; 2 turned upright",
         "test: 2 images of 8×8 pixels",
+        "Byte for byte in another split too: 2 of the test images, such as "
+        f"{folder}/test/a/0.png = {folder}/train/b/0.png",
     ]
     monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
     on_disk = data.load("image_folder", folder, image_size=8)
@@ -630,7 +632,8 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
     lines = capsys.readouterr().out.splitlines()
     assert "train: 3 images of 8×8 pixels; 1 grey; 5 cannot be read" in lines
     assert "test: 2 images of 8×8 pixels; 1 cannot be read" in lines
-    assert lines[-1].startswith("Left out: ") and lines[-1].count(".png") == 6
+    assert lines[-2].startswith("Left out: ") and lines[-2].count(".png") == 6
+    assert lines[-1].startswith("Byte for byte in another split too: 1 of the test images")
     assert (len(d.train), len(d.test)) == (3, 2) and len(batches(d, 3, 2)) == 2
     assert sorted(d.train.fetch(tf.range(3))[1].numpy()) == [0, 1, 1]
 

@@ -251,9 +251,9 @@ def _say_duplicates(images: Loaded) -> None:
     if found:
         _, path, copy = found[0]
         counts = collections.Counter(split for split, *_ in found)
-        told = " and ".join(f"{n:,} {split} images" for split, n in counts.items())
+        told = " and ".join(f"{n:,} of the {split} images" for split, n in counts.items())
         print(
-            f"{told} are, byte for byte, in another split too, such as "
+            f"Byte for byte in another split too: {told}, such as "
             f"{escape(os.fsdecode(path))} = {escape(os.fsdecode(copy))}",
             flush=True,
         )
