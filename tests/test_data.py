@@ -439,7 +439,7 @@ def test_a_header_behind_a_long_colour_profile(tmp_path):
     jpeg = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
     profile = b"\xff\xe2" + struct.pack(">H", 60002) + bytes(60000)
     (tmp_path / "long.jpg").write_bytes(jpeg[:2] + 3 * profile + b"\xff" + jpeg[2:])
-    assert image_files._header_of(tmp_path / "long.jpg") == (6, 4, 1, ())
+    assert image_files._start_of(tmp_path / "long.jpg")[0] == (6, 4, 1, ())
 
 
 def test_orientation_of_damaged_exif():
@@ -584,6 +584,8 @@ def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
         "train: 11 images of 2×3 to 8×12 pixels; 3 grey; 2 with alpha (dropped); 1 of 16 bits; "
         "1 CMYK; 2 turned upright",
         "test: 2 images of 8×8 pixels",
+        "Byte for byte in another split too: 2 of the test images, such as "
+        f"{folder}/test/a/0.png = {folder}/train/b/0.png",
     ]
     monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
     on_disk = data.load("image_folder", folder, image_size=8)
@@ -634,7 +636,8 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
     lines = capsys.readouterr().out.splitlines()
     assert "train: 3 images of 8×8 pixels; 1 grey; 5 cannot be read" in lines
     assert "test: 2 images of 8×8 pixels; 1 cannot be read" in lines
-    assert lines[-1].startswith("Left out: ") and lines[-1].count(".png") == 6
+    assert lines[-2].startswith("Left out: ") and lines[-2].count(".png") == 6
+    assert lines[-1].startswith("Byte for byte in another split too: 1 of the test images")
     assert (len(d.train), len(d.test)) == (3, 2) and len(batches(d, 3, 2)) == 2
     assert sorted(d.train.fetch(tf.range(3))[1].numpy()) == [0, 1, 1]
 

@@ -174,6 +174,18 @@ def test_the_notebook_of_the_readme_runs():
     exec(compile(source.replace("epochs=20", "epochs=2"), "README.md", "exec"), {})
 
 
+@pytest.mark.slow
+def test_the_notebook_on_data_runs(make_folder, monkeypatch):
+    (source,) = blocks(page("docs/data.md"), "python")
+    sizes = {"cat": 24, "dog": 16}
+    folder = make_folder({"photos": {c: [noise(8, 8, 3)] * n for c, n in sizes.items()}})
+    monkeypatch.chdir(folder)
+    made = {}
+    exec(compile(source, "data.md", "exec"), made)
+    assert made["photos"].classes == ("cat", "dog") and len(made["photos"].test) == 8
+    assert made["model"].step.numpy() == 4
+
+
 def test_the_network_of_the_page_is_cut_where_the_page_says():
     (source,) = blocks(page("docs/networks.md"), "python")
     made = {}

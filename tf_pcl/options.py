@@ -18,7 +18,7 @@ from tf_pcl.errors import UserError, choose
 Kind = Union[type, tuple[str, ...]]
 
 # A "~" at their beginning is the home folder; no shell expands it within a flag.
-PATHS = ("workdir", "data_dir", "weights", "teacher")
+PATHS = ("workdir", "data_dir", "labels", "weights", "teacher")
 # What float32 holds.
 _LARGEST = 3.4e38
 
@@ -140,6 +140,33 @@ class Options:
     train_examples: Optional[int] = _flag(
         None, "train on the first so many images of a seeded permutation; default: all", int, low=1
     )
+    labels: Optional[str] = _flag(
+        None,
+        "CSV file that names the images of --data_dir and their labels, and may name their splits; "
+        "default: folders are the classes",
+        str,
+        run_only=True,
+    )
+    labels_columns: Optional[str] = _flag(
+        None,
+        "names of the columns of --labels, FILE,LABEL or FILE,LABEL,SPLIT; default: guessed",
+        str,
+    )
+    test_examples: Optional[float] = _flag(
+        None,
+        "test on so many images, or on this share of them if less than 1, where the data set has "
+        "no test images of its own; default: none",
+        float,
+        above=0,
+    )
+    validation_examples: Optional[float] = _flag(
+        None,
+        "hold so many training images, or this share of them if less than 1, out of training: the "
+        "errors of every epoch are then theirs, and the test images are looked at once, at the "
+        "end; default: none",
+        float,
+        above=0,
+    )
     image_size: Optional[int] = _flag(
         None,
         "pixels: cut images square and resize them to this side; default: as they are",
@@ -246,6 +273,19 @@ class Options:
         "views pass the shared layers in one batch with common BatchNorm statistics, or each apart",
         ("together", "apart"),
     )
+    export: Optional[str] = _flag(
+        None,
+        "which epoch's network is exported: the last, or the one with the lowest error on "
+        "validation images; default: last",
+        ("last", "best"),
+    )
+    early_stop: Optional[int] = _flag(
+        None,
+        "epochs: end the run when the error on validation images has not improved for so many; "
+        "schedules stay those of --epochs; default: never",
+        int,
+        low=1,
+    )
     deploy: Optional[str] = _flag(
         None, "export one mean peer, or all with the ensemble classifier", ("peer", "ensemble")
     )
@@ -293,6 +333,8 @@ class Options:
         for field in dataclasses.fields(self):
             if (value := getattr(self, field.name)) is not None:
                 _check(field.name, value, field.metadata)
+        for name in ("test_examples", "validation_examples"):
+            object.__setattr__(self, name, _count_or_share(name, getattr(self, name)))
         if self.cutout % 2:
             raise UserError(
                 "give an even number of pixels",
@@ -354,6 +396,17 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(f"{e:g}" for e in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _count_or_share(name: str, value: Optional[float]) -> Optional[float]:
+    """Returns a number of images as an int and a share of them, less than 1, as it is."""
+    if value is None or value < 1:
+        return value
+    if value != int(value):
+        raise UserError(
+            "give a whole number of images, or a share less than 1", parameter=name, value=value
+        )
+    return int(value)
 
 
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:

@@ -1,6 +1,8 @@
 """What a run tells: the contents of results.json and the lines for people."""
 
+import json
 import platform
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
 
@@ -11,9 +13,11 @@ import tf_pcl
 from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData
+from tf_pcl.data.class_names import escape
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
+from tf_pcl.training.selection import Selection
 
 # Peers are alike where their diversity is below this share of the error rate; `alike` says why.
 ALIKE = 0.1
@@ -29,10 +33,22 @@ def facts_of(data: ImageData) -> dict[str, Any]:
         "image_shape": list(data.image_shape),
         "training images": len(data.train),
         "test images": len(data.test),
+        **({} if data.validation is None else {"validation images": len(data.validation)}),
+        **({"division": _fingerprint(data)} if data.lists else {}),
         # Channel means fingerprint the pixel data. They are rounded, since machines may differ in
         # the last digits.
         "means": [round(float(m), 3) for m in data.mean],
     }
+
+
+def _fingerprint(data: ImageData) -> str:
+    """Returns a number that tells which files are in which split, and their labels."""
+    lists = {split: [escape(path) for path in paths] for split, paths in data.lists.items()}
+    number = zlib.crc32(json.dumps(lists, sort_keys=True).encode())
+    for part in (data.train, data.test, data.validation):
+        if part is not None:
+            number = zlib.crc32(part.all_labels().astype("<i4").tobytes(), number)
+    return f"{number:08x}"
 
 
 def opening(options: Options, data: ImageData, steps: int, replicas: int) -> str:
@@ -46,8 +62,9 @@ def opening(options: Options, data: ImageData, steps: int, replicas: int) -> str
     """
     shape = "×".join(map(str, data.image_shape))
     device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+    held_out = "" if data.validation is None else f", {len(data.validation):,} validation"
     return (
-        f"{options.method} on {options.dataset}: {len(data.train):,} training and "
+        f"{options.method} on {options.dataset}: {len(data.train):,} training{held_out} and "
         f"{len(data.test):,} test images {shape}, {len(data.classes)} classes\n"
         f"{options.epochs} epochs of {steps} steps, replicas: {replicas} ({device}), "
         f"{options.precision}"
@@ -55,12 +72,14 @@ def opening(options: Options, data: ImageData, steps: int, replicas: int) -> str
 
 
 def results(
-    rows: Sequence[dict[str, float]],
+    rows: Sequence[Mapping[str, float]],
     options: Options,
     stage: Stage,
     model: Distiller,
     deployed: keras.Model,
     gflop: tuple[float, float],
+    selection: Optional[Selection] = None,
+    tested: Optional[Mapping[str, float]] = None,
 ) -> dict[str, Any]:
     """Returns the contents of results.json.
 
@@ -71,9 +90,16 @@ def results(
       model: what is trained.
       deployed: the network that it deploys.
       gflop: what the stages before cost, and what a step costs.
+      selection: what the validation images decide; None where there are none.
+      tested: {name: value} of the test of what is exported, where there was one after training.
     """
     last, key = rows[-1], f"val_error/{model.deployed_exit}"
-    errors = {name: last[f"val_error/{name}"] for name in model.exits}
+    row = (selection and selection.exported(rows)) or last
+    errors = {name: row[f"val_error/{name}"] for name in model.exits}
+    validated = _validated(rows, errors, selection, tested) if selection else {}
+    if tested:
+        errors = {name: tested[f"error/{name}"] for name in model.exits}
+    best = None if selection else round(min(row[key] for row in rows if key in row), 4)
     several = isinstance(stage.network, (list, tuple))
     return {
         "method": options.method,
@@ -86,9 +112,10 @@ def results(
         "steps": int(last["step"]),
         "deployed": model.deployed_exit,
         "deployed_error": round(errors[model.deployed_exit], 4),
-        "best_deployed_error": round(min(row[key] for row in rows if key in row), 4),
-        "error": {name: round(error, 4) for name, error in errors.items()},
-        **({"diversity": float(f"{last[_DIVERSITY]:.4g}")} if _DIVERSITY in last else {}),
+        "best_deployed_error": best,
+        "error": _rounded(errors),
+        **validated,
+        **({"diversity": float(f"{row[_DIVERSITY]:.4g}")} if _DIVERSITY in row else {}),
         "parameters": {
             "deployed": _count(deployed.trainable_weights),
             "training": _count(model.trainable_weights),
@@ -99,6 +126,37 @@ def results(
         "settings": _effective(options),
         "versions": versions(),
     }
+
+
+def _validated(
+    rows: Sequence[Mapping[str, float]],
+    errors: Mapping[str, float],
+    selection: Selection,
+    tested: Optional[Mapping[str, float]],
+) -> dict[str, Any]:
+    """Returns what results.json holds beside the rest where there are validation images.
+
+    Args:
+      rows: the rows of metrics.csv.
+      errors: {exit: validation error} of the exported epoch.
+      selection: what the validation images decide.
+      tested: {name: value} of the test, None before it.
+    """
+    lowest, exported = selection.lowest(rows), selection.exported(rows)
+    assert lowest is not None and exported is not None
+    return {
+        "validation_error": _rounded(errors),
+        "best_validation_error": round(lowest[selection.column], 4),
+        "best_validation_epoch": int(lowest["epoch"]),
+        "test_error": tested and _rounded({name: tested[f"error/{name}"] for name in errors}),
+        "exported": "best" if selection.best else "last",
+        "exported_epoch": int(exported["epoch"]),
+        "ended_early": selection.ends(rows),
+    }
+
+
+def _rounded(errors: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(error, 4) for name, error in errors.items()}
 
 
 def versions() -> dict[str, str]:
@@ -115,10 +173,15 @@ def versions() -> dict[str, str]:
 def table(results: dict[str, Any]) -> str:
     """Returns a table of the test errors in `results`, the contents of results.json, for people."""
     errors, counts = results["error"], results["parameters"]
-    width = max(map(len, errors))
-    lines = [f"{'exit':{width}}  test error after {results['epochs']} epochs"]
+    width, validated = max(map(len, errors)), results.get("validation_error")
+    when = f"after {results['epochs']} epochs"
+    if validated:
+        chosen = "the best of validation" if results["exported"] == "best" else "the last"
+        when = f"and validation error, epoch {results['exported_epoch']}, {chosen}"
+    lines = [f"{'exit':{width}}  test error {when}"]
     for name, error in errors.items():
-        mark = "  (deployed)" if name == results["deployed"] else ""
+        mark = f"  {validated[name]:6.2f} %" if validated else ""
+        mark += "  (deployed)" if name == results["deployed"] else ""
         lines.append(f"{name:{width}}  {error:6.2f} %{mark}")
     lines.append(
         f"{counts['deployed']:,} parameters are deployed, of {counts['training']:,} trained; "
@@ -174,7 +237,7 @@ def _count(weights: Iterable[tf.Variable]) -> int:
     return int(sum(np.prod(w.shape) for w in weights))
 
 
-def _mean_speed(rows: Sequence[dict[str, float]]) -> Any:
+def _mean_speed(rows: Sequence[Mapping[str, float]]) -> Any:
     """Returns the images a second over all epochs, or None if no epoch was timed."""
     speeds = [row["images_per_second"] for row in rows if "images_per_second" in row]
     return round(len(speeds) / sum(1 / s for s in speeds), 1) if speeds else None

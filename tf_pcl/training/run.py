@@ -10,7 +10,7 @@ from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
-from tf_pcl.training import export, report
+from tf_pcl.training import export, report, selection
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
 from tf_pcl.training.stages import Trainer
@@ -41,7 +41,8 @@ def run(options: Options) -> dict[str, Any]:
     workdir.check_versions(versions)
     strategy = strategies.start(options)
 
-    data = _load_data(options)
+    data = load_data(options)
+    selection.check(options, data)
     facts = report.facts_of(data)
     trainer = Trainer(options, data, strategy)
     steps = trainer.steps_per_epoch
@@ -62,6 +63,7 @@ def run(options: Options) -> dict[str, Any]:
 
     with workdir.locked():
         workdir.begin(options, facts, versions)
+        workdir.write_lists(data.lists)
         opening = report.opening(options, data, steps, strategy.num_replicas_in_sync)
         checked = (
             f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
@@ -84,7 +86,8 @@ def _target(options: Options) -> Any:
     return names if len(names) > 1 else names[0]
 
 
-def _load_data(options: Options) -> datasets.ImageData:
+def load_data(options: Options) -> datasets.ImageData:
+    """Loads the data set of a run; UserError if it cannot be had or used."""
     return datasets.load(
         options.dataset,
         options.data_dir,
@@ -92,6 +95,10 @@ def _load_data(options: Options) -> datasets.ImageData:
         options.train_examples,
         options.seed,
         options.on_bad_image,
+        validation_examples=options.validation_examples,
+        test_examples=options.test_examples,
+        labels=options.labels,
+        labels_columns=options.labels_columns,
     )
 
 
@@ -115,9 +122,9 @@ def _train_all(
             deployed=deployed,
             gflop=(gflop, step_gflop),
         )
-        gflop += step_gflop * trainer.steps_per_epoch * trainer.options.epochs
         title = f"stage {i + 1} of {len(stages)}, {stage.name}" if folders else ""
         results = trainer.train(models[i], folder, describe, title, results["wall_seconds"])
+        gflop += step_gflop * results["steps"]
         export.check_finite(deployed, trainer.data.test.first(32))
         saved_model = export.export(deployed, trainer.data.classes, folder.export)
         warning = report.warning(results, trainer.data)

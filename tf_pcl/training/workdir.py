@@ -3,11 +3,13 @@
 flags.txt             the options of the run, as a flagfile
 data.json             what the data were
 versions.json         the versions of Python and the packages that it ran with
+train_images.txt, validation_images.txt, test_images.txt
+                      the files of each, where the run divided them itself
 lock                  which process works here; the lock itself ends with that process
 results.json          what came out; rewritten after every epoch that was tested
 metrics.csv           a row for every epoch
 checkpoints/          the last checkpoints
-tensorboard/train, tensorboard/test
+tensorboard/train, tensorboard/test or, where there are validation images, tensorboard/validation
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
 export/labels.txt     the classes in the order of the outputs, a line each, escaped
 export/classes.json   the same names as a JSON list
@@ -80,7 +82,7 @@ class Workdir:
         return Workdir(os.path.join(self.path, f"{number}-{name}"))
 
     def tensorboard(self, split: str) -> str:
-        """Returns the folder of TensorBoard's logs of "train" or "test"."""
+        """Returns the folder of TensorBoard's logs of "train", "test" or "validation"."""
         return os.path.join(self.path, "tensorboard", split)
 
     def check(self, options: Options) -> None:
@@ -174,6 +176,12 @@ class Workdir:
         write(self.flags, "".join(f"--{name}={value}\n" for name, value in given.items()))
         write_json(self.data, facts)
         write_json(self.versions, versions)
+
+    def write_lists(self, lists: Mapping[str, Iterable[str]]) -> None:
+        """Writes SPLIT_images.txt for {split: paths}, a path a line, escaped as class names are."""
+        for split, paths in lists.items():
+            lines = "".join(f"{class_names.escape(path)}\n" for path in paths)
+            write(os.path.join(self.path, f"{split}_images.txt"), lines)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
