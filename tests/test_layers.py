@@ -13,6 +13,7 @@ LAYERS = [
     {"methods"},
     {"options"},
     {"training"},
+    {"deploy"},
     {"verbs"},
     {"cli"},
     {"__main__"},
