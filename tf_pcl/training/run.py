@@ -32,7 +32,7 @@ def run(options: Options) -> dict[str, Any]:
       UserError: if the options, the data or the workdir cannot be used; nothing is written then.
       Stopped: if a signal, a bad loss or an error ended the run early.
     """
-    arguments = _check_names(options)
+    _check_names(options)
     multi_worker = options.strategy == "multi_worker"
     workdir = Workdir.of_run(options, strategies.worker() if multi_worker else 0)
     workdir.check(options)
@@ -40,22 +40,14 @@ def run(options: Options) -> dict[str, Any]:
     workdir.check_versions(versions)
     strategy = strategies.start(options)
 
-    data = _load_data(options)
+    data = load_data(options)
     facts = report.facts_of(data)
     trainer = Trainer(options, data, strategy)
     steps = trainer.steps_per_epoch
     workdir.check_data(facts)
 
-    weights = {options.network: options.weights} if options.weights else {}
-    make = Assembly(
-        data,
-        weights=weights,
-        trunk_share=options.trunk_share,
-        initializer=options.initializer,
-        preprocess=options.preprocess,
-    )
     with strategy.scope():
-        stages = METHODS[options.method].stages(make, _target(options), **arguments)
+        make, stages = assemble(options, data)
     first = trainer.build_all(stages)[0]
 
     with workdir.locked():
@@ -68,13 +60,29 @@ def run(options: Options) -> dict[str, Any]:
         return _train_all(trainer, stages, first, workdir)
 
 
-def _check_names(options: Options) -> dict[str, Any]:
-    """Checks the names in the options and returns the arguments of the method's stages."""
+def assemble(options: Options, data: datasets.ImageData) -> tuple[Assembly, list[Stage]]:
+    """Returns what makes a run's networks, and the stages of its method.
+
+    Raises:
+      UserError: if the options do not fit the method or its networks cannot be had.
+    """
+    make = Assembly(
+        data,
+        weights={options.network: options.weights} if options.weights else {},
+        trunk_share=options.trunk_share,
+        initializer=options.initializer,
+        preprocess=options.preprocess,
+    )
+    method = METHODS[options.method]
+    return make, method.stages(make, _target(options), **method_arguments(options))
+
+
+def _check_names(options: Options) -> None:
+    """Checks the names in the options, and that they fit the method."""
     choose("method", options.method, METHODS, parameter="method")
-    arguments = method_arguments(options)
+    method_arguments(options)
     for name in [*options.network.split(","), *filter(None, [options.teacher_network])]:
         networks.find(name)
-    return arguments
 
 
 def _target(options: Options) -> Any:
@@ -82,7 +90,8 @@ def _target(options: Options) -> Any:
     return names if len(names) > 1 else names[0]
 
 
-def _load_data(options: Options) -> datasets.ImageData:
+def load_data(options: Options) -> datasets.ImageData:
+    """Loads the data set of a run; UserError if it cannot be had or used."""
     return datasets.load(
         options.dataset,
         options.data_dir,
