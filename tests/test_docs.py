@@ -24,6 +24,7 @@ CONTRIBUTING = page("docs/contributing.md")
 TRAIN = r"(?:python train\.py|tf-pcl train|python -m tf_pcl train)"
 # Flags that the pages name and that are not options of a run.
 OTHER_FLAGS = {"help", "flagfile", "with", "strict", "noflip"}
+OTHER_FLAGS |= {"format", "exit", "folder", "calibration_images"}  # tf-pcl export
 IN_A_COPY = "TF_PCL_TESTS_IN_A_COPY"
 
 

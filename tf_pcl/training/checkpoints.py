@@ -18,13 +18,15 @@ class Checkpoints:
     """The last checkpoints of a model, numbered by step.
 
     Args:
-      model: a compiled Distiller.
+      model: a Distiller. Of one that is not compiled, only the weights are restored.
       folder: where the checkpoints are; it is made when the first one is saved.
       keep: how many of them stay.
     """
 
     def __init__(self, model: Any, folder: str, keep: int = 3):
-        self.checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        optimizer = getattr(model, "optimizer", None)
+        state = {"optimizer": optimizer} if optimizer else {}
+        self.checkpoint = tf.train.Checkpoint(model=model, **state)
         self.model, self.folder, self.keep = model, folder, keep
 
     def save(self, step: int) -> str:

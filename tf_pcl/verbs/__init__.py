@@ -3,9 +3,10 @@
 A verb's file imports nothing that takes long: the command line imports all of them.
 """
 
-from tf_pcl.verbs import train
+from tf_pcl.verbs import export, train
 from tf_pcl.verbs.verb import Verb
 
 VERBS: dict[str, Verb] = {
+    "export": export.VERB,
     "train": train.VERB,
 }
