@@ -1,14 +1,16 @@
 """The forms of a run's network, each loaded by its own runtime, and the model card."""
 
+import base64
 import json
 import os
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, without_norm
+from helpers import CLASSES, SHAPE, slow_but, without_norm
 from pages import ROOT, blocks, commands, page, rows, section
 
 from tf_pcl import data, networks
@@ -52,7 +54,9 @@ AGREEMENT = {
 }
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize(
+    "name", slow_but(FORMATS, "tflite", "tflite_float16", "tflite_int8", "onnx")
+)
 def test_a_form_answers_as_the_network_does(name, source, capfd):
     path = artifacts._written(name, source)
     loaded = runtimes.load(path)
@@ -206,5 +210,13 @@ def test_a_run_is_exported_in_all_forms_with_a_card(tmp_path):
             exec(block, names)
         finally:
             os.chdir(here)
-        given = names["probabilities"]
-        np.testing.assert_allclose(given, expected[: len(given)], atol=1e-4)
+        np.testing.assert_allclose(names["probabilities"], expected, atol=1e-4)
+    request = blocks(section(card, "## TensorFlow Serving"), "sh")[0].split("\n\n")[1]
+    photo = bytes(range(256)) * 30
+    (tmp_path / "photo.jpg").write_bytes(photo)
+    sent = subprocess.check_output(
+        ["sh", "-c", re.sub(r"curl .*", "cat", request)], cwd=tmp_path, text=True
+    )
+    asked = json.loads(sent)
+    assert asked["signature_name"] == "serve_bytes"
+    assert base64.b64decode(asked["instances"][0]["image_bytes"]["b64"]) == photo

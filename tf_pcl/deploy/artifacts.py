@@ -24,6 +24,7 @@ from tf_pcl.data import ImageData
 from tf_pcl.deploy import model_card, runtimes
 from tf_pcl.deploy.finished import DEPLOYED, Finished
 from tf_pcl.errors import Stopped, UserError, choose, one_line
+from tf_pcl.surgery.graph import calls
 from tf_pcl.training import export
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.workdir import Workdir
@@ -100,11 +101,13 @@ def export_run(
     _make_folder(folder)
     workdirs.write_labels(folder, data.classes)
     paths = {name: _written(name, source) for name in dict.fromkeys(formats)}
+    with _quiet():
+        loaded = {name: runtimes.load(file) for name, file in paths.items()}
     table = {
         "run": os.path.abspath(finished.path),
         "folder": os.path.abspath(folder),
         "exit": exit_name,
-        **compare(network, {name: runtimes.load(file) for name, file in paths.items()}, data),
+        **compare(network, loaded, data),
     }
     for name, row in table["artifacts"].items():
         row["file"] = os.path.relpath(paths[name], folder)
@@ -243,7 +246,7 @@ def _written(name: str, source: Source) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back what converters write to the process's output and error streams."""
+    """Keeps back what converters and runtimes write to the process's output and error streams."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
@@ -351,10 +354,10 @@ def _of_floats(network: keras.Model) -> keras.Model:
 
     A model casts what it is given to the type of its input. The layer after the input takes both.
     """
-    first = network.layers[1]
-    rest = keras.Model(first.output, network.output)
+    first = calls(network)[0]
+    rest = keras.Model(first.outputs, network.output)
     images = keras.Input(network.input_shape[1:], dtype="float32", name="images")
-    return keras.Model(images, rest(first(images)))
+    return keras.Model(images, rest(first.layer(images)))
 
 
 def _onnx(source: Source) -> bytes:
@@ -372,9 +375,11 @@ def _onnx(source: Source) -> bytes:
         if tensor.dtype != tf.resource
     }
     inputs = {one.name: one for one in model.graph.input}
+    used = {name for node in model.graph.node for name in node.input}
     for name in set(captured) & set(inputs):
         model.graph.input.remove(inputs[name])
-        model.graph.initializer.append(onnx.numpy_helper.from_array(captured[name], name))
+        if name in used:
+            model.graph.initializer.append(onnx.numpy_helper.from_array(captured[name], name))
     onnx.checker.check_model(model)
     return bytes(model.SerializeToString())
 

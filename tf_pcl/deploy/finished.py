@@ -91,8 +91,8 @@ class Finished:
         Raises:
           UserError: if they cannot be had, or are not those of the run.
         """
-        moved = {"data_dir": data_dir} if data_dir else {}
-        data = run.load_data(dataclasses.replace(self.options, **moved))
+        moved = data_dir or self.options.data_dir
+        data = run.load_data(dataclasses.replace(self.options, data_dir=moved))
         Workdir(self.path).check_data(report.facts_of(data))
         return data
 
