@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, slow_but, without_norm
+from helpers import CLASSES, SHAPE, build, noise, slow_but, without_norm
 from pages import ROOT, blocks, commands, page, rows, section
 
 from tf_pcl import data, networks
@@ -98,6 +98,27 @@ def test_what_cannot_be_converted_is_said_in_one_line(source):
     assert not os.path.exists(os.path.join(source.folder, "model.tflite.part"))
 
 
+def test_the_network_of_an_exit_gives_its_logits():
+    model = build("pcl", "without_norm")
+    for weight in model.mean.weights:
+        weight.assign(1.1 * weight + 0.01)
+    images = noise(4, *SHAPE)
+    exits = model.all_exits(images)
+    assert len(exits) == 8
+    for name, e in exits.items():
+        np.testing.assert_allclose(model.network_of(name)(images), e.logits, atol=1e-5)
+    with pytest.raises(UserError, match="`exit=peer_4`: it is not known"):
+        model.network_of("peer_4")
+
+
+def test_a_method_whose_other_exits_are_no_networks_says_which_it_has():
+    model = build("one", "without_norm")
+    other = next(name for name in model.exits if name != model.deployed_exit)
+    assert model.network_of(model.deployed_exit).output_shape == (None, CLASSES)
+    with pytest.raises(UserError, match=f"`exit={other}`: .* exit {model.deployed_exit} alone"):
+        model.network_of(other)
+
+
 def fake_run(folder, seed, error=10.0, **changes):
     """A workdir as a run leaves it, whose SavedModel is empty."""
     options = Options(**{**SETTINGS, "method": "pcl", "seed": seed, **changes})
@@ -119,6 +140,7 @@ def fake_run(folder, seed, error=10.0, **changes):
         ({"path": "nowhere"}, "nowhere is no workdir of a run: it has no flags.txt; give one"),
         ({"path": "begun"}, "the run in begun has not ended, since it has no SavedModel yet"),
         ({"path": "odd"}, "odd/results.json is damaged"),
+        ({"folder": "done/export", "exit_name": "peer_1"}, "`folder=done/export`: there lies"),
         ({"folder": "done/flags.txt"}, "`folder=done/flags.txt`: the folder cannot be written"),
     ],
 )
@@ -157,6 +179,9 @@ def test_runs_that_differ_by_the_seed_are_found_beside_a_run(tmp_path):
 def test_the_card_repeats_the_flags_that_were_given():
     options = Options(**SETTINGS, data_dir="/a b/it's", lr_decay_epochs=(1.0, 2.0), workdir="x")
     command = model_card._command(options)
+    assert model_card._dataset(options) == "digits"
+    photos = Options(dataset="image_folder", data_dir="/a b/my_photos/")
+    assert model_card._dataset(photos) == r"image_folder (my\_photos)"
     assert "'" not in command and "workdir" not in command
     flags = command.replace("\\\n", " ").split()[2:]
     assert set(flags) == {

@@ -21,6 +21,7 @@ import tensorflow as tf
 from tf_pcl import data as datasets
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData
+from tf_pcl.data.storage import Split, Stream
 from tf_pcl.deploy import model_card, runtimes
 from tf_pcl.deploy.finished import DEPLOYED, Finished
 from tf_pcl.errors import Stopped, UserError, choose, one_line
@@ -46,12 +47,14 @@ class Source(NamedTuple):
       data: the data set that it was trained on.
       folder: where the artifacts lie.
       calibration: how many training images calibrate an integer network.
+      has_saved_model: whether the SavedModel that the run has made and checked lies there.
     """
 
     network: keras.Model
     data: ImageData
     folder: str
     calibration: int = CALIBRATION_IMAGES
+    has_saved_model: bool = False
 
 
 def export_run(
@@ -90,14 +93,23 @@ def export_run(
     exit_name = finished.exit_name(exit_name)
     for name in formats:
         FORMATS[name].check_packages(name)
-    if folder is None:
-        folder = Workdir(finished.path).export
-        if exit_name != finished.results["deployed"]:
-            folder = os.path.join(folder, exit_name)
-    folder = os.path.expanduser(folder)
+    own, is_deployed = Workdir(finished.path).export, exit_name == finished.results["deployed"]
+    folder = os.path.expanduser(folder or (own if is_deployed else os.path.join(own, exit_name)))
+    if not is_deployed and os.path.realpath(folder) == os.path.realpath(own):
+        raise UserError(
+            "there lies the SavedModel of the deployed exit: give another",
+            parameter="folder",
+            value=folder,
+        )
     data = finished.load_data(data_dir)
     network = finished.network(exit_name, data)
-    source = Source(network, data, folder, min(calibration_images, len(data.train)))
+    source = Source(
+        network,
+        data,
+        folder,
+        min(calibration_images, len(data.train)),
+        has_saved_model=os.path.realpath(folder) == os.path.realpath(own),
+    )
     _make_folder(folder)
     workdirs.write_labels(folder, data.classes)
     paths = {name: _written(name, source) for name in dict.fromkeys(formats)}
@@ -289,8 +301,7 @@ def _function(network: Callable[..., Any], shape: Sequence[int], dtype: tf.DType
 
 
 def _saved_model(source: Source) -> None:
-    # The run has made and checked the one of its deployed network.
-    if not workdirs.saved_model(source.folder):
+    if not source.has_saved_model:
         made = export.export(source.network, source.data.classes, source.folder)
         export.check(made, source.network, source.data.test.first(32))
 
@@ -336,7 +347,7 @@ def _tflite_int8(source: Source) -> bytes:
     It takes uint8 images as they are. The logits and probabilities are turned to float32 at its
     end.
     """
-    images = source.data.train.first(source.calibration).astype(np.float32)
+    images = _sample(source.data.train, source.calibration).astype(np.float32)
     # The input then has the scale 1 and the zero point 0, whatever the images: raw values fit.
     images[0].flat[0], images[0].flat[-1] = 0, 255
 
@@ -347,6 +358,14 @@ def _tflite_int8(source: Source) -> bytes:
         converter.inference_input_type = tf.uint8
 
     return _tflite(source, change, _of_floats(source.network), tf.float32)
+
+
+def _sample(split: Split, count: int) -> np.ndarray:
+    """Returns images uint8 [count, H, W, C] of a split, drawn at random but always the same."""
+    # The first ones may be of one class. A stream is read in order alone.
+    if not isinstance(split, Stream):
+        split = split.subset(np.random.RandomState(0).permutation(len(split))[:count])
+    return split.first(count)
 
 
 def _of_floats(network: keras.Model) -> keras.Model:

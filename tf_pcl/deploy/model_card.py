@@ -12,7 +12,7 @@ import jinja2
 import numpy as np
 
 from tf_pcl.compat import keras
-from tf_pcl.data import ImageData
+from tf_pcl.data import ImageData, datasets
 from tf_pcl.deploy.finished import Finished, errors_by_exit
 from tf_pcl.options import Options
 from tf_pcl.surgery.observe import flops
@@ -61,9 +61,18 @@ def write(
         command=_command(options),
         machine=f"{platform.machine()}, {os.cpu_count()} CPU cores",
         served=os.path.exists(os.path.join(folder, workdirs.SAVED_MODEL)),
+        dataset=_dataset(options),
         name=re.sub(r"\W+", "_", f"{options.dataset}_{options.network}"),
     )
     workdirs.write(os.path.join(folder, NAME), text)
+
+
+def _dataset(options: Options) -> str:
+    """Returns the name of the data set; the folder is named where it says what the images are."""
+    row = datasets.DATASETS.get(options.dataset)
+    if row is None or not row.needs_folder or not options.data_dir:
+        return options.dataset
+    return f"{options.dataset} ({_plain(os.path.basename(os.path.abspath(options.data_dir)))})"
 
 
 def _spread(errors: list[float]) -> str:

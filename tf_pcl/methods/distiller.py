@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_pcl import losses, schedules
 from tf_pcl.compat import keras
-from tf_pcl.errors import choose
+from tf_pcl.errors import UserError
 from tf_pcl.methods import batches
 from tf_pcl.methods.fitting import Fitting
 
@@ -183,8 +183,14 @@ class Distiller(Fitting):
         Raises:
           UserError: if the method has no network for this exit.
         """
-        choose("exit", exit_name, [self.deployed_exit], parameter="exit")
-        return self.deployed()
+        if exit_name == self.deployed_exit:
+            return self.deployed()
+        raise UserError(
+            f"the method has a network for the exit {self.deployed_exit} alone: give this one",
+            parameter="exit",
+            value=exit_name,
+            allowed=[self.deployed_exit],
+        )
 
     # What methods use.
 
