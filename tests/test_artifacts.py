@@ -211,7 +211,7 @@ def test_a_run_is_exported_in_all_forms_with_a_card(tmp_path):
     size = {name: row["kib"] for name, row in told["artifacts"].items()}
     assert size["tflite"] > 1.8 * size["tflite_float16"] > 1.8 * 1.5 * size["tflite_int8"]
 
-    ensemble = artifacts.export_run(path, ["saved_model", "tflite"], exit_name="ensemble")
+    ensemble = artifacts.export_run(path, ["tflite"], exit_name="ensemble")
     assert ensemble["exit"] == "mean_ensemble"
     assert ensemble["folder"] == os.path.join(path, "export", "mean_ensemble")
     error = results["error"]["mean_ensemble"]
