@@ -26,6 +26,7 @@ TRAIN = r"(?:python train\.py|tf-pcl train|python -m tf_pcl train)"
 OTHER_FLAGS = {"help", "flagfile", "with", "strict", "noflip"}
 OTHER_FLAGS |= {"methods", "networks", "datasets", "seeds", "grid", "table"}
 OTHER_FLAGS |= {"equal_cost", "noequal_cost", "dry_run", "print_commands", "runner", "output"}
+OTHER_FLAGS |= {"format", "exit", "folder", "calibration_images"}  # tf-pcl export
 IN_A_COPY = "TF_PCL_TESTS_IN_A_COPY"
 
 

@@ -13,7 +13,7 @@ LAYERS = [
     {"methods"},
     {"options"},
     {"training"},
-    {"study"},
+    {"deploy", "study"},
     {"verbs"},
     {"cli"},
     {"__main__"},

@@ -18,7 +18,7 @@ class Checkpoints:
     """The last checkpoints of a model, numbered by step.
 
     Args:
-      model: a compiled Distiller.
+      model: a Distiller. Of one that is not compiled, only the weights are restored.
       folder: where the checkpoints are; it is made when the first one is saved.
       keep: how many of them stay.
       needed: a function from the step of one that stays to the step of another that has to stay
@@ -32,7 +32,9 @@ class Checkpoints:
         keep: int = 3,
         needed: Callable[[int], Optional[int]] = lambda step: None,
     ):
-        self.checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        optimizer = getattr(model, "optimizer", None)
+        state = {"optimizer": optimizer} if optimizer else {}
+        self.checkpoint = tf.train.Checkpoint(model=model, **state)
         self.model, self.folder, self.keep, self.needed = model, folder, keep, needed
 
     def save(self, step: int) -> str:

@@ -33,7 +33,7 @@ def run(options: Options) -> dict[str, Any]:
       UserError: if the options, the data or the workdir cannot be used; nothing is written then.
       Stopped: if a signal, a bad loss or an error ended the run early.
     """
-    arguments = _check_names(options)
+    _check_names(options)
     multi_worker = options.strategy == "multi_worker"
     workdir = Workdir.of_run(options, strategies.worker() if multi_worker else 0)
     workdir.check(options)
@@ -48,17 +48,8 @@ def run(options: Options) -> dict[str, Any]:
     steps = trainer.steps_per_epoch
     workdir.check_data(facts)
 
-    weights = {options.network: options.weights} if options.weights else {}
-    make = Assembly(
-        data,
-        weights=weights,
-        trunk_share=options.trunk_share,
-        initializer=options.initializer,
-        preprocess=options.preprocess,
-        trust_files=options.trust_files,
-    )
     with strategy.scope():
-        stages = METHODS[options.method].stages(make, _target(options), **arguments)
+        make, stages = assemble(options, data)
     first = trainer.build_all(stages)[0]
 
     with workdir.locked():
@@ -72,13 +63,30 @@ def run(options: Options) -> dict[str, Any]:
         return _train_all(trainer, stages, first, workdir)
 
 
-def _check_names(options: Options) -> dict[str, Any]:
-    """Checks the names in the options and returns the arguments of the method's stages."""
+def assemble(options: Options, data: datasets.ImageData) -> tuple[Assembly, list[Stage]]:
+    """Returns what makes a run's networks, and the stages of its method.
+
+    Raises:
+      UserError: if the options do not fit the method or its networks cannot be had.
+    """
+    make = Assembly(
+        data,
+        weights={options.network: options.weights} if options.weights else {},
+        trunk_share=options.trunk_share,
+        initializer=options.initializer,
+        preprocess=options.preprocess,
+        trust_files=options.trust_files,
+    )
+    method = METHODS[options.method]
+    return make, method.stages(make, _target(options), **method_arguments(options))
+
+
+def _check_names(options: Options) -> None:
+    """Checks the names in the options, and that they fit the method."""
     choose("method", options.method, METHODS, parameter="method")
-    arguments = method_arguments(options)
+    method_arguments(options)
     for name in [*options.network.split(","), *filter(None, [options.teacher_network])]:
         networks.find(name)
-    return arguments
 
 
 def _target(options: Options) -> Any:

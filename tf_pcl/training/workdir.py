@@ -40,7 +40,7 @@ except ImportError:  # Windows has no such locks.
     fcntl = None  # type: ignore[assignment]
 
 SAVED_MODEL = os.path.join("saved_model", "1")
-LABELS = "labels.txt"
+LABELS, NAMES = "labels.txt", "classes.json"
 # The longest path that is made below a workdir, with some reserve.
 _LONGEST = "export/tmp-------/1/variables/variables.data-00000-of-00001" + 64 * "-"
 
@@ -352,19 +352,27 @@ def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
 def saved_model(path: str) -> Optional[str]:
     """Returns the folder of the SavedModel at `path`, or None if there is none.
 
+    Of several versions, the folders 1, 2 … of TensorFlow Serving's layout, it is the newest.
+
     Args:
-      path: a run's workdir, its export folder or the folder of a SavedModel.
+      path: a run's workdir, its export folder or the folder of a SavedModel or of its versions.
     """
-    below = ("", "1", SAVED_MODEL, os.path.join("export", SAVED_MODEL))
-    folders = (os.path.join(path, b) for b in below)
-    return next((f for f in folders if os.path.exists(os.path.join(f, "saved_model.pb"))), None)
+    layout = os.path.dirname(SAVED_MODEL)
+    for below in ("", layout, os.path.join("export", layout)):
+        folder = os.path.join(path, below) if below else path
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        numbers = [name for name in names if re.fullmatch("[0-9]+", name)]
+        for name in ("", *sorted(numbers, key=int, reverse=True)):
+            if os.path.exists(os.path.join(folder, name, "saved_model.pb")):
+                return os.path.join(folder, name) if name else folder
+    return None
 
 
 def write_labels(export: str, classes: Iterable[str]) -> None:
     """Writes the names of the classes into an export folder, a line each and as JSON."""
     names = list(classes)
     write(os.path.join(export, LABELS), "".join(f"{class_names.escape(n)}\n" for n in names))
-    write_json(os.path.join(export, "classes.json"), names)
+    write_json(os.path.join(export, NAMES), names)
 
 
 def read_labels(saved_model: str) -> Optional[list[str]]:

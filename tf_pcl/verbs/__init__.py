@@ -3,11 +3,12 @@
 A verb's file imports nothing that takes long: the command line imports all of them.
 """
 
-from tf_pcl.verbs import compare, report, train
+from tf_pcl.verbs import compare, export, report, train
 from tf_pcl.verbs.verb import Verb
 
 VERBS: dict[str, Verb] = {
     "train": train.VERB,
     "compare": compare.VERB,
     "report": report.VERB,
+    "export": export.VERB,
 }

@@ -1,0 +1,6 @@
+"""What is done with a trained network: it is loaded, judged, used and converted.
+
+`runtimes` runs a SavedModel, a TFLite or an ONNX file with its own runtime.
+"""
+
+from tf_pcl.deploy.runtimes import Runtime, load
