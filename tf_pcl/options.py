@@ -458,3 +458,20 @@ def from_flags(values: flags.FlagValues = flags.FLAGS) -> Options:
                 value=",".join(drops),
             ) from e
     return Options(**given)
+
+
+def from_file(path: str) -> Options:
+    """Returns the Options in a flagfile, such as the flags.txt of a workdir.
+
+    Raises:
+      UserError: if it is no such file, or of a version with other options.
+    """
+    values = flags.FlagValues()
+    define_flags(values)
+    try:
+        rest = values(["", f"--flagfile={path}"])[1:]
+    except (flags.Error, UnicodeError) as e:
+        raise UserError(f"{path} is no list of the options of a run: {e}") from e
+    if rest:
+        raise UserError(f"{path} is no list of the options of a run: {rest[0]!r} is none")
+    return from_flags(values)

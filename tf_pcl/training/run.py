@@ -40,7 +40,7 @@ def run(options: Options) -> dict[str, Any]:
     workdir.check_versions(versions)
     strategy = strategies.start(options)
 
-    data = _load_data(options)
+    data = load_data(options)
     facts = report.facts_of(data)
     trainer = Trainer(options, data, strategy)
     steps = trainer.steps_per_epoch
@@ -82,7 +82,8 @@ def _target(options: Options) -> Any:
     return names if len(names) > 1 else names[0]
 
 
-def _load_data(options: Options) -> datasets.ImageData:
+def load_data(options: Options) -> datasets.ImageData:
+    """Loads the data set that the options ask for; UserError if it cannot be used."""
     return datasets.load(
         options.dataset,
         options.data_dir,

@@ -3,9 +3,11 @@
 A verb's file imports nothing that takes long: the command line imports all of them.
 """
 
-from tf_pcl.verbs import train
+from tf_pcl.verbs import evaluate, predict, train
 from tf_pcl.verbs.verb import Verb
 
 VERBS: dict[str, Verb] = {
     "train": train.VERB,
+    "evaluate": evaluate.VERB,
+    "predict": predict.VERB,
 }
