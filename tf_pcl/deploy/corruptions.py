@@ -12,6 +12,8 @@ import numpy as np
 import scipy.ndimage
 import tensorflow as tf
 
+from tf_pcl.data import image_files
+
 STRENGTHS = 5
 _LARGEST_SMALL_SIDE = 64
 
@@ -83,8 +85,8 @@ def _brightness(images: np.ndarray, more: float, _: Any) -> np.ndarray:
 
 def _jpeg(images: np.ndarray, quality: float, _: Any) -> np.ndarray:
     raw = np.round(255 * images).astype(np.uint8)
-    pack = lambda image: tf.io.encode_jpeg(image, quality=int(quality))
-    return np.stack([tf.io.decode_jpeg(pack(image)).numpy() for image in raw]) / np.float32(255)
+    packed = [tf.io.encode_jpeg(image, quality=int(quality)) for image in raw]
+    return np.stack([image_files.decode(p, raw.shape[-1]) for p in packed]) / np.float32(255)
 
 
 CORRUPTIONS = {

@@ -172,18 +172,23 @@ def _split(data: ImageData, name: str) -> Split:
 
 def _check_fits(runtime: Runtime, data: ImageData) -> None:
     if data.image_shape != runtime.image_shape:
-        theirs, own = ("×".join(map(str, of.image_shape)) for of in (data, runtime))
+        shapes = ["×".join(map(str, of.image_shape)) for of in (data, runtime)]
         raise UserError(
-            f"the images of {data.name} have the shape {theirs}, and {runtime.path} takes {own}: "
+            f"images of {data.name} have the shape {shapes[0]}, {runtime.path} takes {shapes[1]}: "
             "give the data that it was trained for"
         )
-    few = lambda names: f"{len(names)} classes ({', '.join(map(escape, names[:3]))} …)"
-    same = runtime.classes == tuple(data.classes)
-    if not same and (runtime.named or len(runtime.classes) != len(data.classes)):
-        raise UserError(
-            f"{runtime.path} tells {few(runtime.classes)} apart, and {data.name} has "
-            f"{few(data.classes)}: give data of the same classes"
+    own, theirs = runtime.classes, tuple(data.classes)
+    if len(own) != len(theirs):
+        problem = f"{len(own)} classes, and {data.name} has {len(theirs)}"
+    elif runtime.named and own != theirs:
+        first = next(k for k, pair in enumerate(zip(own, theirs)) if pair[0] != pair[1])
+        problem = (
+            f"other classes than {data.name} has: number {first} is {escape(own[first])}, there "
+            f"{escape(theirs[first])}"
         )
+    else:
+        return
+    raise UserError(f"{runtime.path} knows {problem}: give data of the same classes")
 
 
 def _wrong_when_corrupted(
