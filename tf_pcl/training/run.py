@@ -83,7 +83,7 @@ def _target(options: Options) -> Any:
 
 
 def load_data(options: Options) -> datasets.ImageData:
-    """Loads the data set that the options ask for; UserError if it cannot be used."""
+    """Loads the data set of a run; UserError if it cannot be had or used."""
     return datasets.load(
         options.dataset,
         options.data_dir,
