@@ -17,7 +17,7 @@ from pages import ROOT
 from PIL import Image
 from tensorflow import keras
 
-from tf_pcl.data.storage import Arrays
+from tf_pcl.data.storage import Arrays, Stream
 from tf_pcl.deploy import corruptions, evaluate, metrics, predict, runtimes
 from tf_pcl.errors import UserError
 from tf_pcl.training import export
@@ -204,6 +204,15 @@ def test_the_worst_images_are_the_most_confident_of_the_wrong_ones(tmp_path):
         LABELS[order].tolist(),
         p[order].argmax(1).tolist(),
     )
+
+
+def test_a_stream_is_read_again_for_the_worst_images(tmp_path):
+    data, runtime = numbered(), Fixed(tmp_path, NAMES)
+    examples = tf.data.Dataset.from_tensor_slices((data.test.images, LABELS))
+    stream = dataclasses.replace(data, test=Stream(examples, 200, lambda image: image))
+    kept, streamed = (evaluate.evaluate(runtime, of).worst for of in (data, stream))
+    np.testing.assert_array_equal(kept.images, streamed.images)
+    assert len(streamed.images) == 24
 
 
 def test_corrupted_images_are_judged_by_their_own_labels(tmp_path):

@@ -228,7 +228,7 @@ def _images_at(split: Split, index: np.ndarray) -> np.ndarray:
             found[i] = image
         if len(found) == len(wanted):
             break
-    return np.stack([found[i] for i in index])
+    return np.array([found[i] for i in index], np.uint8)
 
 
 def write(evaluation: Evaluation, folder: str, about: Optional[dict[str, Any]] = None) -> None:

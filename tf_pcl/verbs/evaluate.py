@@ -37,7 +37,7 @@ def _define_flags() -> None:
         "JPEG artifacts, each at five strengths",
     )
     flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=2**31 - 1)
-    flags.DEFINE_integer("worst", 24, "how many wrong images to show", lower_bound=0)
+    flags.DEFINE_integer("worst", 24, "how many wrong images to show", lower_bound=1)
     flags.DEFINE_string(
         "output",
         None,
