@@ -11,7 +11,7 @@ from tensorflow import keras
 
 from tf_pcl.deploy import runtimes
 from tf_pcl.errors import UserError
-from tf_pcl.training import export
+from tf_pcl.training import export, workdir
 
 SHAPE, NAMES = (6, 4, 3), ["cat", "dog\n", "größe"]
 IMAGES = noise(7, *SHAPE)
@@ -56,8 +56,10 @@ def tflite(model, folder, *, integers=False, batch=None):
 
 def test_a_saved_model_is_found_in_each_folder_of_it(made):
     model, folder, saved_model = made
-    expected = model.predict(IMAGES, verbose=0)
     for path in (folder.parent, folder, folder / "saved_model", saved_model):
+        assert workdir.saved_model(str(path)) == saved_model
+    expected = model.predict(IMAGES, verbose=0)
+    for path in (folder.parent, saved_model):
         runtime = runtimes.load(str(path))
         assert (runtime.kind, runtime.path) == ("saved_model", saved_model)
         assert (runtime.image_shape, runtime.classes) == (SHAPE, tuple(NAMES)) and runtime.named
@@ -119,3 +121,12 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypat
     for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, 1:]):
         with pytest.raises(UserError, match="it takes uint8"):
             runtimes.load(saved_model).logits(images)
+
+
+def test_the_newest_version_is_loaded(tmp_path):
+    for version in ("1", "9", "10", "11"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "saved_model.pb").touch()
+    # An export that was not finished.
+    (tmp_path / "11" / "saved_model.pb").unlink()
+    assert workdir.saved_model(str(tmp_path)) == str(tmp_path / "10")

@@ -315,6 +315,27 @@ def resize(images: tf.Tensor, size: int) -> tf.Tensor:
     )
 
 
+def fit(image: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """Brings an image of any size to a network's, as `resize` does where that is square.
+
+    Args:
+      image: uint8 [H, W, C].
+      shape: (H, W, C) of the result. Where it is not square, the whole image is stretched.
+
+    Returns:
+      uint8 of that shape.
+    """
+
+    def resized() -> tf.Tensor:
+        if shape[0] == shape[1]:
+            return resize(image, shape[0])
+        stretched = tf.image.resize(image, shape[:2], antialias=True)
+        return tf.saturate_cast(tf.round(stretched), tf.uint8)
+
+    same = tf.reduce_all(tf.shape(image)[:2] == shape[:2])
+    return tf.ensure_shape(tf.cond(same, lambda: image, resized), shape)
+
+
 def load(
     splits: Mapping[str, Sequence[tuple[str, int]]],
     classes: Sequence[str],

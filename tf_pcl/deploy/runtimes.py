@@ -6,6 +6,7 @@ table FILES.
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -144,7 +145,10 @@ class TFLite(Runtime):
 
     def __init__(self, path: str):
         try:
-            self._interpreter = tf.lite.Interpreter(model_path=path)
+            with warnings.catch_warnings():
+                # The newest TensorFlow says that its interpreter will move to a package of its own.
+                warnings.simplefilter("ignore")
+                self._interpreter = tf.lite.Interpreter(model_path=path)
             self._interpreter.allocate_tensors()
             given = self._interpreter.get_input_details()
             made = self._interpreter.get_output_details()

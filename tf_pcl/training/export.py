@@ -82,16 +82,8 @@ def _signatures(model: keras.Model) -> dict[str, Callable[..., Any]]:
         logits = model(tf.pad(images, [[0, more], *[[0, 0]] * 3]), training=False)[:count]
         return {"probabilities": tf.nn.softmax(logits), "logits": logits}
 
-    def resized(image: tf.Tensor) -> tf.Tensor:
-        if shape[0] == shape[1]:
-            return image_files.resize(image, shape[0])
-        image = tf.image.resize(image, shape[:2], antialias=True)
-        return tf.saturate_cast(tf.round(image), tf.uint8)
-
     def decoded(encoded: tf.Tensor) -> tf.Tensor:
-        image = image_files.decode_upright(encoded, shape[-1])
-        same = tf.reduce_all(tf.shape(image)[:2] == shape[:2])
-        return tf.ensure_shape(tf.cond(same, lambda: image, lambda: resized(image)), shape)
+        return image_files.fit(image_files.decode_upright(encoded, shape[-1]), shape)
 
     @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.uint8, name="images")])
     def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
