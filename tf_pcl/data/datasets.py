@@ -152,7 +152,8 @@ def load(
         it is needed where images differ in size.
       train_examples: use only the first so many of a permutation of the training images, after
         validation images were taken out.
-      seed: the seed of this permutation, and of what is taken for test and validation.
+      seed: the seed of this permutation, and of what is taken for validation. What is taken for the
+        test does not depend on it.
       on_bad_image: what to do with image files that cannot be read: "fail", or "skip" to leave
         them out. "skip" is for the data sets that read image files.
       validation_examples: how many of the training images, or which share of them (more than 0,
@@ -208,7 +209,8 @@ def divided(
                 value=examples,
             )
     if test_examples:
-        train, test = hold_out(train, test_examples, seed, "test_examples", name)
+        # Not by the seed: runs with several seeds are compared on the same test images.
+        train, test = hold_out(train, test_examples, 0, "test_examples", name)
     if validation_examples:
         train, validation = hold_out(train, validation_examples, seed, "validation_examples", name)
     return Loaded(loaded.classes, train, test, validation)

@@ -40,7 +40,7 @@ def from_arrays(
         test, of each class its share; where `test` is not given. If neither is, there are no test
         images.
       validation_examples: the same for validation.
-      seed: the seed of what is taken.
+      seed: the seed of what is taken for validation.
       flip: whether a mirrored image keeps its class.
       name: what to call it in messages.
 

@@ -6,11 +6,10 @@ stages of a method are included; `methods.cost` counts them for one image.
 """
 
 import functools
-from typing import NamedTuple, Optional
+from typing import NamedTuple
 
 import numpy as np
 
-from tf_pcl import data as datasets
 from tf_pcl import networks
 from tf_pcl.data.datasets import ImageData
 from tf_pcl.data.storage import Arrays
@@ -20,7 +19,19 @@ from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.options import Options
 from tf_pcl.training.assemble import Assembly, method_arguments
+from tf_pcl.training.run import load_data
 
+_OF_DATA = (
+    "dataset",
+    "data_dir",
+    "image_size",
+    "labels",
+    "labels_columns",
+    "train_examples",
+    "validation_examples",
+    "test_examples",
+    "on_bad_image",
+)
 # What the paper's data sets are like, so that nothing need be downloaded to know what a run costs.
 _OF_THE_PAPER = {"cifar10": 10, "cifar100": 100}
 
@@ -57,9 +68,7 @@ def stages_of(options: Options) -> list[Stage]:
     """Returns what each stage of a run costs; arguments and errors as in `cost_of`."""
     choose("method", options.method, METHODS, parameter="method")
     method_arguments(options)
-    like = (options.dataset, options.data_dir, options.image_size)
-    shape, classes, images = _facts(*like, named=bool(options.teacher))
-    images = min(images, options.train_examples or images)
+    shape, classes, images = _facts(_division(options), named=bool(options.teacher))
     seen = images // options.batch_size * options.batch_size * options.epochs
     if not seen:
         raise UserError(
@@ -79,19 +88,25 @@ def _architecture(options: Options) -> Options:
     return Options(method=options.method, network=options.network, **own)
 
 
+def _division(options: Options) -> Options:
+    """Returns the options that the number of training images depends on, all others unset."""
+    return Options(**{name: getattr(options, name) for name in _OF_DATA})
+
+
 @functools.cache
-def _facts(
-    name: str, data_dir: Optional[str], image_size: Optional[int], named: bool
-) -> tuple[tuple[int, ...], tuple[str, ...], int]:
-    """Returns the shape of a data set's images, its classes and its number of training images.
+def _facts(options: Options, named: bool) -> tuple[tuple[int, ...], tuple[str, ...], int]:
+    """Returns the shape of a run's images, its classes and its number of training images.
 
     Args:
-      name, data_dir, image_size: as in data.load.
+      options: what `_division` leaves of the run's options.
       named: whether the names of the classes must be the true ones.
     """
-    if name in _OF_THE_PAPER and not image_size and not named:
-        return (32, 32, 3), tuple(map(str, range(_OF_THE_PAPER[name]))), 50_000
-    data = datasets.load(name, data_dir, image_size)
+    name, held = options.dataset, options.validation_examples or 0
+    if name in _OF_THE_PAPER and not options.image_size and not named:
+        images = 50_000 - round(held if held >= 1 else held * 50_000)
+        classes = tuple(map(str, range(_OF_THE_PAPER[name])))
+        return (32, 32, 3), classes, min(images, options.train_examples or images)
+    data = load_data(options)
     return data.image_shape, data.classes, len(data.train)
 
 
