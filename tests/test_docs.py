@@ -25,7 +25,7 @@ TRAIN = r"(?:python train\.py|tf-pcl train|python -m tf_pcl train)"
 # Flags that the pages name and that are not options of a run.
 OTHER_FLAGS = {"help", "flagfile", "with", "strict", "noflip"}
 OTHER_FLAGS |= {"methods", "networks", "datasets", "seeds", "grid", "table"}
-OTHER_FLAGS |= {"equal_cost", "noequal_cost", "dry_run", "print_commands", "runner"}
+OTHER_FLAGS |= {"equal_cost", "noequal_cost", "dry_run", "print_commands"}
 IN_A_COPY = "TF_PCL_TESTS_IN_A_COPY"
 
 
