@@ -1,7 +1,6 @@
 """Grids of runs: which runs, what they are called, what they cost, what stages they share."""
 
 import os
-import sys
 
 import pytest
 
@@ -199,9 +198,3 @@ def test_a_workdir_with_another_run_is_refused(tmp_path):
     other = grid.plan([line("baseline", seeds=[0, 1])], str(tmp_path), dict(SMALL, epochs=7))
     with pytest.raises(UserError, match="seed1`: .*`epochs=7` here, 6 there"):
         runner.check(other)
-
-
-def test_ray_is_asked_for_where_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match="`runner=ray`: it needs the package ray"):
-        runner.run(grid.plan([line("baseline")], str(tmp_path), SMALL), "ray")

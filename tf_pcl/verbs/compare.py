@@ -44,13 +44,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "with more than one method",
         flag_values=values,
     )
-    flags.DEFINE_enum(
-        "runner",
-        "here",
-        ("here", "ray"),
-        "train one run after another here, or on a Ray cluster: RAY_ADDRESS, else a local one",
-        flag_values=values,
-    )
     flags.DEFINE_boolean(
         "dry_run", False, "list the runs with their cost, and train nothing", flag_values=values
     )
@@ -114,7 +107,7 @@ def _compare(rest: list[str]) -> None:
     if values.dry_run:
         print(summary.costs(cells))
         return
-    failures = runner.run(cells, values.runner)
+    failures = runner.run(cells)
     print(f"\n{summary.summary(cells)}")
     if failures:
         named = "; ".join(f"{f.cell.title} with status {f.status}, see {f.log}" for f in failures)
