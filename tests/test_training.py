@@ -213,6 +213,11 @@ def test_workdirs(tmp_path):
         UserError, match=r"`epochs=3` here, 2 there; `peers=4` here, \(unset\) there"
     ):
         workdir.check(dataclasses.replace(options, epochs=3, peers=4))
+    flags = tmp_path / "flags.txt"
+    flags.write_text(flags.read_text().replace("--label_smoothing=0.0\n", ""))
+    workdir.check(options)  # A run from before there was the option.
+    with pytest.raises(UserError, match=r"`label_smoothing=0.1` here, 0.0 there"):
+        workdir.check(dataclasses.replace(options, label_smoothing=0.1))
     with pytest.raises(UserError, match="holds a run already"):
         workdir.check(dataclasses.replace(options, resume="never"))
 

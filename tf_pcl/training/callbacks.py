@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from tf_pcl import optimizer as optimizers
 from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped
 from tf_pcl.training import workdir as workdirs
@@ -119,7 +120,7 @@ class Record(keras.callbacks.Callback):
             "step": int(self.model.step.numpy()),
             "wall_seconds": self.before + time.perf_counter() - self.began,
             **({"images_per_second": self.steps * self.batch_size / seconds} if self.steps else {}),
-            "learning_rate": float(keras.backend.get_value(optimizer.learning_rate)),
+            "learning_rate": optimizers.current_rate(optimizer),
             **{name: float(value) for name, value in self.model.schedules().items()},
             **{name: float(value) for name, value in logs.items()},
         }

@@ -56,12 +56,24 @@ class Trainer:
                     options.learning_rate,
                     options.lr_decay_epochs,
                     options.weight_decay,
+                    optimizer=options.optimizer,
+                    schedule=options.schedule,
+                    warmup_epochs=options.warmup_epochs,
+                    clip_norm=options.clip_norm,
                 ),
                 epochs=options.epochs,
                 steps_per_epoch=self.steps_per_epoch,
+                label_smoothing=options.label_smoothing,
                 jit_compile=options.jit_compile,
             )
-            model.optimizer.build(model.trainable_weights)
+            getattr(model.optimizer, "build", model._inner_optimizer.build)(model.trainable_weights)
+        if options.optimizer == "lamb" and model.decay_exceptions:
+            raise UserError(
+                f"it does not go with `method={options.method}`, some of whose weights have a "
+                "weight decay of their own: take sgd or adamw",
+                parameter="optimizer",
+                value=options.optimizer,
+            )
         # What cannot be deployed is to fail here, before the training.
         model.deployed()
         # TensorFlow's seed enters the shuffling of streams, which is to be the same in all stages.
@@ -194,6 +206,8 @@ class Trainer:
             seed=options.seed,
             start=start,
             shard=shard,
+            mixup=options.mixup,
+            cutmix=options.cutmix,
             **{name: getattr(options, name) for name in datasets.AUGMENTATIONS if name in names()},
         )
 

@@ -108,7 +108,8 @@ class Workdir:
                 "the folder holds a run already: give another workdir, or `resume=auto` to go on"
             )
         given, free = options.as_flags(), options.run_only()
-        old = self._read_flags()
+        # An option that is newer than the run has its default there.
+        old = {**Options().as_flags(), **self._read_flags()}
         differ = [
             f"`{name}={given.get(name, '(unset)')}` here, {old.get(name, '(unset)')} there"
             for name in sorted({*given, *old})
