@@ -344,9 +344,9 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
         "diversity",
         "views",
     } <= set(tags["train"])
-    assert {f"error/{name}" for name in results["error"]} | {"diversity", "loss"} == set(
-        tags["test"]
-    )
+    pictures = {"test_images/confusion_matrix", "test_images/class_errors"}
+    measured = {"deployed_error", "diversity", "loss"}
+    assert {f"error/{n}" for n in results["error"]} | measured | pictures == set(tags["test"])
     assert [step for step, _ in tags["test"]["error/ensemble"]] == [2, 4]
     assert tags["test"]["error/mean_peer_1"][-1][1] == pytest.approx(
         results["deployed_error"], abs=1e-3

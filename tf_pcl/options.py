@@ -339,6 +339,12 @@ class Options:
         "how often to save: a number of steps (500steps) or epochs (5epochs)",
         run_only=True,
     )
+    wandb: bool = _flag(
+        False, "log each epoch to Weights & Biases too, where wandb is installed", run_only=True
+    )
+    mlflow: bool = _flag(
+        False, "log each epoch to MLflow too, where mlflow is installed", run_only=True
+    )
     test_every: int = _flag(1, "epochs between tests; the last epoch is always tested", low=1)
     resume: str = _flag(
         "auto",

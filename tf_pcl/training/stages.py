@@ -17,7 +17,7 @@ from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options, names
-from tf_pcl.training import events
+from tf_pcl.training import events, report, trackers
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.callbacks import Progress, Record, Row, Save
 from tf_pcl.training.checkpoints import Checkpoints
@@ -118,12 +118,18 @@ class Trainer:
         total = model.steps_per_epoch * self.options.epochs
         _say_where(title, start, total)
         rows = self._rows(model, workdir, start)
-        record = Record(workdir, rows, self.options.batch_size, describe, seconds)
+        settings = self._settings(title)
+        log = events.Events(workdir, rows, model.deployed_exit, settings)
+        record = Record(workdir, rows, log, self.options.batch_size, describe, seconds)
         record.show_views(next(iter(self._batches(model)))[0])
         every = self.options.checkpoint_steps(model.steps_per_epoch)
-        with Save(checkpoints, every, start, total, title) as save:
+        # Several workers are one run.
+        tracked = start < total and self.strategy.extended.should_save_summary
+        asked = [name for name in trackers.TRACKERS if tracked and getattr(self.options, name)]
+        tracking = trackers.tracked(asked, workdir, rows, settings)
+        with Save(checkpoints, every, start, total, title) as save, tracking as further:
             try:
-                self._fit(model, start, [Progress("steps"), record, save])
+                self._fit(model, start, [Progress("steps"), record, *further, save])
             except (UserError, Stopped):
                 raise
             except Exception as e:
@@ -132,7 +138,24 @@ class Trainer:
                     f"checkpoint in {workdir.path} is of step {save.saved}, and the same command "
                     "goes on from there"
                 ) from e
+        record.show_answers(total, *self._answers(model), self.data.classes)
         return describe(rows)
+
+    def _settings(self, title: str) -> dict[str, Any]:
+        """Returns the options that have a value and bear upon the result."""
+        free = self.options.run_only()
+        settings = {k: v for k, v in report.effective(self.options).items() if k not in free}
+        return {**settings, **({"stage": title} if title else {})}
+
+    def _answers(self, model: Distiller) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the labels and the deployed network's answers of all test images, int [N]."""
+        network = tf.function(model.deployed(), reduce_retracing=True)
+        pairs = [
+            (labels, tf.argmax(network(images), -1))
+            for images, labels in datasets.test_batches(self.data, 4 * self.options.batch_size)
+        ]
+        labels, answers = (np.concatenate(part) for part in zip(*pairs))
+        return labels, answers
 
     def _rows(self, model: Distiller, workdir: Workdir, start: int) -> list[Row]:
         """Returns the rows of the epochs up to step `start`.

@@ -3,6 +3,7 @@
 flags.txt             the options of the run, as a flagfile
 data.json             what the data were
 versions.json         the versions of Python and the packages that it ran with
+trackers.json         what W&B and MLflow call the run, where they are asked for
 lock                  which process works here; the lock itself ends with that process
 results.json          what came out; rewritten after every epoch that was tested
 metrics.csv           a row for every epoch
@@ -60,6 +61,7 @@ class Workdir:
         self.metrics = os.path.join(path, "metrics.csv")
         self.checkpoints = os.path.join(path, "checkpoints")
         self.export = os.path.join(path, "export")
+        self.trackers = os.path.join(path, "trackers.json")
 
     @classmethod
     def of_run(cls, options: Options, worker: int = 0) -> "Workdir":
