@@ -10,7 +10,7 @@ from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
-from tf_pcl.training import export, report, selection
+from tf_pcl.training import export, report, selection, trackers
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
 from tf_pcl.training.stages import Trainer
@@ -34,6 +34,7 @@ def run(options: Options) -> dict[str, Any]:
       Stopped: if a signal, a bad loss or an error ended the run early.
     """
     _check_names(options)
+    trackers.check(options)
     multi_worker = options.strategy == "multi_worker"
     workdir = Workdir.of_run(options, strategies.worker() if multi_worker else 0)
     workdir.check(options)
