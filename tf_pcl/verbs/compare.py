@@ -98,17 +98,20 @@ def planned(values: flags.FlagValues, rest: Sequence[str] = ()) -> list[Any]:
 def _compare(rest: list[str]) -> None:
     values = flags.FLAGS
     cells = planned(values, rest)
-    from tf_pcl.study import grid, runner, summary
+    from tf_pcl.study import grid, listing, report, runner
 
     if values.print_commands:
         print(*map(grid.in_a_shell, cells), sep="\n")
         return
     runner.check(cells)
     if values.dry_run:
-        print(summary.costs(cells))
+        print(listing.costs(cells))
         return
     failures = runner.run(cells)
-    print(f"\n{summary.summary(cells)}")
+    if len(failures) < len(cells):
+        workdir = os.path.dirname(cells[0].options.workdir)
+        made = report.report([workdir], os.path.join(workdir, "report"))
+        print(f"\n{made.markdown}\n{made.files[0]}")
     if failures:
         named = "; ".join(f"{f.cell.title} with status {f.status}, see {f.log}" for f in failures)
         raise Stopped(
