@@ -27,9 +27,8 @@ from absl import app, flags
 from tf_pcl import data
 from tf_pcl.options import Options
 from tf_pcl.training import strategy
-from tf_pcl.training.callbacks import Record, Save
+from tf_pcl.training.callbacks import Save
 from tf_pcl.training.checkpoints import Checkpoints
-from tf_pcl.training.workdir import Workdir
 
 FLAGS = flags.FLAGS
 
@@ -63,7 +62,7 @@ def of_round(source: tuple, case: step.Case, batch_size: int, steps: int, again:
 
 def of_fit(trained: step.Trained, folder: str, more: list[Any]) -> float:
     """Returns the seconds of a step within `fit`, with more callbacks than a record and a clock."""
-    record = Record(Workdir(folder), [], trained.batch_size, lambda rows: rows)
+    record = trained.record(folder)
     clock = step.Clock()
     trained.model.fit(
         trained.stream,

@@ -37,6 +37,7 @@ from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
 from tf_pcl.training.assemble import Assembly
 from tf_pcl.training.callbacks import Record
+from tf_pcl.training.events import Events
 from tf_pcl.training.workdir import Workdir
 
 FLAGS = flags.FLAGS
@@ -114,12 +115,18 @@ class Trained:
         logs["loss"].numpy()
         self.alone.append((time.perf_counter() - began) / self.steps)
         if folder:
-            record = Record(Workdir(folder), [], self.batch_size, lambda rows: rows)
+            record = self.record(folder)
             clock = Clock()
             self.model.fit(
                 self.stream, steps_per_epoch=self.steps + 1, verbose=0, callbacks=[record, clock]
             )
             self.in_fit.append(clock.seconds)
+
+    def record(self, folder: str) -> Record:
+        """Returns a run's callback that writes its records into a folder."""
+        workdir = Workdir(folder)
+        events = Events(workdir, [], self.model.deployed_exit, {})
+        return Record(workdir, [], events, self.batch_size, lambda rows: rows)
 
 
 def stages_of(case: Case, loaded: data.ImageData) -> list[Any]:

@@ -13,7 +13,7 @@ from test_train_py import final_weights, finish, metrics, start
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
 from tf_pcl.options import Options
-from tf_pcl.training import report, run, selection
+from tf_pcl.training import events, report, run, selection
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.selection import Selection
 from tf_pcl.training.workdir import Workdir
@@ -123,7 +123,10 @@ def test_killed_and_resumed_exports_the_same_best_epoch(tmp_path):
     assert results["validation_error"]["peer_1"] == min(r[ERROR] for r in table).__round__(4)
     assert results["deployed_error"] == results["test_error"]["peer_1"]
     assert results["error"] == results["test_error"] and results["best_deployed_error"] is None
-    assert sorted(p.name for p in (whole / "tensorboard").iterdir()) == ["train", "validation"]
+    board = whole / "tensorboard"
+    assert {p.name for p in board.iterdir() if p.is_dir()} == {"train", "validation", "test"}
+    # Of the test images there are pictures of the end alone.
+    assert not [one for p in (board / "test").iterdir() for one in events._scalars(str(p))]
     # What is exported is the best epoch, not the last.
     same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b)) and len(a) == len(b)
     last = final_weights(whole, epochs * 4)
