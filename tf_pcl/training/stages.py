@@ -12,7 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_pcl import data as datasets
-from tf_pcl import losses, optimizer
+from tf_pcl import losses, optimizer, surgery
 from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.methods.distiller import Distiller, Stage
@@ -32,11 +32,13 @@ class Trainer:
       options: the run's options.
       data: the data set.
       strategy: where the training runs.
+      lines: what building said, for people: whole lines, each once, in order.
     """
 
     options: Options
     data: datasets.ImageData
     strategy: tf.distribute.Strategy
+    lines: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -62,11 +64,23 @@ class Trainer:
                 jit_compile=options.jit_compile,
             )
             model.optimizer.build(model.trainable_weights)
+        if options.sync_batch_norm:
+            self._synchronize(model)
         # What cannot be deployed is to fail here, before the training.
         model.deployed()
         # TensorFlow's seed enters the shuffling of streams, which is to be the same in all stages.
         tf.random.set_seed(options.seed)
         return model
+
+    def _synchronize(self, model: Distiller) -> None:
+        if self.strategy.num_replicas_in_sync == 1:
+            line = "there is one replica, whose BatchNorm sees all images anyway"
+        elif left := surgery.synchronize(model):
+            line = f"{', '.join(left)} still see the images of their own replica alone"
+        else:
+            return
+        if f"`sync_batch_norm`: {line}" not in self.lines:
+            self.lines.append(f"`sync_batch_norm`: {line}")
 
     def build_all(self, stages: Sequence[Stage]) -> list[Distiller]:
         """Builds every stage once, untrained, so that what cannot be built fails at once."""
@@ -101,7 +115,8 @@ class Trainer:
         os.makedirs(workdir.path, exist_ok=True)
         workdir.tidy()
         checkpoints = Checkpoints(model, workdir.checkpoints)
-        start = checkpoints.restore()
+        of_all = strategies.gatherer(self.strategy)
+        start = self._restore(checkpoints, of_all)
         checkpoints.tidy(start)
         total = model.steps_per_epoch * self.options.epochs
         _say_where(title, start, total)
@@ -109,7 +124,7 @@ class Trainer:
         record = Record(workdir, rows, self.options.batch_size, describe, seconds)
         record.show_views(next(iter(self._batches(model)))[0])
         every = self.options.checkpoint_steps(model.steps_per_epoch)
-        with Save(checkpoints, every, start, total, title) as save:
+        with Save(checkpoints, every, start, total, title, of_all) as save:
             try:
                 self._fit(model, start, [Progress("steps"), record, save])
             except (UserError, Stopped):
@@ -121,6 +136,21 @@ class Trainer:
                     "goes on from there"
                 ) from e
         return describe(rows)
+
+    def _restore(
+        self, checkpoints: Checkpoints, of_all: Optional[Callable[[int], set[int]]]
+    ) -> int:
+        """Restores the newest checkpoint that all processes have and returns its step."""
+        start = checkpoints.restore()
+        while of_all and len(steps := of_all(start)) > 1:
+            if not min(steps):
+                raise UserError(
+                    f"the checkpoints of the workers are of the steps {sorted(steps)}, 0 where "
+                    "there is none: copy `checkpoints` from the `workdir` of the first worker into "
+                    "those of the others"
+                )
+            start = checkpoints.restore(min(steps))
+        return start
 
     def _rows(self, model: Distiller, workdir: Workdir, start: int) -> list[Row]:
         """Returns the rows of the epochs up to step `start`.
