@@ -106,13 +106,13 @@ def start(folder: pathlib.Path, place: str, number: int = 0, addresses: tuple = 
     if addresses:
         environment["TF_CONFIG"] = json.dumps(config)
     own = folder / (f"{place}-{number}" if number else place)
-    return subprocess.Popen(
-        [sys.executable, __file__, *sys.argv[1:], f"--place={place}", f"--folder={own}"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    with open(f"{own}.log", "w") as log:
+        return subprocess.Popen(
+            [sys.executable, __file__, *sys.argv[1:], f"--place={place}", f"--folder={own}"],
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
 
 
 def free_addresses(count: int) -> tuple:
@@ -161,10 +161,9 @@ def main(_: list) -> None:
         for place in ALONE, REPLICAS, WORKERS:
             addresses = free_addresses(2) if place == WORKERS else ()
             processes = [start(folder, place, i, addresses) for i in range(len(addresses) or 1)]
-            for process in processes:
-                out, _ = process.communicate()
-                if process.returncode:
-                    sys.exit(f"{place} failed:\n{out[-2000:]}")
+            if any([process.wait() for process in processes]):
+                logs = [log.read_text()[-2000:] for log in sorted(folder.glob("*.log"))]
+                sys.exit(f"{place} failed:\n" + "\n".join(logs))
         print(f"{'':10}{'one device':>12}{'two replicas':>30}{'two workers':>30}")
         print(f"{'method':10}{'loss':>12}" + f"{'losses':>10}{'errors':>10}{'weights':>10}" * 2)
         for method in sorted(p.name for p in (folder / ALONE).iterdir()):

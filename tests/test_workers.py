@@ -260,7 +260,7 @@ def test_synchronizing_changes_nothing_on_one_device(digits):
     ours.set_weights(usual.get_weights())
     config = ours.get_layer("n1").get_config()
     assert surgery.synchronize(ours) == [] and ours.get_layer("n1").get_config() == config
-    images = tf.constant(digits.train.images[:16], tf.float32)
+    images = tf.cast(digits.train.images[:16], tf.float32)
     for training in True, False:
         np.testing.assert_array_equal(usual(images, training), ours(images, training))
         for a, b in zip(usual.get_weights(), ours.get_weights()):

@@ -15,6 +15,8 @@ from tf_pcl.errors import Stopped, UserError, one_line
 
 # Under Slurm, the processes of a node listen on this port and those that follow it.
 SLURM_PORT = 12345
+# What collective operations end with when a process is lost; Keras wraps it at times.
+_LOST = (tf.errors.OpError, RuntimeError, ValueError)
 
 
 class Cluster(NamedTuple):
@@ -137,10 +139,6 @@ def watched(cluster: Optional[Cluster]) -> Iterator[None]:
             raise
         what = str(e) if isinstance(e, Stopped) else f"failed with {type(e).__name__}"
         raise Stopped(f"{' and '.join(gone)} of the cluster does not answer: {what}") from None
-
-
-# What collective operations end with when a process is lost; Keras wraps it at times.
-_LOST = (tf.errors.OpError, RuntimeError, ValueError)
 
 
 def silent(cluster: Cluster, seconds: float = 10.0) -> list[str]:
