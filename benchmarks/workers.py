@@ -31,7 +31,7 @@ NETWORK = flags.DEFINE_string("network", "resnet8", "the target network, and the
 BATCH = flags.DEFINE_integer("batch_size", 256, "images a step")
 EPOCHS = flags.DEFINE_integer("epochs", 2, "epochs of each stage")
 EXAMPLES = flags.DEFINE_integer("train_examples", 512, "training images of the digits")
-RATE = flags.DEFINE_float("learning_rate", 0.05, "learning rate at the start")
+RATE = flags.DEFINE_float("learning_rate", 0.01, "learning rate at the start")
 # What this program gives its own processes.
 PLACE = flags.DEFINE_enum("place", None, [ALONE, REPLICAS, WORKERS], "where to train, and no more")
 FOLDER = flags.DEFINE_string("folder", None, "where that writes")
@@ -91,7 +91,9 @@ def train() -> None:
                 deployed=model.deployed(),
             )
             trainer.train(model, Workdir(folder), describe)
-            np.savez(os.path.join(folder, "weights.npz"), *[w.numpy() for w in model.weights])
+            counts = {id(v) for metric in model.metrics for v in metric.variables}
+            weights = [w.numpy() for w in model.weights if id(w) not in counts]
+            np.savez(os.path.join(folder, "weights.npz"), *weights)
         keras.backend.clear_session()
 
 

@@ -58,5 +58,5 @@ def test_two_replicas_and_two_workers_equal_one_device(tmp_path):
     assert method == "baseline" and float(loss) > 0
     for losses, errors, weights in (differences[:3], differences[3:]):
         # An image of the 360 may change sides.
-        assert float(losses) < 1e-3 and float(errors) < 0.3 and float(weights) < 1e-3
+        assert float(losses) < 1e-3 and float(errors) < 0.3 and float(weights) < 1e-2
     assert not list(tmp_path.iterdir())
