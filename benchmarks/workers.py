@@ -89,6 +89,7 @@ def train() -> None:
                 stage=stage,
                 model=model,
                 deployed=model.deployed(),
+                gflop=(0.0, 0.0),  # What it costs is not compared.
             )
             trainer.train(model, Workdir(folder), describe)
             counts = {id(v) for metric in model.metrics for v in metric.variables}

@@ -5,7 +5,7 @@ import os
 # Before TensorFlow: it says which Keras `from tensorflow import keras` is.
 import tf_pcl  # noqa: F401
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import pytest
 import tensorflow as tf

@@ -1,10 +1,15 @@
 """The benchmarks run and print what they say they measure."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
+import tensorflow as tf
+
+from tf_pcl.training.events import Events
+from tf_pcl.training.workdir import Workdir, write_json
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -60,3 +65,92 @@ def test_two_replicas_and_two_workers_equal_one_device(tmp_path):
         # An image of the 360 may change sides.
         assert float(losses) < 1e-3 and float(errors) < 0.3 and float(weights) < 1e-2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_is_compared(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "benchmarks/crash.py",
+            "--kills=2",
+            f"--keep_in={tmp_path}",
+            "--",
+            "--method=baseline",
+            "--dataset=digits",
+            "--network=resnet8",
+            "--train_examples=100",
+            "--batch_size=50",
+            "--epochs=3",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *kills, run, last = done.stdout.splitlines()
+    assert first.startswith("undisturbed: ") and run == "run-1: equal"
+    assert [line.split(": ")[0] for line in kills] == ["run-1, kill 1", "run-1, kill 2"]
+    assert last == (
+        "2 kills, 1 at random moments and 1 at calls; 1 of 1 runs end as the undisturbed one"
+    )
+
+
+@pytest.mark.slow
+def test_the_cost_of_checks_is_told_as_ratios(tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "benchmarks/checks.py",
+            "--networks=resnet8",
+            "--methods=baseline",
+            "--batch_size=16",
+            "--steps=2",
+            "--rounds=1",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    _, line = done.stdout.splitlines()
+    number = r"(\d+\.?\d*)"
+    found = re.fullmatch(
+        rf"resnet8 +baseline +{number} +× {number} +× {number} +{number} ms, {number} % of a "
+        "checkpoint",
+        line,
+    )
+    assert found and min(map(float, found.groups())) > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_run_left_is_compared_bit_for_bit(tmp_path):
+    """Every difference counts but times: the benchmark cannot find all runs equal."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import crash
+    finally:
+        sys.path.pop(0)
+    for name, loss, seconds in ("a", 0.5, 1.0), ("b", 0.5, 2.0), ("c", 0.25, 1.0):
+        leave(tmp_path / name, loss, seconds)
+    (tmp_path / "b/results.json.part").write_text("")
+    a, b, c = (crash.contents(tmp_path / name) for name in "abc")
+    assert crash._difference(a, b) == ["files"]
+    assert crash._difference(a, c) == [
+        f". {what}" for what in ("TensorBoard", "exported weights", "metrics", "results", "weights")
+    ]
+
+
+def leave(folder, loss, seconds):
+    """Writes what a run of one step leaves."""
+    workdir = Workdir(str(folder))
+    row = {"epoch": 1, "step": 1, "wall_seconds": seconds, "loss": loss}
+    Events(workdir, [row])
+    workdir.write_rows([row])
+    results = {"loss": loss, "wall_seconds": seconds, "settings": {"workdir": str(folder)}}
+    write_json(workdir.results, results)
+    state = tf.train.Checkpoint(loss=tf.Variable(loss))
+    state.write(str(folder / "checkpoints/ckpt-1"))
+    write_json(workdir.data, {})
+    lines = '"ckpt-1"\nall_model_checkpoint_paths: "ckpt-1"\n'
+    (folder / "checkpoints/checkpoint").write_text(f"model_checkpoint_path: {lines}")
+    state.write(str(folder / "export/saved_model/1/variables/variables"))

@@ -2,6 +2,7 @@ import base64
 import io
 import itertools
 import os
+import pathlib
 import shutil
 import struct
 import time
@@ -15,6 +16,9 @@ from helpers import noise, with_labels
 from tf_pcl import data
 from tf_pcl.data import augmentations, class_names, datasets, from_tfds, image_files, storage
 from tf_pcl.errors import UserError
+from tf_pcl.options import Options
+from tf_pcl.training import report
+from tf_pcl.training.workdir import Workdir
 
 
 def counted(n=50):
@@ -435,7 +439,7 @@ def test_a_header_behind_a_long_colour_profile(tmp_path):
     jpeg = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
     profile = b"\xff\xe2" + struct.pack(">H", 60002) + bytes(60000)
     (tmp_path / "long.jpg").write_bytes(jpeg[:2] + 3 * profile + b"\xff" + jpeg[2:])
-    assert image_files._header_of(tmp_path / "long.jpg") == (6, 4, 1, ())
+    assert image_files._start_of(tmp_path / "long.jpg")[0] == (6, 4, 1, ())
 
 
 def test_orientation_of_damaged_exif():
@@ -580,6 +584,8 @@ def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
         "train: 11 images of 2×3 to 8×12 pixels; 3 grey; 2 with alpha (dropped); 1 of 16 bits; "
         "1 CMYK; 2 turned upright",
         "test: 2 images of 8×8 pixels",
+        "Byte for byte in another split too: 2 of the test images, such as "
+        f"{folder}/test/a/0.png = {folder}/train/b/0.png",
     ]
     monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
     on_disk = data.load("image_folder", folder, image_size=8)
@@ -630,9 +636,32 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
     lines = capsys.readouterr().out.splitlines()
     assert "train: 3 images of 8×8 pixels; 1 grey; 5 cannot be read" in lines
     assert "test: 2 images of 8×8 pixels; 1 cannot be read" in lines
-    assert lines[-1].startswith("Left out: ") and lines[-1].count(".png") == 6
+    assert lines[-2].startswith("Left out: ") and lines[-2].count(".png") == 6
+    assert lines[-1].startswith("Byte for byte in another split too: 1 of the test images")
     assert (len(d.train), len(d.test)) == (3, 2) and len(batches(d, 3, 2)) == 2
     assert sorted(d.train.fetch(tf.range(3))[1].numpy()) == [0, 1, 1]
+
+
+def test_files_that_broke_since_are_left_out_alike_and_no_run_goes_on_without_them(
+    make_folder, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
+    several = [noise(8, 8, 3, seed=i) for i in range(4)]
+    folder = make_folder({"train": {"a": several, "b": several}, "test": ONE})
+    workdir = Workdir(str(tmp_path / "run"))
+    whole = data.load("image_folder", folder, on_bad_image="skip")
+    workdir.begin(Options(), report.facts_of(whole), {})
+    good = pathlib.Path(folder, "train/a/1.png").read_bytes()
+    pathlib.Path(folder, "train/a/1.png").write_bytes(good[:60])
+    lacking = [data.load("image_folder", folder, on_bad_image="skip") for _ in range(2)]
+    assert [len(d.train) for d in (whole, *lacking)] == [8, 7, 7]
+    assert same(*(batches(d, 3, 2) for d in lacking))
+    with pytest.raises(UserError, match="training images 7 here, 8 there"):
+        workdir.check_data(report.facts_of(lacking[0]))
+    pathlib.Path(folder, "train/a/1.png").write_bytes(good)
+    mended = data.load("image_folder", folder, on_bad_image="skip")
+    workdir.check_data(report.facts_of(mended))
+    assert same(batches(mended, 3, 2), batches(whole, 3, 2))
 
 
 def test_a_class_without_a_readable_image_is_refused(make_folder):

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow as tf
 from absl import flags
 from helpers import CLASSES, SHAPE, noise, with_labels
 from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, section, shell
@@ -24,6 +25,11 @@ CONTRIBUTING = page("docs/contributing.md")
 TRAIN = r"(?:python train\.py|tf-pcl train|python -m tf_pcl train)"
 # Flags that the pages name and that are not options of a run.
 OTHER_FLAGS = {"help", "flagfile", "with", "strict", "noflip"}
+OTHER_FLAGS |= {"methods", "networks", "datasets", "seeds", "grid", "table"}
+OTHER_FLAGS |= {"equal_cost", "noequal_cost", "dry_run", "print_commands", "runner", "output"}
+OTHER_FLAGS |= {"format", "exit", "folder", "calibration_images"}  # tf-pcl export
+# Those of tf-pcl evaluate and tf-pcl predict.
+OTHER_FLAGS |= {"corruptions", "json", "output", "split", "top_k", "worst"}
 IN_A_COPY = "TF_PCL_TESTS_IN_A_COPY"
 
 
@@ -98,6 +104,21 @@ def test_a_first_run_is_served_as_printed(tmp_path):
     (tmp_path / "serve.py").write_text(serve)
     done = shell("python serve.py", tmp_path)
     assert done.returncode == 0 and "shape=(1, 10)" in done.stdout, done.stderr
+    # The network is judged and used as printed on the same page.
+    for name in ("photo.jpg", "scans/0.png", "more/deep/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        tf.io.write_file(str(tmp_path / name), tf.io.encode_png(noise(9, 9, 3)))
+    for heading, made in (
+        ("How good is it", ["runs/digits-resnet8-pcl-seed0/evaluation", "judged"]),
+        ("What is in these photos", []),
+    ):
+        (source,) = blocks(section(page("docs/deploy.md"), f"## {heading}"), "sh")
+        done = shell(re.sub("^tf-pcl", "python -m tf_pcl", source, flags=re.M), tmp_path)
+        assert done.returncode == 0, done.stderr
+        for folder in made:
+            assert (tmp_path / folder / "predictions.npz").exists()
+    assert "more/deep/1.png" in done.stdout and '{"path": "scans/0.png"' in done.stdout
+    assert "corruptions" in json.loads((tmp_path / "judged" / "evaluation.json").read_text())
 
 
 RECIPES = pytest.mark.parametrize(
@@ -185,6 +206,18 @@ def test_the_notebook_of_the_readme_runs():
     (source,) = blocks(section(README, "### In a notebook"), "python")
     assert source.count("epochs=20") == 2
     exec(compile(source.replace("epochs=20", "epochs=2"), "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_notebook_on_data_runs(make_folder, monkeypatch):
+    (source,) = blocks(page("docs/data.md"), "python")
+    sizes = {"cat": 24, "dog": 16}
+    folder = make_folder({"photos": {c: [noise(8, 8, 3)] * n for c, n in sizes.items()}})
+    monkeypatch.chdir(folder)
+    made = {}
+    exec(compile(source, "data.md", "exec"), made)
+    assert made["photos"].classes == ("cat", "dog") and len(made["photos"].test) == 8
+    assert made["model"].step.numpy() == 4
 
 
 def test_the_network_of_the_page_is_cut_where_the_page_says():

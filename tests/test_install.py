@@ -81,14 +81,11 @@ def test_constraints_hold_what_is_asked_for(stack):
     for python in pythons:
         pins = asked_for(lines(text), python, INTEL)
         # TF_PCL_STACK=current asks for the same from Python 3.10 on (setup.py).
-        required = asked_for(
-            lines(asked["options"]["install_requires"]),
-            "3.12" if stack == "current" else python,
-            INTEL,
-        )
-        required.update(
-            asked_for(lines(asked["options.extras_require"]["test"]), python, INTEL, extra="test")
-        )
+        version = "3.12" if stack == "current" else python
+        required = asked_for(lines(asked["options"]["install_requires"]), version, INTEL)
+        for extra in ("onnx", "test"):
+            wanted = lines(asked["options.extras_require"][extra])
+            required.update(asked_for(wanted, version, INTEL, extra=extra))
         for name, specifier in required.items():
             (pin,) = pins[name.replace("_", "-")]
             assert pin.version in specifier, (python, name)

@@ -706,6 +706,7 @@ def test_names(tmp_path, monkeypatch):
         "    model.trainable = False\n"
         "    return model\n"
         "constant = 3\n"
+        "model = build((8, 8, 1), 3)\n"
     )
     (tmp_path / "my_broken.py").write_text("import torch_of_another_planet\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -717,6 +718,7 @@ def test_names(tmp_path, monkeypatch):
         ("my_models:absent", "absent"),
         ("my_models:wrong", "returned int"),
         ("my_models:constant", "is int"),
+        ("my_models:model", "is Sequential: it must name a function"),
         ("my_models:failing", "my_models:failing cannot be built .* AttributeError.*nothing"),
         ("my_models:frozen", "no trainable weights"),
         ("my_broken:build", "my_broken:build cannot be imported: .*torch_of_another_planet"),

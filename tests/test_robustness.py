@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from faults import BrokenPipe, failing
 from helpers import CLASSES, SHAPE, noise, other, with_labels
 
 from tf_pcl import console
@@ -124,18 +125,10 @@ def test_every_process_of_a_cluster_has_a_folder_of_its_own(monkeypatch):
 # Streams.
 
 
-class Broken(io.StringIO):
-    def write(self, text):
-        raise BrokenPipeError(32, "Broken pipe")
-
-    def flush(self):
-        raise BrokenPipeError(32, "Broken pipe")
-
-
 def test_writing_never_fails(monkeypatch):
     ascii_only = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", ascii_only)
-    monkeypatch.setattr(sys, "stderr", Broken())
+    monkeypatch.setattr(sys, "stderr", BrokenPipe())
     console.protect()
     print("8×8 … ω", flush=True)
     print("lost", file=sys.stderr, flush=True)
@@ -187,12 +180,9 @@ def test_a_second_process_is_told_who_works_in_a_workdir(tmp_path):
         assert f"process {os.getpid()}" in held.read_text()
 
 
-def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, caplog):
-    def refuse(*arguments):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(workdirs.fcntl, "lockf", refuse)
-    with Workdir(str(tmp_path)).locked():
+def test_a_file_system_without_locks_gives_a_warning(tmp_path, caplog):
+    no_locks = failing(workdirs.fcntl, "lockf", errno.ENOLCK)
+    with no_locks, Workdir(str(tmp_path)).locked():
         assert "cannot be locked: No locks available" in caplog.text
 
 
@@ -214,6 +204,10 @@ def test_damaged_records_of_a_run_give_a_warning(damage, tmp_path, caplog):
     workdir.check_data({"classes": ["a"]})
     workdir.check_versions({"tensorflow": "2.15.1", "keras": "2.15.0"})
     assert "data.json is damaged" in caplog.text
+    assert "versions.json is damaged" in caplog.text
+    caplog.clear()
+    (tmp_path / "versions.json").write_text('{"tensorflow": "2.15.1"}')
+    workdir.check_versions({"tensorflow": "2.15.1", "keras": "2.15.0"})
     assert "versions.json is damaged" in caplog.text
 
 

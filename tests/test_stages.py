@@ -428,6 +428,6 @@ def test_a_teacher_of_other_classes_or_that_is_damaged_is_refused(ban, tmp_path)
     with pytest.raises(UserError, match="tells 10 classes apart .*same classes"):
         export.load(str(teacher), tuple("0123456789"))
     (teacher / "labels.txt").unlink()
-    (teacher / "saved_model/1/saved_model.pb").write_bytes(b"no model")
+    (teacher / "saved_model/1/keras_metadata.pb").write_bytes(b"no model")
     with pytest.raises(UserError, match="cannot be loaded as a Keras model"):
         export.load(str(teacher), tuple("0123456789"))

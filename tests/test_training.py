@@ -307,6 +307,7 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
         "deployed_error",
         "best_deployed_error",
         "error",
+        "diversity",
         "parameters",
         "images_per_second",
         "wall_seconds",

@@ -24,7 +24,8 @@ from tf_pcl.methods.distiller import Stage
 from tf_pcl.options import Options
 from tf_pcl.training import cluster, report
 from tf_pcl.training.checkpoints import Checkpoints
-from tf_pcl.training.stages import Trainer
+from tf_pcl.training.selection import Selection
+from tf_pcl.training.stages import Trainer, _check_same
 from tf_pcl.training.workdir import Workdir
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -106,6 +107,37 @@ def test_two_workers_report_what_one_device_does(tmp_path):
         for name in set(mine) - {"wall_seconds", "images_per_second"}:
             few = "error" in name
             assert its[name] == pytest.approx(mine[name], rel=1e-4, abs=0.3 if few else 1e-6), name
+
+
+@pytest.mark.slow
+def test_two_workers_choose_the_same_epoch(tmp_path):
+    flags = ["--method=baseline", "--epochs=60", "--learning_rate=0.2", "--validation_examples=99"]
+    flags += ["--export=best", "--early_stop=2", "--checkpoint_every=1000epochs"]
+    for again in False, True:
+        workers = start_workers(tmp_path, "--workdir=together", *flags)
+        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
+        assert [worker.returncode for worker in workers] == [0, 0], outputs
+        assert all(("done" in out) == again for out in outputs)
+    folders = [tmp_path / "together", tmp_path / "together/worker-1"]
+    first, second = ([row["val_error/peer_1"] for row in rows(folder)] for folder in folders)
+    assert first == second and 3 <= len(first) < 60
+    best = first.index(min(first)) + 1
+    for folder in folders:
+        results = json.loads((folder / "results.json").read_text())
+        assert results["ended_early"] and results["exported_epoch"] == best == len(first) - 2
+        assert (folder / f"checkpoints/ckpt-{2 * best}.index").exists()
+
+
+def test_workers_whose_metrics_differ_are_refused():
+    table, best = [{"epoch": 1.0, "val_error/a": 5.0}], Selection("val_error/a", best=True)
+    _check_same(table, best, lambda number: {number})
+    _check_same(table, None, lambda number: {number, 0})
+    _check_same(table, best, None)
+    numbers = set()
+    for one in table, [{"epoch": 1.0, "val_error/a": 4.0}], [{"epoch": 1.0}], []:
+        with pytest.raises(UserError, match="copy it from"):
+            _check_same(one, best, lambda number: numbers.add(number) or {number, -1})
+    assert len(numbers) == 4
 
 
 def ended(cwd, hit, with_signal):
@@ -314,7 +346,7 @@ def test_a_run_goes_on_with_another_number_of_replicas(tmp_path, two_replicas, m
         stage = Stage("", network, lambda _: METHODS["pcl"](network, split_at="stage_1", peers=2))
         model = trainer.build([stage], [])
         workdir = Workdir(str(tmp_path / name))
-        trainer.train(model, workdir, lambda rows: {})
+        trainer.train(model, workdir, lambda rows, selection: {})
         return [w.numpy() for w in model.weights], workdir.read_rows()
 
     stop = 0

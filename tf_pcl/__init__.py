@@ -13,7 +13,7 @@ from tf_pcl import compat
 # Before anything imports TensorFlow, which reads this once.
 compat.use_keras_2()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["data", "methods", "networks", "surgery", "losses", "optimizer", "schedules"]
 
 

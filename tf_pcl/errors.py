@@ -5,6 +5,9 @@ import re
 from collections.abc import Collection
 from typing import Any, Optional
 
+# A line that lists more names is not read.
+_MOST_LISTED = 50
+
 
 class _NamesParameters(Exception):
     """An error whose text names parameters of the library in backquotes, as in "`peers=1`: …"."""
@@ -64,8 +67,10 @@ def choose(what: str, name: Any, allowed: Collection[str], parameter: Optional[s
     near = difflib.get_close_matches(str(name), list(allowed), n=1)
     hint = f" Did you mean {near[0]}?" if near else ""
     subject = "it is not known" if parameter else f"{what} {name!r} is not known"
+    listed = ", ".join(sorted(allowed)[:_MOST_LISTED])
+    more = len(allowed) - _MOST_LISTED
     raise UserError(
-        f"{subject}.{hint} Allowed: {', '.join(sorted(allowed))}.",
+        f"{subject}.{hint} Allowed: {listed}{f' and {more} more' if more > 0 else ''}.",
         parameter=parameter,
         value=name,
         allowed=sorted(allowed),

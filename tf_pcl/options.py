@@ -18,7 +18,7 @@ from tf_pcl.errors import UserError, choose
 Kind = Union[type, tuple[str, ...]]
 
 # A "~" at their beginning is the home folder; no shell expands it within a flag.
-PATHS = ("workdir", "data_dir", "weights", "teacher")
+PATHS = ("workdir", "data_dir", "labels", "weights", "teacher")
 # What float32 holds.
 _LARGEST = 3.4e38
 
@@ -71,7 +71,7 @@ class Options:
     split_at: Optional[str] = _flag(
         None,
         "layer after which each peer has its own branch; default: before the "
-        "last stage, or as --trunk_share says",
+        "last section, or as --trunk_share says",
         str,
     )
     trunk_share: Optional[float] = _flag(
@@ -122,6 +122,13 @@ class Options:
         high=1000,
     )
 
+    trust_files: bool = _flag(
+        False,
+        "run the code that files given as --weights and --teacher hold, such as that of Lambda "
+        "layers",
+        run_only=True,
+    )
+
     # Data.
     dataset: str = _flag("cifar100", "what to learn from")
     data_dir: Optional[str] = _flag(
@@ -132,6 +139,33 @@ class Options:
     )
     train_examples: Optional[int] = _flag(
         None, "train on the first so many images of a seeded permutation; default: all", int, low=1
+    )
+    labels: Optional[str] = _flag(
+        None,
+        "CSV file that names the images of --data_dir and their labels, and may name their splits; "
+        "default: folders are the classes",
+        str,
+        run_only=True,
+    )
+    labels_columns: Optional[str] = _flag(
+        None,
+        "names of the columns of --labels, FILE,LABEL or FILE,LABEL,SPLIT; default: guessed",
+        str,
+    )
+    test_examples: Optional[float] = _flag(
+        None,
+        "test on so many images, or on this share of them if less than 1, where the data set has "
+        "no test images of its own; default: none",
+        float,
+        above=0,
+    )
+    validation_examples: Optional[float] = _flag(
+        None,
+        "hold so many training images, or this share of them if less than 1, out of training: the "
+        "errors of every epoch are then theirs, and the test images are looked at once, at the "
+        "end; default: none",
+        float,
+        above=0,
     )
     image_size: Optional[int] = _flag(
         None,
@@ -239,6 +273,19 @@ class Options:
         "views pass the shared layers in one batch with common BatchNorm statistics, or each apart",
         ("together", "apart"),
     )
+    export: Optional[str] = _flag(
+        None,
+        "which epoch's network is exported: the last, or the one with the lowest error on "
+        "validation images; default: last",
+        ("last", "best"),
+    )
+    early_stop: Optional[int] = _flag(
+        None,
+        "epochs: end the run when the error on validation images has not improved for so many; "
+        "schedules stay those of --epochs; default: never",
+        int,
+        low=1,
+    )
     deploy: Optional[str] = _flag(
         None, "export one mean peer, or all with the ensemble classifier", ("peer", "ensemble")
     )
@@ -293,6 +340,8 @@ class Options:
         for field in dataclasses.fields(self):
             if (value := getattr(self, field.name)) is not None:
                 _check(field.name, value, field.metadata)
+        for name in ("test_examples", "validation_examples"):
+            object.__setattr__(self, name, _count_or_share(name, getattr(self, name)))
         if self.cutout % 2:
             raise UserError(
                 "give an even number of pixels",
@@ -354,6 +403,17 @@ def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(f"{e:g}" for e in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _count_or_share(name: str, value: Optional[float]) -> Optional[float]:
+    """Returns a number of images as an int and a share of them, less than 1, as it is."""
+    if value is None or value < 1:
+        return value
+    if value != int(value):
+        raise UserError(
+            "give a whole number of images, or a share less than 1", parameter=name, value=value
+        )
+    return int(value)
 
 
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
@@ -453,15 +513,41 @@ def from_flags(values: flags.FlagValues = flags.FLAGS) -> Options:
     Raises:
       UserError: if they are out of range or do not fit together.
     """
-    given: dict[str, Any] = {name: values[name].value for name in names()}
-    drops = given["lr_decay_epochs"]
+    return Options(**given(values))
+
+
+def given(values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
+    """Returns {name: value} of the options that parsed absl FlagValues were given.
+
+    Raises:
+      UserError: for numbers that are none.
+    """
+    found: dict[str, Any] = {name: values[name].value for name in names() if values[name].present}
+    drops = found.get("lr_decay_epochs")
     if drops is not None:
         try:
-            given["lr_decay_epochs"] = tuple(float(e) for e in drops)
+            found["lr_decay_epochs"] = tuple(float(e) for e in drops)
         except ValueError as e:
             raise UserError(
                 f"{e}; give numbers, such as 150,225",
                 parameter="lr_decay_epochs",
                 value=",".join(drops),
             ) from e
-    return Options(**given)
+    return found
+
+
+def from_file(path: str) -> Options:
+    """Returns the Options in a flagfile, such as the flags.txt of a workdir.
+
+    Raises:
+      UserError: if it is no such file, or of a version with other options.
+    """
+    values = flags.FlagValues()
+    define_flags(values)
+    try:
+        rest = values(["", f"--flagfile={path}"])[1:]
+    except (flags.Error, UnicodeError) as e:
+        raise UserError(f"{path} is no list of the options of a run: {e}") from e
+    if rest:
+        raise UserError(f"{path} is no list of the options of a run: {rest[0]!r} is none")
+    return from_flags(values)

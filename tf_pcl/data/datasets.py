@@ -5,17 +5,19 @@ kept depends on their size: in memory up to 4 GiB (storage.Arrays), else as file
 they are needed (storage.Files) or, from tensorflow-datasets, as a stream (storage.Stream).
 """
 
+import collections
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
-from typing import Callable, Optional
+from collections.abc import Mapping, Sequence
+from typing import Callable, Optional, Union
 
 import numpy as np
 
-from tf_pcl.data import digits, from_tfds, image_folder, tiny_imagenet
+from tf_pcl.data import digits, from_tfds, image_files, image_folder, tiny_imagenet
 from tf_pcl.data.class_names import escape
-from tf_pcl.data.storage import Arrays, Split, Stream
+from tf_pcl.data.splits import Loaded, Request, hold_out
+from tf_pcl.data.storage import Arrays, Origin, Split, Stream
 from tf_pcl.errors import UserError, choose
 
 # A channel that varies less over all images, on the scale 0–255, holds little but the noise of
@@ -37,6 +39,9 @@ class ImageData:
         10,000 where they are not in memory).
       std: the standard deviation of each channel on the same scale, at least 1.
       flip: whether a mirrored image keeps its class.
+      validation: images that are neither trained nor tested on, by which an epoch can be chosen;
+        None if there are none.
+      lists: where files were divided by `load`, {split: their paths below the folder}.
     """
 
     name: str
@@ -47,6 +52,8 @@ class ImageData:
     mean: tuple
     std: tuple
     flip: bool = True
+    validation: Optional[Split] = None
+    lists: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,20 +61,21 @@ class Dataset:
     """A row of DATASETS: how a data set or a family of them is loaded, and what is said of it.
 
     Args:
-      load: a function (data_dir, image_size, on_bad_image) -> (names of the classes, training
-        images, test images).
+      load: a function splits.Request -> splits.Loaded.
       summary: what it is, in a few words.
       folder: what its `data_dir` is; None if it takes none.
       needs_folder: whether it cannot do without a `data_dir`.
       reads_files: whether it reads image files, so that `on_bad_image` applies.
+      reads_labels: whether it can read the labels from a file.
       flip: whether a mirrored image keeps its class.
     """
 
-    load: Callable[..., tuple[Sequence[str], Split, Split]]
+    load: Callable[..., Loaded]
     summary: str
     folder: Optional[str] = None
     needs_folder: bool = False
     reads_files: bool = False
+    reads_labels: bool = False
     flip: bool = True
 
 
@@ -78,9 +86,11 @@ DATASETS = {
     "image_folder": Dataset(
         image_folder.load,
         "your own images",
-        folder=f"a folder of {image_folder.LAYOUT}",
+        folder=f"a folder of {image_folder.LAYOUT}, or without SPLIT and with test_examples, or of "
+        "images that a file of labels names",
         needs_folder=True,
         reads_files=True,
+        reads_labels=True,
     ),
     "tiny_imagenet": Dataset(
         tiny_imagenet.load,
@@ -126,6 +136,11 @@ def load(
     train_examples: Optional[int] = None,
     seed: int = 0,
     on_bad_image: str = "fail",
+    *,
+    validation_examples: Optional[Union[int, float]] = None,
+    test_examples: Optional[Union[int, float]] = None,
+    labels: Optional[str] = None,
+    labels_columns: Optional[str] = None,
 ) -> ImageData:
     """Loads a data set; nothing is written if it is refused.
 
@@ -135,10 +150,18 @@ def load(
         it is the folder where prepared data sets are kept.
       image_size: cut images to a square in their middle and resize it to this many pixels a side;
         it is needed where images differ in size.
-      train_examples: use only the first so many of a permutation of the training images.
-      seed: the seed of this permutation.
+      train_examples: use only the first so many of a permutation of the training images, after
+        validation images were taken out.
+      seed: the seed of this permutation, and of what is taken for validation. What is taken for the
+        test does not depend on it.
       on_bad_image: what to do with image files that cannot be read: "fail", or "skip" to leave
         them out. "skip" is for the data sets that read image files.
+      validation_examples: how many of the training images, or which share of them (more than 0,
+        less than 1), are held out of training as validation images, of each class its share.
+      test_examples: how many or which share of the images are the test images, before any others
+        are taken; for a data set that has none of its own.
+      labels: a CSV file that names the images of `data_dir` and their labels, and may name splits.
+      labels_columns: its columns as "FILE,LABEL" or "FILE,LABEL,SPLIT"; guessed unless given.
 
     Returns:
       An ImageData. What was found in image files is printed.
@@ -146,21 +169,114 @@ def load(
     Raises:
       UserError: if there is no such data set, it cannot be had, or its images cannot be used.
     """
-    row = _checked(name, data_dir, on_bad_image)
-    classes, train, test = row.load(data_dir, image_size, on_bad_image)
+    row = _checked(name, data_dir, on_bad_image, labels, labels_columns)
+    request = Request(
+        data_dir, image_size, on_bad_image, bool(test_examples), labels, labels_columns
+    )
+    loaded = row.load(request)
+    images = divided(loaded, name, validation_examples, test_examples, seed)
+    if train_examples:
+        images = images._replace(train=_subset(images.train, name, train_examples, seed))
+    _say_duplicates(images)
+    lists = None
+    if labels or validation_examples or test_examples:
+        lists = _lists(images, data_dir or "")
+    return image_data(name, images, row.flip, lists)
+
+
+def divided(
+    loaded: Loaded,
+    name: str,
+    validation_examples: Optional[Union[int, float]],
+    test_examples: Optional[Union[int, float]],
+    seed: int,
+) -> Loaded:
+    """Returns the images after those for test and validation were taken out of the others.
+
+    Raises:
+      UserError: if there are test or validation images already, or too few to take some.
+    """
+    train, test, validation = loaded.train, loaded.test, loaded.validation
+    for parameter, examples, own in (
+        ("test_examples", test_examples, test),
+        ("validation_examples", validation_examples, validation),
+    ):
+        if examples and own is not None:
+            kind = parameter.split("_")[0]
+            raise UserError(
+                f"{name} has {len(own):,} {kind} images of its own: leave it out",
+                parameter=parameter,
+                value=examples,
+            )
+    if test_examples:
+        # Not by the seed: runs with several seeds are compared on the same test images.
+        train, test = hold_out(train, test_examples, 0, "test_examples", name)
+    if validation_examples:
+        train, validation = hold_out(train, validation_examples, seed, "validation_examples", name)
+    return Loaded(loaded.classes, train, test, validation)
+
+
+def image_data(
+    name: str, images: Loaded, flip: bool, lists: Optional[Mapping[str, Sequence[str]]] = None
+) -> ImageData:
+    """Returns the ImageData of images that are divided; UserError if they are of one class."""
+    classes, train = images.classes, images.train
     if len(classes) < 2:
         raise UserError(
             f"the data set {name} has {len(classes)} class ({', '.join(map(escape, classes))}): at "
             "least 2 are needed"
         )
-    if train_examples:
-        train = _subset(train, name, train_examples, seed)
+    assert images.test is not None
     sample = train.first(len(train) if isinstance(train, Arrays) else 10000)
     mean, std = _mean_and_std(sample)
-    return ImageData(name, tuple(classes), sample.shape[1:], train, test, mean, std, row.flip)
+    return ImageData(
+        name,
+        tuple(classes),
+        sample.shape[1:],
+        train,
+        images.test,
+        mean,
+        std,
+        flip,
+        images.validation,
+        lists or {},
+    )
 
 
-def _checked(name: str, data_dir: Optional[str], on_bad_image: str) -> Dataset:
+def _origins(images: Loaded) -> dict[str, Optional[Origin]]:
+    parts = {"train": images.train, "validation": images.validation, "test": images.test}
+    return {split: part.origin for split, part in parts.items() if part is not None}
+
+
+def _say_duplicates(images: Loaded) -> None:
+    found = image_files.duplicates(_origins(images))
+    if found:
+        _, path, copy = found[0]
+        counts = collections.Counter(split for split, *_ in found)
+        told = " and ".join(f"{n:,} of the {split} images" for split, n in counts.items())
+        print(
+            f"Byte for byte in another split too: {told}, such as "
+            f"{escape(os.fsdecode(path))} = {escape(os.fsdecode(copy))}",
+            flush=True,
+        )
+
+
+def _lists(images: Loaded, data_dir: str) -> dict[str, list[str]]:
+    """Returns {split: paths of its images below the folder, sorted}."""
+    return {
+        split: sorted(os.path.relpath(os.fsdecode(path), data_dir) for path in origin.paths)
+        for split, origin in _origins(images).items()
+        if origin is not None
+    }
+
+
+def _checked(
+    name: str,
+    data_dir: Optional[str],
+    on_bad_image: str,
+    labels: Optional[str],
+    labels_columns: Optional[str],
+) -> Dataset:
     """Returns the row of a data set that goes with the other parameters; UserError if none does."""
     if data_dir and not os.path.isdir(data_dir):
         raise UserError(
@@ -174,6 +290,17 @@ def _checked(name: str, data_dir: Optional[str], on_bad_image: str) -> Dataset:
             f"it does not go with the data set {name}: it is for {readers}",
             parameter="on_bad_image",
             value=on_bad_image,
+        )
+    if labels and not row.reads_labels:
+        readers = ", ".join(known for known, other in DATASETS.items() if other.reads_labels)
+        raise UserError(
+            f"it does not go with the data set {name}: it is for {readers}",
+            parameter="labels",
+            value=labels,
+        )
+    if labels_columns and not labels:
+        raise UserError(
+            "it needs the file, `labels=FILE.csv`", parameter="labels_columns", value=labels_columns
         )
     if data_dir and not row.folder:
         raise UserError(

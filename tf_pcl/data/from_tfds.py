@@ -6,12 +6,12 @@ import threading
 import urllib.error
 import urllib.parse
 import urllib.request
-from typing import Optional
 
 import numpy as np
 import tensorflow as tf
 
 from tf_pcl.data import image_files, splits, storage
+from tf_pcl.data.splits import Loaded, Request
 from tf_pcl.data.storage import Arrays, Split, Stream
 from tf_pcl.errors import UserError, one_line
 
@@ -39,31 +39,24 @@ def base_name(name: str) -> str:
     return re.split("[/:]", name)[0]
 
 
-def load(
-    name: str, data_dir: Optional[str], image_size: Optional[int], on_bad_image: str
-) -> tuple[list[str], Split, Split]:
+def load(name: str, request: Request) -> Loaded:
     """Loads a data set; it is downloaded and prepared if it was not before.
 
     A split that exceeds storage.MEMORY_LIMIT is kept as a Stream, a smaller one as Arrays.
 
     Args:
       name: one of names(), with a version or configuration if wanted.
-      data_dir: the folder of tensorflow-datasets; None for its own default.
-      image_size: cut images to a square in their middle and resize it to this many pixels a side.
-      on_bad_image: not used.
-
-    Returns:
-      The names of the classes, the training images, the test images.
+      request: its folder is that of tensorflow-datasets; None for its own default.
 
     Raises:
       UserError: if it is not for image classification, its images differ in size and `image_size`
         is not given, or it cannot be had.
     """
-    del on_bad_image
     import tensorflow_datasets as tfds
 
+    image_size = request.image_size
     try:
-        builder = tfds.builder(name, data_dir=data_dir)
+        builder = tfds.builder(name, data_dir=request.data_dir)
     except (ValueError, AssertionError, ImportError) as e:
         raise UserError(
             f"tensorflow-datasets does not have it ({one_line(e)}): give NAME, NAME:VERSION or "
@@ -94,13 +87,17 @@ def load(
             image_files.resize(image, image_size) if image_size else tf.ensure_shape(image, shape)
         )
 
-    pair = splits.train_and_test(
+    chosen = splits.choose(
         _labelled_splits(builder, tfds),
         f"the data set {name}",
         "labelled splits of tensorflow-datasets",
+        divisible=request.divisible,
     )
-    kept = [_kept(_encoded(builder, tfds, split), decode, shape) for split in pair]
-    return features["label"].names, *kept
+    kept = {
+        split: _kept(_encoded(builder, tfds, split), decode, shape) for split in chosen if split
+    }
+    test, validation = (kept[split] if split else None for split in chosen[1:])
+    return Loaded(features["label"].names, kept[chosen.train], test, validation)
 
 
 def _encoded(builder, tfds, split):
@@ -126,7 +123,8 @@ def _kept(dataset, decode, shape) -> Split:
     if len(stream) * np.prod(shape) > storage.MEMORY_LIMIT:
         return stream
     batches = stream.examples().batch(512).as_numpy_iterator()
-    return Arrays(*map(np.concatenate, zip(*batches)))
+    images, labels = map(np.concatenate, zip(*batches))
+    return Arrays(images, labels)
 
 
 def _prepare(builder, tfds):

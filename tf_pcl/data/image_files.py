@@ -2,16 +2,19 @@
 
 Every file becomes uint8 [H, W, 3]: grey is repeated, alpha is dropped (colours stay as they are
 stored, as in serving and in most libraries), CMYK is converted, 16 bits are cut to 8, and a JPEG is
-turned upright as its EXIF orientation says.
+turned upright as its EXIF orientation says. WebP and TIFF files are read by Pillow, where that is
+installed, to the same effect; TensorFlow cannot read them.
 """
 
 import collections
 import concurrent.futures
+import hashlib
+import io
 import os
 import random
 import struct
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
@@ -19,6 +22,11 @@ import tensorflow as tf
 from tf_pcl.data import storage
 from tf_pcl.data.class_names import escape
 from tf_pcl.errors import UserError
+
+# How much of a file is read for its header; what stands there marks the file.
+_START = 1 << 16
+# How WebP and TIFF files begin.
+_PILLOW_STARTS = (b"RIFF", b"II*\0", b"MM\0*")
 
 # What a report says about images that are not plain RGB.
 TRAITS = ("grey", "with alpha (dropped)", "of 16 bits", "CMYK", "turned upright")
@@ -41,7 +49,7 @@ class Header(NamedTuple):
 
 
 def header(data: bytes) -> Header:
-    """Reads the header of a JPEG, PNG, GIF or BMP file from its bytes.
+    """Reads the header of a JPEG, PNG, GIF or BMP file, by Pillow of WebP or TIFF, from its bytes.
 
     Raises:
       ValueError: if they are of no such file or end within the header.
@@ -60,9 +68,56 @@ def header(data: bytes) -> Header:
         if data.startswith(b"BM"):
             width, height = struct.unpack_from("<ii", data, 18)
             return Header(width, abs(height))  # Negative where the rows go down.
+        if data.startswith(_PILLOW_STARTS) and pillow():
+            return _header_by_pillow(data)
     except struct.error as e:
         raise ValueError("the file ends within its header") from e
     raise ValueError("not a JPEG, PNG, GIF or BMP file")
+
+
+def pillow() -> Any:
+    """Returns the module PIL.Image, or None where Pillow is not installed."""
+    try:
+        from PIL import Image
+    except ImportError:
+        return None
+    return Image
+
+
+def _header_by_pillow(data: bytes) -> Header:
+    image = _opened(data)
+    turn = image.getexif().get(0x0112, 1)
+    turn = turn if turn in range(1, 9) else 1
+    width, height = image.size[::-1] if turn >= 5 else image.size
+    mode = image.mode
+    alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
+    grey = mode in ("1", "L", "LA") or mode.startswith("I")
+    return Header(
+        width, height, turn, _traits(grey, alpha, mode.startswith("I"), mode == "CMYK", turn > 1)
+    )
+
+
+def _opened(data: bytes) -> Any:
+    """Returns the image as PIL.Image opens it; ValueError if it is none of those read so."""
+    try:
+        image = pillow().open(io.BytesIO(data), formats=("WEBP", "TIFF"))
+    except Exception as e:  # Damaged files raise whatever their damage leads to.
+        raise ValueError(str(e)) from e
+    if image.mode == "F":
+        raise ValueError("numbers that are not whole are no image")
+    return image
+
+
+def _decode_by_pillow(data: bytes) -> np.ndarray:
+    """Returns the first image of a WebP or TIFF file, uint8 [H, W, 3], as it is stored."""
+    image = _opened(data)
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        # Of 16 bits, which Pillow keeps in 32 where a file has signed numbers.
+        return np.repeat(np.clip(pixels >> 8, 0, 255).astype(np.uint8)[..., None], 3, 2)
+    if image.mode == "LA":
+        image = image.getchannel("L")
+    return np.asarray(image.convert("RGB"))
 
 
 def _traits(*present):
@@ -219,6 +274,18 @@ def decode(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     return image
 
 
+def _decode_any(encoded: tf.Tensor) -> tf.Tensor:
+    """Decodes what `decode` does and, by Pillow, WebP and TIFF files, uint8 [H, W, 3]."""
+    start = tf.strings.substr(encoded, 0, 4)
+    image = tf.cond(
+        tf.reduce_any(start == tf.constant(_PILLOW_STARTS)),
+        lambda: tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8),
+        lambda: decode(encoded),
+    )
+    image.set_shape([None, None, 3])
+    return image
+
+
 def decode_upright(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     """Decodes the bytes of an image file and turns the image upright as its EXIF says.
 
@@ -248,6 +315,27 @@ def resize(images: tf.Tensor, size: int) -> tf.Tensor:
     )
 
 
+def fit(image: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
+    """Brings an image of any size to a network's, as `resize` does where that is square.
+
+    Args:
+      image: uint8 [H, W, C].
+      shape: (H, W, C) of the result. Where it is not square, the whole image is stretched.
+
+    Returns:
+      uint8 of that shape.
+    """
+
+    def resized() -> tf.Tensor:
+        if shape[0] == shape[1]:
+            return resize(image, shape[0])
+        stretched = tf.image.resize(image, shape[:2], antialias=True)
+        return tf.saturate_cast(tf.round(stretched), tf.uint8)
+
+    same = tf.reduce_all(tf.shape(image)[:2] == shape[:2])
+    return tf.ensure_shape(tf.cond(same, lambda: image, resized), shape)
+
+
 def load(
     splits: Mapping[str, Sequence[tuple[str, int]]],
     classes: Sequence[str],
@@ -272,9 +360,10 @@ def load(
     files = {split: _Files(split, examples) for split, examples in splits.items()}
     shape = (image_size, image_size, 3) if image_size else _one_shape([*files.values()])
     any_turned = any((part.turns > 1).any() for part in files.values())
+    reader = _decode_any if any(part.by_pillow for part in files.values()) else decode
 
     def prepare(encoded, turn):
-        image = decode(encoded)
+        image = reader(encoded)
         if any_turned:
             image = upright(image, turn)
         return resize(image, image_size) if image_size else tf.ensure_shape(image, shape)
@@ -310,7 +399,10 @@ class _Files:
         self.split = split
         self.paths = np.array([os.fsencode(path) for path, _ in examples], object)
         self.labels = np.array([label for _, label in examples])
-        self.headers = _headers(self.paths)
+        read = _starts(self.paths)
+        self.headers = [header for header, _ in read]
+        self.origin = storage.Origin(self.paths, np.array([mark for _, mark in read], object))
+        self.by_pillow = any(header and mark.startswith(_PILLOW_STARTS) for header, mark in read)
         self.turns = np.array([h.orientation if h else 1 for h in self.headers], np.int32)
 
     def read(self, prepare, shape) -> tuple[Union[storage.Arrays, storage.Files], list[bytes]]:
@@ -334,8 +426,10 @@ class _Files:
         print(_report(self.split, [self.headers[i] for i in good], count - len(good)), flush=True)
         bad, labels = [*self.paths[~readable]], self.labels[good]
         if in_memory:
-            return storage.Arrays(images if readable.all() else images[good], labels), bad
-        return storage.Files(self.paths[good], self.turns[good], labels, prepare, shape), bad
+            images = images if readable.all() else images[good]
+            return storage.Arrays(images, labels, self.origin.subset(good)), bad
+        files = self.paths[good], self.turns[good], labels, prepare, shape
+        return storage.Files(*files, self.origin.subset(good)), bad
 
     def _decodable(self, read):
         """Yields (indices, what `read` makes of them) of the files that can be decoded."""
@@ -354,29 +448,71 @@ def _names(paths: Sequence[bytes]) -> str:
     return ", ".join(path.decode(errors="replace") for path in paths[:20]) + more
 
 
-def _headers(paths: np.ndarray) -> list[Optional[Header]]:
-    """Returns the Headers of files, None for those that cannot be read."""
+def _starts(paths: np.ndarray) -> list[tuple[Optional[Header], bytes]]:
+    """Returns (header, mark) of files; what cannot be read has None for a header.
+
+    The mark is the same for files of one length that begin with the same _START bytes. It begins
+    as the file does.
+    """
     # Several at once, since a network disk answers late; in parts, since a task costs more than
     # a header.
     parts = [paths[i : i + 500] for i in range(0, len(paths), 500)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return [
             found
-            for part in pool.map(lambda part: [*map(_header_of, part)], parts)
+            for part in pool.map(lambda part: [*map(_start_of, part)], parts)
             for found in part
         ]
 
 
-def _header_of(path: bytes) -> Optional[Header]:
+def _start_of(path: bytes) -> tuple[Optional[Header], bytes]:
+    mark = b""
     try:
         with open(path, "rb") as f:
-            start = f.read(1 << 16)
+            start = f.read(_START)
+            size = os.fstat(f.fileno()).st_size
+            mark = start[:4] + struct.pack("<Q", size)
+            mark += hashlib.blake2b(start, digest_size=16).digest()
             try:
-                return header(start)
+                return header(start), mark
             except ValueError:  # A colour profile may stand before the size.
-                return header(start + f.read())
+                return header(start + f.read()), mark
     except (OSError, ValueError):
-        return None
+        return None, mark
+
+
+def duplicates(splits: Mapping[str, Optional[storage.Origin]]) -> list[tuple[str, bytes, bytes]]:
+    """Finds files of which another split has a copy, byte for byte.
+
+    Args:
+      splits: {name: the origin of a split's images}; those that are None are passed over.
+
+    Returns:
+      (name of the split, path, path of a copy in an earlier split) for each such file.
+    """
+    known: dict[bytes, list[bytes]] = {}
+    found = []
+    for name, origin in splits.items():
+        if origin is None:
+            continue
+        own = [*zip(origin.paths, origin.marks)]
+        for path, mark in own:
+            copy = next((p for p in known.get(mark, ()) if _same(p, path, mark)), None)
+            if copy is not None:
+                found.append((name, path, copy))
+        for path, mark in own:
+            known.setdefault(mark, []).append(path)
+    return found
+
+
+def _same(path: bytes, other: bytes, mark: bytes) -> bool:
+    """Returns whether two files with the same mark are the same."""
+    if struct.unpack_from("<Q", mark, 4)[0] <= _START:
+        return True
+    # Not filecmp.cmp, which takes files for the same that were written together.
+    with open(path, "rb") as a, open(other, "rb") as b:
+        digests = [hashlib.blake2b(f.read()).digest() for f in (a, b)]
+    return digests[0] == digests[1]
 
 
 def _one_shape(splits: Sequence[_Files]) -> tuple[int, int, int]:

@@ -1,115 +1,162 @@
-"""Folders of a user's own images, laid out as SPLIT/CLASS/IMAGE."""
+"""Folders of a user's own images: SPLIT/CLASS/IMAGE, CLASS/IMAGE, or any with a file of labels."""
 
 import collections
 import os
-from typing import Optional
 
-from tf_pcl.data import image_files, splits
+from tf_pcl.data import image_files, labels_file, splits
 from tf_pcl.data.class_names import escape
-from tf_pcl.data.storage import Split
+from tf_pcl.data.splits import Loaded, Request
 from tf_pcl.errors import UserError
 
 LAYOUT = "SPLIT/CLASS/IMAGE.jpg or .png"
 SUFFIXES = (".jpg", ".jpeg", ".png")
+# Read where Pillow is installed.
+PILLOW_SUFFIXES = (".webp", ".tif", ".tiff")
+
+# {split: {class: paths of images}}
+Files = dict[str, dict[str, list[str]]]
 
 
-def load(
-    data_dir: str, image_size: Optional[int], on_bad_image: str
-) -> tuple[list[str], Split, Split]:
-    """Loads the images of a folder; each class is a folder of each split.
+def load(request: Request) -> Loaded:
+    """Loads the images of a folder.
 
-    The images have the order that tfds.ImageFolder gives them. Names that begin with a dot are
-    hidden and do not count. What was found is printed.
+    Each class is a folder of each split, or of the folder itself if the request is `divisible`, or
+    the request has a file of labels. The images have the order that tfds.ImageFolder gives them.
+    Names that begin with a dot are hidden and do not count. What was found is printed.
 
     Args:
-      data_dir: the folder that holds the splits.
-      image_size: cut images to a square in their middle and resize it to this many pixels a side.
-      on_bad_image: "fail", or "skip" to leave out files that cannot be read.
-
-    Returns:
-      The names of the classes, the training images, the test images.
+      request: its folder holds the images.
 
     Raises:
       UserError: if the folder cannot be read, splits or classes lack images, or image_files.load
         refuses the images.
     """
+    data_dir = request.data_dir or ""
     try:
-        files, others = _scan(data_dir)
-        if not any(files.values()) and _has_images_without_splits(data_dir):
-            raise UserError(
-                "it has images as CLASS/IMAGE, without splits: put them into train/CLASS, and some "
-                "that are not trained on into test/CLASS",
-                parameter="data_dir",
-                value=data_dir,
-            )
+        files, others = _labelled(request) if request.labels else _scan(data_dir)
+        if not (request.labels or any(any(labels.values()) for labels in files.values())):
+            files, others = _without_splits(data_dir, request.divisible)
     except OSError as e:
         raise UserError(
             f"it cannot be read: {e.filename}: {e.strerror}", parameter="data_dir", value=data_dir
         ) from e
-    pair = splits.train_and_test(
+    chosen = splits.choose(
         [split for split, labels in files.items() if any(labels.values())],
-        data_dir,
-        LAYOUT,
-        parameter="data_dir",
+        request.labels or data_dir,
+        "a column of splits" if request.labels else LAYOUT,
+        parameter="labels" if request.labels else "data_dir",
+        divisible=request.divisible,
     )
-    if others:
-        kinds = (f"{count:,} {escape(kind)}" for kind, count in others.most_common(5))
-        print(f"Not .jpg or .png, left alone: {', '.join(kinds)}")
-    classes = sorted({label for split in pair for label in files[split]})
-    _check_classes(classes, files, pair, data_dir)
+    _say_others(others)
+    used = [split for split in chosen if split is not None]
+    names = {label for split in used for label in files[split]}
+    classes = labels_file.in_order(names) if request.labels else sorted(names)
+    _check_classes(classes, files, used, data_dir)
     examples = {
         split: [
             (path, k) for k, label in enumerate(classes) for path in files[split].get(label, ())
         ]
-        for split in pair
+        for split in used
     }
-    read = image_files.load(examples, classes, image_size, on_bad_image)
-    return classes, read[pair[0]], read[pair[1]]
+    read = image_files.load(examples, classes, request.image_size, request.on_bad_image)
+    test, validation = (read[split] if split else None for split in chosen[1:])
+    return Loaded(classes, read[chosen.train], test, validation)
 
 
-def _scan(data_dir: str) -> tuple[dict[str, dict[str, list[str]]], collections.Counter]:
-    """Returns {split: {class: paths of images}} and how many other files there are of each kind."""
-    files: dict[str, dict[str, list[str]]] = collections.defaultdict(dict)
+def _scan(data_dir: str) -> tuple[Files, collections.Counter]:
+    """Returns the images of SPLIT/CLASS and how many other files there are of each kind."""
+    files: Files = {}
     others: collections.Counter = collections.Counter()
     for split in _folders(data_dir):
-        for label in _folders(os.path.join(data_dir, split)):
-            paths: list[str] = []
-            files[split][label] = paths
-            for entry in _visible(os.path.join(data_dir, split, label)):
-                if _is_image(entry.name):
-                    paths.append(entry.path)
-                else:
-                    others[os.path.splitext(entry.name)[1] or entry.name] += 1
+        files[split] = _classes(os.path.join(data_dir, split), others)
     return files, others
 
 
-def _has_images_without_splits(data_dir: str) -> bool:
-    return any(
-        _is_image(entry.name)
-        for folder in _folders(data_dir)
-        for entry in _visible(os.path.join(data_dir, folder))
-    )
+def _without_splits(data_dir: str, divisible: bool) -> tuple[Files, collections.Counter]:
+    """Returns what `_scan` does of the images of CLASS, all for training.
 
-
-def _check_classes(classes, files, pair, data_dir):
-    """Refuses classes without training images; those without test images are only named."""
-    train, test = (
-        ", ".join([escape(label) for label in classes if not files[split].get(label)][:5])
-        for split in pair
-    )
-    if train:
+    Raises:
+      UserError: if there are such images and they are not to be divided.
+    """
+    others: collections.Counter = collections.Counter()
+    classes = _classes(data_dir, others)
+    if not any(classes.values()):
+        return {}, others
+    if not divisible:
         raise UserError(
-            f"it has no image of {train} in {pair[0]}: every class needs some; add them, or take "
-            "the folders out of all splits",
+            "it has images as CLASS/IMAGE, without splits: give `test_examples=0.2` to test on a "
+            "fifth of them, or put them into train/CLASS, and some that are not trained on into "
+            "test/CLASS",
             parameter="data_dir",
             value=data_dir,
         )
-    if test:
-        print(f"No image of {test} in {pair[1]}")
+    return {splits.TRAIN[0]: classes}, others
+
+
+def _classes(folder: str, others: collections.Counter) -> dict[str, list[str]]:
+    """Returns {class: paths of images} of CLASS/IMAGE and counts other files by their kind."""
+    found: dict[str, list[str]] = {}
+    for label in _folders(folder):
+        entries = _visible(os.path.join(folder, label))
+        found[label] = [entry.path for entry in entries if _is_image(entry.name)]
+        others.update(_kind(e.name) for e in entries if not _is_image(e.name))
+    return found
+
+
+def _labelled(request: Request) -> tuple[Files, collections.Counter]:
+    """Returns what `_scan` does, of images at any depth, by the file of labels."""
+    assert request.data_dir and request.labels
+    below: list[str] = []
+    others: collections.Counter = collections.Counter()
+    for folder, folders, names in os.walk(request.data_dir, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = os.path.join(folder, name)
+            if _is_image(name):
+                below.append(os.path.relpath(path, request.data_dir))
+            elif os.path.realpath(path) != os.path.realpath(request.labels):
+                others[_kind(name)] += 1
+    skip = request.on_bad_image == "skip"
+    read = labels_file.read(request.labels, request.labels_columns, below, skip)
+    return {
+        split: {
+            label: sorted(os.path.join(request.data_dir, name) for name in names)
+            for label, names in labels.items()
+        }
+        for split, labels in read.items()
+    }, others
+
+
+def _say_others(others: collections.Counter) -> None:
+    if others:
+        kinds = (f"{count:,} {escape(kind)}" for kind, count in others.most_common(5))
+        readable = {kind.lower() for kind in others} & {*PILLOW_SUFFIXES}
+        advice = f" (with Pillow, {', '.join(sorted(readable))} can be read)" if readable else ""
+        print(f"Not .jpg or .png, left alone: {', '.join(kinds)}{advice}")
+
+
+def _kind(name: str) -> str:
+    return os.path.splitext(name)[1] or name
+
+
+def _check_classes(classes, files, used, data_dir):
+    """Refuses classes without training images, the first split; others are only named."""
+    for split in used:
+        missing = [escape(label) for label in classes if not files[split].get(label)]
+        named = ", ".join(missing[:5])
+        if missing and split == used[0]:
+            raise UserError(
+                f"it has no image of {named} in {split}: every class needs some; add them, or "
+                "take the folders out of all splits",
+                parameter="data_dir",
+                value=data_dir,
+            )
+        if missing:
+            print(f"No image of {named} in {split}")
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+    return name.lower().endswith(SUFFIXES + (PILLOW_SUFFIXES if image_files.pillow() else ()))
 
 
 def _visible(path: str) -> list[os.DirEntry]:

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tf_pcl.data.augmentations import Draws, augmented, fold_in, settle
 from tf_pcl.data.datasets import ImageData
 from tf_pcl.data.storage import Stream
-from tf_pcl.errors import UserError
+from tf_pcl.errors import UserError, choose
 
 
 def train_batches(
@@ -123,13 +123,23 @@ def steps_per_epoch(data: ImageData, batch_size: int) -> int:
     return len(data.train) // batch_size
 
 
-def test_batches(data: ImageData, batch_size: int) -> tf.data.Dataset:
+def test_batches(data: ImageData, batch_size: int, split: str = "test") -> tf.data.Dataset:
     """Returns the test images in their order, in batches of which the last may be smaller.
+
+    Args:
+      data: an ImageData (datasets.load).
+      batch_size: how many images a batch has.
+      split: "test", or "validation" or "train" for the images of these, as they are.
 
     Returns:
       A tf.data.Dataset of (images uint8 [≤B, H, W, C], labels int32 [≤B]).
+
+    Raises:
+      UserError: if there is no such split.
     """
-    test = data.test
+    test = getattr(data, choose("split", split, ("train", "validation", "test"), "split"))
+    if test is None:
+        raise UserError(f"{data.name} has no validation images: hold some out when it is loaded")
     if isinstance(test, Stream):
         batches = test.examples().batch(batch_size)
     else:

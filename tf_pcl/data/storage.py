@@ -10,7 +10,7 @@
 """
 
 import functools
-from typing import Callable, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
@@ -19,15 +19,33 @@ MEMORY_LIMIT = 4 << 30  # bytes of decoded images in a split
 SHUFFLE_BUFFER = 16384  # encoded images; 1.8 GB of ImageNet's
 
 
+class Origin(NamedTuple):
+    """The files of which the images of a split were read.
+
+    Attributes:
+      paths: bytes [N].
+      marks: bytes [N], the same for files that begin alike and are of one length.
+    """
+
+    paths: np.ndarray
+    marks: np.ndarray
+
+    def subset(self, index: np.ndarray) -> "Origin":
+        """Returns the Origin of the images at the indices int [n] alone."""
+        return Origin(self.paths[index], self.marks[index])
+
+
 class Arrays:
     """Keeps decoded images in memory.
 
     Args:
       images: uint8 [N, H, W, C].
       labels: int [N].
+      origin: the files of which they were read, if they were.
     """
 
-    def __init__(self, images, labels):
+    def __init__(self, images, labels, origin: Optional[Origin] = None):
+        self.origin = origin
         with tf.device("CPU"):
             self.images, self.labels = tf.constant(images), tf.constant(labels, tf.int32)
 
@@ -48,7 +66,8 @@ class Arrays:
 
     def subset(self, index: np.ndarray) -> "Arrays":
         """Returns Arrays of the images at the indices int [n] alone."""
-        return Arrays(self.images.numpy()[index], self.labels.numpy()[index])
+        origin = self.origin and self.origin.subset(index)
+        return Arrays(self.images.numpy()[index], self.labels.numpy()[index], origin)
 
 
 class Files:
@@ -60,9 +79,19 @@ class Files:
       labels: int [N].
       decode: a function (encoded, orientation) -> uint8 [H, W, C].
       shape: (H, W, C).
+      origin: the files of which they are read.
     """
 
-    def __init__(self, paths, orientations, labels, decode: Callable, shape: tuple):
+    def __init__(
+        self,
+        paths,
+        orientations,
+        labels,
+        decode: Callable,
+        shape: tuple,
+        origin: Optional[Origin] = None,
+    ):
+        self.origin = origin
         self.paths, self.orientations = tf.constant(paths), tf.constant(orientations, tf.int32)
         self.labels, self.decode, self.shape = tf.constant(labels, tf.int32), decode, shape
 
@@ -96,7 +125,8 @@ class Files:
         paths, orientations, labels = (
             part.numpy()[index] for part in (self.paths, self.orientations, self.labels)
         )
-        return Files(paths, orientations, labels, self.decode, self.shape)
+        origin = self.origin and self.origin.subset(index)
+        return Files(paths, orientations, labels, self.decode, self.shape, origin)
 
 
 class Stream:
@@ -107,6 +137,8 @@ class Stream:
       size: its length N.
       decode: a function encoded -> uint8 [H, W, C].
     """
+
+    origin = None
 
     def __init__(self, dataset: tf.data.Dataset, size: int, decode: Callable):
         self.dataset, self.size, self.decode = dataset, size, decode

@@ -1,33 +1,29 @@
 """Tiny ImageNet, from the folder into which its archive unpacks."""
 
 import os
-from typing import Optional
 
 from tf_pcl.data import image_files
-from tf_pcl.data.storage import Split
+from tf_pcl.data.splits import Loaded, Request
 from tf_pcl.errors import UserError
 
 FOLDER = "the folder tiny-imagenet-200 of cs231n.stanford.edu/tiny-imagenet-200.zip"
 
 
-def load(
-    data_dir: str, image_size: Optional[int], on_bad_image: str
-) -> tuple[list[str], Split, Split]:
+def load(request: Request) -> Loaded:
     """Loads Tiny ImageNet; its validation images are the test images.
 
     The images of its folder test have no labels and are not used. What was found is printed.
 
     Args:
-      data_dir: the folder tiny-imagenet-200, or the one that holds it.
-      image_size: resize images to this many pixels a side; None leaves them as they are.
-      on_bad_image: "fail", or "skip" to leave out files that cannot be read.
+      request: its folder is tiny-imagenet-200, or the one that holds it.
 
     Returns:
-      The names of the classes (the first word of each), the training images, the test images.
+      The images; a class has the first word of its name.
 
     Raises:
       UserError: if the folder is not as it is unpacked, or image_files.load refuses the images.
     """
+    data_dir = request.data_dir or ""
     root = os.path.join(data_dir, "tiny-imagenet-200")
     root = root if os.path.isdir(root) else data_dir
     try:
@@ -50,8 +46,10 @@ def load(
             parameter="data_dir",
             value=data_dir,
         )
-    read = image_files.load({"train": train, "val": test}, classes, image_size, on_bad_image)
-    return classes, read["train"], read["val"]
+    read = image_files.load(
+        {"train": train, "val": test}, classes, request.image_size, request.on_bad_image
+    )
+    return Loaded(classes, read["train"], read["val"])
 
 
 def _listed(root):

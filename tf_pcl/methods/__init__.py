@@ -27,3 +27,6 @@ METHODS: dict[str, type[Distiller]] = {
     "one": ONE,
     "pcl": PCL,
 }
+
+# What every other method is compared with: a network that is trained alone.
+BASELINE = "baseline"

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tf_pcl import losses, schedules
 from tf_pcl.compat import keras
+from tf_pcl.errors import UserError
 from tf_pcl.methods import batches
 from tf_pcl.methods.fitting import Fitting
 
@@ -171,6 +172,25 @@ class Distiller(Fitting):
         It is a functional keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
         """
         raise NotImplementedError
+
+    def network_of(self, exit_name: str) -> keras.Model:
+        """Returns the network of an exit, in the form of `deployed`.
+
+        Args:
+          exit_name: one of `exits`. A method whose other exits are no networks of their own has
+            that of the deployed one alone.
+
+        Raises:
+          UserError: if the method has no network for this exit.
+        """
+        if exit_name == self.deployed_exit:
+            return self.deployed()
+        raise UserError(
+            f"the method has a network for the exit {self.deployed_exit} alone: give this one",
+            parameter="exit",
+            value=exit_name,
+            allowed=[self.deployed_exit],
+        )
 
     # What methods use.
 

@@ -180,8 +180,14 @@ class PCL(Distiller):
         return values
 
     def deployed(self):
-        source = self.mean or self.student
-        return source.joint() if self.deploy == "ensemble" else source.target()
+        return self.network_of(self.deployed_exit)
+
+    def network_of(self, exit_name):
+        name = choose("exit", exit_name, self.exits, parameter="exit")
+        source = self.student
+        if self.mean and name.startswith("mean_"):
+            source, name = self.mean, name[len("mean_") :]
+        return source.joint() if name == "ensemble" else source.target(self.peer_exits.index(name))
 
 
 class Collaborators(Peers):

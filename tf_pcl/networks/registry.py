@@ -88,8 +88,12 @@ def _import(name):
             f"network {name} cannot be imported: {one_line(e)}. It must name a function as "
             "module:function that can be imported from here."
         ) from e
-    if not callable(function):
-        raise UserError(f"network {name} is {type(function).__name__}: it must name a function")
+    # A model can be called too, but makes no second network for another peer.
+    if not callable(function) or isinstance(function, keras.Model):
+        raise UserError(
+            f"network {name} is {type(function).__name__}: it must name a function "
+            "(input_shape, num_classes) that returns a new keras.Model"
+        )
     return function
 
 
@@ -102,8 +106,9 @@ def build(
       name: one of NETWORKS; `applications.NAME` for keras.applications; or `module:function`, a
         function (input_shape, num_classes) of the user's own that returns a keras.Model.
       input_shape: (H, W, channels).
-      num_classes: C ≥ 2. initializer: "fan_in" or "fan_out" to draw the convolutions as
-        `initialise` does; by default they are as the network's function makes them.
+      num_classes: C ≥ 2.
+      initializer: "fan_in" or "fan_out" to draw the convolutions as `initialise` does; by default
+        they are as the network's function makes them.
 
     Returns:
       A functional keras.Model from float images [B, H, W, channels] to [B, C].

@@ -186,8 +186,21 @@ class WithoutActivation(layers.Layer):
     """A Dense or convolutional layer as a linear one: its own weights, without its activation."""
 
     def __init__(self, layer: keras.layers.Layer, **kwargs):
-        super().__init__(dtype=layer.dtype_policy, **kwargs)
+        super().__init__(**{**kwargs, "dtype": layer.dtype_policy})
         self.layer = layer
+
+    def build(self, input_shape):
+        if not self.layer.built:  # It comes from a configuration.
+            with tf.name_scope(self.layer.name):
+                self.layer.build(input_shape)
+        super().build(input_shape)
+
+    def get_config(self):
+        return {**super().get_config(), "layer": keras.layers.serialize(self.layer)}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**{**config, "layer": keras.layers.deserialize(config["layer"])})
 
     def call(self, x):
         activation, self.layer.activation = self.layer.activation, None
@@ -399,7 +412,7 @@ class LogOfProbabilities(layers.Layer):
     """Logits float32 [B, C] whose softmax is the given probabilities [B, C]."""
 
     def __init__(self, **kwargs):
-        super().__init__(dtype="float32", **kwargs)
+        super().__init__(**{**kwargs, "dtype": "float32"})
 
     def call(self, probabilities):
         return tf.math.log(tf.maximum(tf.cast(probabilities, tf.float32), 1e-37))

@@ -118,6 +118,13 @@ def sublayers(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     yield from model._flatten_layers(recursive=True, include_self=True)
 
 
+def finalize(model: keras.Model) -> None:
+    """Lets layers that hold statistics of data (Normalization) work with their present values."""
+    for layer in sublayers(model):
+        if hasattr(layer, "finalize_state") and layer.weights:
+            layer.finalize_state()
+
+
 def continued(call, made: Sequence, wanted: dict) -> dict:
     """Computes tensors that need one call's outputs alone, from other tensors in their place.
 

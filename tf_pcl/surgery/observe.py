@@ -1,8 +1,9 @@
 """Watches which layers a model calls, on what, while it runs."""
 
 import contextlib
+import inspect
 from collections.abc import Iterable
-from typing import Callable
+from typing import Callable, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -13,14 +14,24 @@ from tf_pcl.surgery.trial import trials
 
 
 @contextlib.contextmanager
-def _watched(layers_: Iterable[keras.layers.Layer], before: Callable, after: Callable):
-    """Calls before(layer, inputs) and after(layer, inputs, outputs) around each layer's `call`."""
+def _watched(
+    layers_: Iterable[keras.layers.Layer],
+    before: Callable,
+    after: Callable,
+    training: Optional[bool] = None,
+):
+    """Calls before(layer, inputs) and after(layer, inputs, outputs) around each layer's `call`.
+
+    Unless it is None, `training` takes the place of what the layers are given by that name.
+    """
 
     def wrap(layer):
         original = layer.call
 
         def call(inputs, *args, **kwargs):
             before(layer, inputs)
+            if training is not None and "training" in kwargs:
+                kwargs["training"] = training
             outputs = original(inputs, *args, **kwargs)
             after(layer, inputs, outputs)
             return outputs
@@ -53,27 +64,52 @@ def flops(model: keras.Model) -> dict:
     """Counts what one image's forward pass costs in each of a model's leaves.
 
     Returns:
-      {id of a leaf: FLOP}, 2 × multiply-adds with kernels: of convolutions of every kind, of dense
-      layers and of the projections of attention. A kernel is applied once at every place of the
-      layer's output, or of its input where that has fewer.
+      {id of a leaf: FLOP}; see `flops_while` for what is counted.
     """
-    found = {id(leaf): 0 for leaf in leaves(model)}
-    kernels, owner = {}, {}
-    for leaf in leaves(model):
-        for layer in sublayers(leaf):
-            own = own_kernels(layer)
-            if own and id(layer) not in owner:
-                owner[id(layer)] = id(leaf)
-                kernels[id(layer)] = (layer, sum(int(np.prod(w.shape)) for w in own))
+    shape = [side or 32 for side in model.input_shape[1:]]
+    image = tf.zeros([1, *shape], model.inputs[0].dtype)
+    counted = flops_while(lambda: model(image, training=False), model)
+    # A layer that several leaves hold counts for the first.
+    return {
+        id(leaf): sum(counted.pop(id(layer), 0) for layer in sublayers(leaf))
+        for leaf in leaves(model)
+    }
+
+
+def flops_while(compute: Callable[[], object], model: keras.layers.Layer) -> dict:
+    """Counts what the layers in a model cost while `compute` runs, eagerly and in inference mode.
+
+    What `compute` asks of a layer in training mode is computed in inference mode, so that no
+    statistics change and no random numbers are drawn.
+
+    Returns:
+      {id of a layer: FLOP}, 2 × multiply-adds with the kernels that the layer holds itself: of
+      convolutions of every kind, of dense layers and of the projections of attention. A kernel is
+      applied once at every place of the layer's output, or of its input where that has fewer.
+    """
+    sizes = {
+        id(layer): sum(int(np.prod(w.shape)) for w in own_kernels(layer))
+        for layer in sublayers(model)
+    }
+    found = {key: 0 for key, size in sizes.items() if size}
+    replicas = []
 
     def count(layer, inputs, outputs):
-        sizes = [tf.nest.flatten(x)[0].shape[1:-1] for x in (inputs, outputs)]
-        places = min(int(np.prod(size)) for size in sizes)
-        found[owner[id(layer)]] += 2 * kernels[id(layer)][1] * places
+        # All replicas compute the same.
+        replicas.append(tf.distribute.get_replica_context().replica_id_in_sync_group)
+        if id(layer) in found and replicas[-1] == replicas[0]:
+            places = (int(np.prod(tf.nest.flatten(x)[0].shape[:-1])) for x in (inputs, outputs))
+            found[id(layer)] += 2 * sizes[id(layer)] * min(places)
 
-    shape = [side or 32 for side in model.input_shape[1:]]
-    with trials, _watched((layer for layer, _ in kernels.values()), lambda *_: None, count):
-        model(tf.zeros([1, *shape], model.inputs[0].dtype), training=False)
+    ends = [
+        layer
+        for layer in sublayers(model)
+        if id(layer) in found
+        or not isinstance(layer, keras.Model)
+        and "training" in inspect.signature(layer.call).parameters
+    ]
+    with trials, _watched(ends, lambda *_: None, count, training=False):
+        tf.distribute.get_strategy().run(compute)
     return found
 
 

@@ -14,8 +14,8 @@ from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import proof
 from tf_pcl.surgery.convert import functional
-from tf_pcl.surgery.graph import head, sublayers
-from tf_pcl.surgery.weights import assign_pairs, finalize
+from tf_pcl.surgery.graph import finalize, head, sublayers
+from tf_pcl.surgery.weights import assign_pairs
 
 USE_A_FUNCTION = (
     "give the function that builds the network instead of the network: then it is called again "

@@ -10,7 +10,12 @@ import tensorflow as tf
 from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
-from tf_pcl.surgery.graph import head, leaves, sublayers
+from tf_pcl.surgery import files
+from tf_pcl.surgery.graph import finalize, head, leaves
+
+_HOW_TO_TRUST = (
+    "; if you trust its source, `trust_files` lets Keras build the model with the code in the file"
+)
 
 
 def assign_pairs(pairs: Iterable) -> None:
@@ -19,25 +24,20 @@ def assign_pairs(pairs: Iterable) -> None:
         target.assign(source)
 
 
-def finalize(model: keras.Model) -> None:
-    """Lets layers that hold statistics of data (Normalization) work with their present values."""
-    for layer in sublayers(model):
-        if hasattr(layer, "finalize_state") and layer.weights:
-            layer.finalize_state()
-
-
-def load_weights(network: keras.Model, path: str) -> tuple:
+def load_weights(network: keras.Model, path: str, trust_files: bool = False) -> tuple:
     """Gives a network the weights of a file; peers made of it begin with them too.
 
     Layers are found by their names, or else by their order. The layer that gives the logits may be
     missing in the file, or be for other classes: it stays as it is. Everything else must be there,
-    in its shape.
+    in its shape. Weights are read as arrays; no code in the file runs.
 
     Args:
       network: a functional keras.Model, with the layers and, unless the file says them, the order
         of the one that was saved.
       path: what Keras saves: weights (.weights.h5, .h5, the prefix of a TensorFlow checkpoint or
         its folder) or a whole model (.keras, .h5, the folder of a SavedModel).
+      trust_files: where the arrays do not fit, let Keras build a whole model, with the code that
+        the file holds, and take the weights from that.
 
     Returns:
       loaded, fresh: the names of the layers that got weights, and of those, at most one, that did
@@ -47,7 +47,7 @@ def load_weights(network: keras.Model, path: str) -> tuple:
       UserError: if there is no such file, it cannot be read or does not fit; the network is then
         as it was.
     """
-    path = _located(path)
+    path = _located(path, trust_files)
     targets = [layer for layer in leaves(network) if layer.weights]
     best: dict = {}
     missing, failure = targets, None
@@ -55,7 +55,7 @@ def load_weights(network: keras.Model, path: str) -> tuple:
     level = tf.get_logger().level
     tf.get_logger().setLevel("ERROR")  # It warns of each layer that does not fit.
     try:
-        for attempt in _attempts(network, path):
+        for attempt in _attempts(network, path, trust_files):
             network.set_weights(
                 [np.full_like(w, np.nan) if w.dtype.kind == "f" else w for w in before]
             )
@@ -85,6 +85,7 @@ def load_weights(network: keras.Model, path: str) -> tuple:
             f"`weights={path}`: it cannot be loaded into network {network.name!r}: {why}"
             + (f"; {failure}" if failure else "")
             + f"; only the classifier, {last.name!r}, may be missing"
+            + _HOW_TO_TRUST * (not trust_files and _is_model(path))
         )
     loaded = [layer for layer in targets if layer not in missing]
     for layer in loaded:
@@ -94,7 +95,7 @@ def load_weights(network: keras.Model, path: str) -> tuple:
     return [layer.name for layer in loaded], [layer.name for layer in missing]
 
 
-def _located(path):
+def _located(path, trust_files):
     """Returns the file or folder to read."""
     if os.path.exists(os.path.join(path, "saved_model.pb")):
         return path
@@ -111,11 +112,11 @@ def _located(path):
             f"`weights={path}`: there is no such file; give a .weights.h5, .h5 or .keras file, a "
             "SavedModel's folder or a checkpoint's prefix"
         )
-    if path.endswith(".keras") and compat.names_are_taken():
+    if trust_files and path.endswith(".keras") and compat.names_are_taken():
         raise UserError(
             f"`weights={path}`: in this process another Keras, tf_keras, has taken the names of "
             "the layers in such a file: load it where neither tensorflow-hub nor tf_keras is "
-            "imported, or give a .weights.h5"
+            "imported, or without `trust_files`"
         )
     return path
 
@@ -129,53 +130,62 @@ def _fits(layer, values):
     )
 
 
-def _attempts(network, path):
+def _attempts(network, path, trust_files):
     """Returns functions that read the file in several ways.
 
     Each writes into the network, or returns {id of a layer: its weights}.
     """
-    if path.endswith(".keras") or os.path.isdir(path) or _is_model(path):
-
-        def whole():
-            if not cache:
-                model = keras.models.load_model(path, compile=False)
-                cache.extend(
-                    (layer.name, layer.get_weights()) for layer in leaves(model) if layer.weights
-                )
-            return cache
-
-        def by_name():
-            values = dict(whole())
-            return {id(layer): values.get(layer.name) for layer in targets}
-
-        def by_order():
-            return {id(layer): values for layer, (_, values) in zip(targets, whole())}
-
-        cache, targets = [], [layer for layer in leaves(network) if layer.weights]
-        return by_name, by_order
-
-    def read(model, **how):
-        status = model.load_weights(path, **how)
-        if status is not None:
-            status.expect_partial()
-
-    feature = getattr(head(network), "input", None) if head(network) in network.layers else None
-    headless = [] if feature is None else [keras.Model(network.inputs, feature)]
-    ways = [functools.partial(read, model) for model in (network, *headless)]
-    if path.endswith((".h5", ".hdf5")) and not path.endswith(".weights.h5"):
-        ways.insert(0, functools.partial(read, network, by_name=True, skip_mismatch=True))
+    # What Keras loads into a network comes by its structure; a SavedModel it would build.
+    ways = [] if os.path.isdir(path) else _of_keras(network, path)
+    if _is_model(path):
+        ways = [*_of_layers(network, functools.partial(files.read_layers, path)), *ways]
+        if trust_files:
+            ways += _of_layers(network, functools.partial(_built, path))
+    elif path.endswith((".h5", ".hdf5")) and not path.endswith(".weights.h5"):
+        read = functools.partial(_read, path, network, by_name=True, skip_mismatch=True)
+        ways = [read, *ways]
     return ways
 
 
-def _is_model(path):
-    """Says whether a .h5 file holds a whole model."""
-    if not path.endswith((".h5", ".hdf5")):
-        return False
-    import h5py
+def _of_layers(network, read):
+    """Returns two ways to find a network's layers among those that `read` gives."""
+    targets = [layer for layer in leaves(network) if layer.weights]
+    read = functools.cache(read)
 
+    def by_name():
+        values = dict(read())
+        return {id(layer): values.get(layer.name) for layer in targets}
+
+    def by_order():
+        return {id(layer): values for layer, (_, values) in zip(targets, read())}
+
+    return [by_name, by_order]
+
+
+def _of_keras(network, path):
+    """Returns the ways of Keras, into the network itself and into all of it but the classifier."""
+    feature = getattr(head(network), "input", None) if head(network) in network.layers else None
+    headless = [] if feature is None else [keras.Model(network.inputs, feature)]
+    return [functools.partial(_read, path, model) for model in (network, *headless)]
+
+
+def _read(path, model, **how):
+    status = model.load_weights(path, **how)
+    if status is not None:
+        status.expect_partial()
+
+
+def _built(path):
+    """Returns the layers of the model that Keras builds from a file; code in it runs."""
+    model = keras.models.load_model(path, compile=False, safe_mode=False)
+    built = [layer for layer in leaves(model) if layer.weights]
+    return [files.Layer(layer.name, layer.get_weights()) for layer in built]
+
+
+def _is_model(path):
+    """Says whether a file holds a whole model."""
     try:
-        with h5py.File(path) as f:
-            return "model_config" in f.attrs
+        return files.is_model(path)
     except OSError as e:
         raise UserError(
             f"`weights={path}`: it cannot be read: {one_line(e)}; give another file"

@@ -32,6 +32,7 @@ class Assembly:
       initializer: how convolutions are drawn, as in networks.build.
       preprocess: what the networks see: "standardise"d images, raw ones ("none"), or "auto": raw
         ones if the network brings them to scale itself.
+      trust_files: whether code in files of weights and of trained networks may run.
 
     Attributes:
       lines: what was decided on the way, for people: whole lines, each once, in order.
@@ -45,7 +46,9 @@ class Assembly:
         trunk_share: Optional[float] = None,
         initializer: Optional[str] = None,
         preprocess: str = "auto",
+        trust_files: bool = False,
     ):
+        self.trust_files = trust_files
         self.data, self.weights = data, dict(weights or {})
         self.trunk_share, self.initializer = trunk_share, initializer
         self.preprocess = choose("", preprocess, ("auto", "standardise", "none"), "preprocess")
@@ -94,7 +97,7 @@ class Assembly:
         Raises:
           UserError: if there is none, or it tells other classes apart.
         """
-        return export.load(path, self.data.classes)
+        return export.load(path, self.data.classes, self.trust_files)
 
     def _target(self, network: Network, cls: type[Distiller]) -> Target:
         if not isinstance(network, str):
@@ -113,7 +116,8 @@ class Assembly:
         if path == "imagenet":
             loaded, fresh = networks.load_imagenet(name, network)
         else:
-            loaded, fresh = surgery.load_weights(network, workdirs.saved_model(path) or path)
+            file = workdirs.saved_model(path) or path
+            loaded, fresh = surgery.load_weights(network, file, self.trust_files)
         line = f"`weights={path}`: {len(loaded)} layers loaded"
         line += f", not {fresh[0]}" if fresh else ""
         line += "; peers' own classifiers start afresh" if "peers" in cls.parameters() else ""
@@ -171,8 +175,7 @@ def method_arguments(options: Options) -> dict[str, Any]:
     Raises:
       UserError: if an option is given that this method does not take.
     """
-    possible = set(names()) - {"network", "preprocess"}  # These go to the Assembly.
-    taken = {name: possible & _taken(cls) for name, cls in METHODS.items()}
+    taken = {name: options_of(name) for name in METHODS}
     chosen = taken[options.method]
     given = {
         name: value
@@ -191,7 +194,8 @@ def method_arguments(options: Options) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "trunk_share"}
 
 
-def _taken(cls: type[Distiller]) -> set[str]:
+def options_of(method: str) -> set[str]:
     """Returns the names of the options that a method takes: a share is for whoever can be cut."""
-    own = set(cls.parameters())
-    return own | ({"trunk_share"} if "split_at" in own else set())
+    own = set(METHODS[method].parameters())
+    own |= {"trunk_share"} if "split_at" in own else set()
+    return own & set(names()) - {"network", "preprocess"}  # These go to the Assembly.

@@ -54,6 +54,7 @@ class Record(keras.callbacks.Callback):
       batch_size: images a step.
       describe: a function rows -> contents of results.json.
       seconds: wall-clock time spent before the first epoch, on earlier stages.
+      tested: what the errors of every epoch are of, "test" or "validation".
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Record(keras.callbacks.Callback):
         batch_size: int,
         describe: Callable[[list[Row]], Any],
         seconds: float = 0.0,
+        tested: str = "test",
     ):
         super().__init__()
         self.workdir, self.rows, self.batch_size = workdir, rows, batch_size
@@ -70,7 +72,7 @@ class Record(keras.callbacks.Callback):
         self.before = rows[-1]["wall_seconds"] if rows else seconds
         self.began = time.perf_counter()
         self.traced = False
-        self.events = Events(workdir, rows)
+        self.events = Events(workdir, rows, tested)
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self.steps, self.since = 0, time.perf_counter()
@@ -123,6 +125,23 @@ class Record(keras.callbacks.Callback):
             **{name: float(value) for name, value in self.model.schedules().items()},
             **{name: float(value) for name, value in logs.items()},
         }
+
+
+class StopEarly(keras.callbacks.Callback):
+    """Ends the training after an epoch when a function of the rows of metrics.csv says so.
+
+    Args:
+      ends: the function.
+      rows: the rows, which Record adds to.
+    """
+
+    def __init__(self, ends: Callable[[list[Row]], bool], rows: list[Row]):
+        super().__init__()
+        self.ends, self.rows = ends, rows
+
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        if self.ends(self.rows):
+            self.model.stop_training = True
 
 
 class Save(keras.callbacks.Callback):
@@ -198,11 +217,17 @@ class Save(keras.callbacks.Callback):
             f"{self.saved}. Try a smaller `learning_rate` in another `workdir`."
         )
 
+    def _needed(self) -> bool:
+        """Returns whether an epoch has just ended whose checkpoint has to stay."""
+        between = self.step % self.model.steps_per_epoch == 0
+        return between and self.checkpoints.needed(self.step) == self.step
+
     def _save_if_due(self) -> None:
         stops = bool(self.signal)
         if self.of_all:
             stops = 1 in self.of_all(int(stops))
-        if not (stops or self.step % self.every == 0 or self.step == self.total):
+        ends = self.step == self.total or self.model.stop_training
+        if not (stops or self.step % self.every == 0 or ends or self._needed()):
             return
         if wrong := self.checkpoints.not_finite():
             raise self._gone_wrong(
@@ -210,7 +235,7 @@ class Save(keras.callbacks.Callback):
             )
         path = self.checkpoints.save(self.step)
         self.saved = self.step
-        if stops and self.step < self.total:
+        if stops and not ends:
             by = self.signal or "a signal to another worker"
             raise Stopped(
                 f"stopped by {by} at step {self.step} of {self.of}; saved {path}. The same command "

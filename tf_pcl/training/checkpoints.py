@@ -4,7 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from typing import Any, Optional
+from typing import Any, Callable, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -18,14 +18,24 @@ class Checkpoints:
     """The last checkpoints of a model, numbered by step.
 
     Args:
-      model: a compiled Distiller.
+      model: a Distiller. Of one that is not compiled, only the weights are restored.
       folder: where the checkpoints are; it is made when the first one is saved.
       keep: how many of them stay.
+      needed: a function from the step of one that stays to the step of another that has to stay
+        beside it, or None.
     """
 
-    def __init__(self, model: Any, folder: str, keep: int = 3):
-        self.checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
-        self.model, self.folder, self.keep = model, folder, keep
+    def __init__(
+        self,
+        model: Any,
+        folder: str,
+        keep: int = 3,
+        needed: Callable[[int], Optional[int]] = lambda step: None,
+    ):
+        optimizer = getattr(model, "optimizer", None)
+        state = {"optimizer": optimizer} if optimizer else {}
+        self.checkpoint = tf.train.Checkpoint(model=model, **state)
+        self.model, self.folder, self.keep, self.needed = model, folder, keep, needed
 
     def save(self, step: int) -> str:
         """Saves the state after `step` steps and returns the checkpoint's path."""
@@ -68,7 +78,7 @@ class Checkpoints:
         for step in steps:
             path = self._path(step)
             try:
-                self.checkpoint.read(path).assert_existing_objects_matched().expect_partial()
+                self.read(step)
                 return step
             # A damaged file raises whatever its damage leads to: IndexError, DataLossError, …
             except Exception as e:
@@ -84,17 +94,31 @@ class Checkpoints:
             )
         return 0
 
+    def read(self, step: int) -> None:
+        """Restores the checkpoint of this step; a damaged one raises any exception."""
+        status = self.checkpoint.read(self._path(step))
+        status.assert_existing_objects_matched().expect_partial()
+
+    def has(self, step: int) -> bool:
+        """Returns whether there is a checkpoint of this step."""
+        return step in self._steps()
+
     def _path(self, step: int) -> str:
         return os.path.join(self.folder, f"ckpt-{step}")
 
     def _keep_last(self, step: int) -> None:
-        """Removes all but the last checkpoints up to `step` and lists these for TensorFlow."""
+        """Removes what need not stay of the checkpoints up to `step`; lists the others.
+
+        The last ones stay, and those that are needed beside them. The list is TensorFlow's.
+        """
         steps = [s for s in self._steps() if s <= step]
+        last = steps[: self.keep]
+        stay = [s for s in steps if s in {*last, *map(self.needed, last)}]
         for name in os.listdir(self.folder):
             match = re.fullmatch(r"ckpt-(\d+)\.(index|data-\d+-of-\d+)", name)
-            if match and int(match[1]) <= step and int(match[1]) not in steps[: self.keep]:
+            if match and int(match[1]) <= step and int(match[1]) not in stay:
                 os.remove(os.path.join(self.folder, name))
-        kept = [f"ckpt-{s}" for s in sorted(steps[: self.keep])]
+        kept = [f"ckpt-{s}" for s in sorted(stay)]
         # For tf.train.latest_checkpoint, in the text form of CheckpointState.
         lines = [f'model_checkpoint_path: "{kept[-1]}"']
         lines += [f'all_model_checkpoint_paths: "{path}"' for path in kept]

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_pcl.training.workdir import Workdir
 
-SPLITS = ("train", "test")
+SPLITS = ("train", "test", "validation")
 # Columns of metrics.csv that are no scalars of TensorBoard.
 _PLACES = ("epoch", "step")
 
@@ -22,10 +22,11 @@ class Events:
     Args:
       workdir: the folder of the run or stage.
       rows: the rows of metrics.csv.
+      tested: what the errors of every epoch are of, "test" or "validation".
     """
 
-    def __init__(self, workdir: Workdir, rows: Sequence[Mapping[str, float]]):
-        self.workdir = workdir
+    def __init__(self, workdir: Workdir, rows: Sequence[Mapping[str, float]], tested: str = "test"):
+        self.workdir, self.tested = workdir, tested
         self._writers: dict[str, Any] = {}
         old = _files(workdir)
         for row in rows:
@@ -36,10 +37,10 @@ class Events:
             os.remove(path)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Writes a row of metrics.csv: what begins with val_ into test, the rest into train."""
+        """Writes a row of metrics.csv: what begins with val_ into `tested`, the rest into train."""
         for name, value in row.items():
             if name not in _PLACES:
-                split = "test" if name.startswith("val_") else "train"
+                split = self.tested if name.startswith("val_") else "train"
                 with self._writer(split).as_default(step=int(row["step"])):
                     tf.summary.scalar(name.removeprefix("val_"), value)
 
@@ -63,7 +64,7 @@ def read(workdir: Workdir) -> dict[int, dict[str, float]]:
     """Returns {step: row of metrics.csv, without its epoch} of what the event files hold."""
     rows: dict[int, dict[str, float]] = {}
     for path in _files(workdir):
-        prefix = "val_" if os.path.basename(os.path.dirname(path)) == "test" else ""
+        prefix = "" if os.path.basename(os.path.dirname(path)) == "train" else "val_"
         try:
             for event in tf.compat.v1.train.summary_iterator(path):
                 for value in event.summary.value:

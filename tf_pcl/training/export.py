@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from tf_pcl import surgery
 from tf_pcl.compat import keras
 from tf_pcl.data import image_files
 from tf_pcl.errors import Stopped, UserError, one_line
@@ -81,16 +82,8 @@ def _signatures(model: keras.Model) -> dict[str, Callable[..., Any]]:
         logits = model(tf.pad(images, [[0, more], *[[0, 0]] * 3]), training=False)[:count]
         return {"probabilities": tf.nn.softmax(logits), "logits": logits}
 
-    def resized(image: tf.Tensor) -> tf.Tensor:
-        if shape[0] == shape[1]:
-            return image_files.resize(image, shape[0])
-        image = tf.image.resize(image, shape[:2], antialias=True)
-        return tf.saturate_cast(tf.round(image), tf.uint8)
-
     def decoded(encoded: tf.Tensor) -> tf.Tensor:
-        image = image_files.decode_upright(encoded, shape[-1])
-        same = tf.reduce_all(tf.shape(image)[:2] == shape[:2])
-        return tf.ensure_shape(tf.cond(same, lambda: image, lambda: resized(image)), shape)
+        return image_files.fit(image_files.decode_upright(encoded, shape[-1]), shape)
 
     @tf.function(input_signature=[tf.TensorSpec([None, *shape], tf.uint8, name="images")])
     def serve(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -107,18 +100,21 @@ def _signatures(model: keras.Model) -> dict[str, Callable[..., Any]]:
     return {"serving_default": serve, "serve_bytes": serve_bytes}
 
 
-def load(path: str, classes: Sequence[str]) -> keras.Model:
+def load(path: str, classes: Sequence[str], trust_files: bool = False) -> keras.Model:
     """Loads the network that a run deployed.
 
     Args:
       path: the run's workdir, its export folder or the SavedModel itself.
       classes: names of the classes that it must tell apart, in order.
+      trust_files: also load networks with Lambda layers, layers of the user's own or uncommon
+        functions, whose code then runs.
 
     Returns:
       A keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, K].
 
     Raises:
-      UserError: if there is none, or its labels.txt says that it was trained on other classes.
+      UserError: if there is none, its code would have to be trusted, or its labels.txt says that it
+        was trained on other classes.
     """
     folder = workdirs.saved_model(path)
     if folder is None:
@@ -127,9 +123,14 @@ def load(path: str, classes: Sequence[str]) -> keras.Model:
             "export/saved_model/1"
         )
     try:
-        model = keras.models.load_model(folder, compile=False)
+        if trust_files:
+            model = keras.models.load_model(folder, compile=False)
+        else:
+            model = surgery.read_network(folder)
         _ = model.input_shape, model.output_shape
-    except (OSError, ValueError, AttributeError, tf.errors.OpError) as e:
+    except UserError:
+        raise
+    except Exception as e:  # Whatever a damaged file leads to.
         raise UserError(
             f"{folder} cannot be loaded as a Keras model ({one_line(e)}): give the export of a "
             "run of this program"

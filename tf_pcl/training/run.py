@@ -10,10 +10,11 @@ from tf_pcl import data as datasets
 from tf_pcl import networks, surgery
 from tf_pcl.errors import choose
 from tf_pcl.methods import METHODS
+from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
 from tf_pcl.training import cluster as clusters
-from tf_pcl.training import export, report
+from tf_pcl.training import export, report, selection
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
 from tf_pcl.training.stages import Trainer
@@ -36,40 +37,32 @@ def run(options: Options) -> dict[str, Any]:
       UserError: if the options, the data or the workdir cannot be used; nothing is written then.
       Stopped: if a signal, a bad loss or an error ended the run early.
     """
-    arguments = _check_names(options)
+    _check_names(options)
     together = clusters.find() if options.strategy == "multi_worker" else None
     with clusters.watched(together):
         workdir = _workdir(options, together.own if together else 0)
         versions = report.versions()
         workdir.check_versions(versions)
         strategy = strategies.start(options)
-        return _run(options, arguments, workdir, strategy, versions)
+        return _run(options, workdir, strategy, versions)
 
 
 def _run(
     options: Options,
-    arguments: Mapping[str, Any],
     workdir: Workdir,
     strategy: tf.distribute.Strategy,
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """Runs in a folder that has been checked, under a strategy; see `run`."""
-    data = _load_data(options)
+    data = load_data(options)
+    selection.check(options, data)
     facts = report.facts_of(data)
     trainer = Trainer(options, data, strategy)
     steps, replicas = trainer.steps_per_epoch, strategy.num_replicas_in_sync
     workdir.check_data(facts)
 
-    weights = {options.network: options.weights} if options.weights else {}
-    make = Assembly(
-        data,
-        weights=weights,
-        trunk_share=options.trunk_share,
-        initializer=options.initializer,
-        preprocess=options.preprocess,
-    )
     with strategy.scope():
-        stages = METHODS[options.method].stages(make, _target(options), **arguments)
+        make, stages = assemble(options, data)
     models = trainer.build_all(stages)
     bound = [b for m in models for b in surgery.replica_bound(m, options.sync_batch_norm)]
     workdir.check_replicas(replicas, bound)
@@ -79,6 +72,7 @@ def _run(
 
     with workdir.locked():
         workdir.begin(options, facts, {**versions, "replicas": replicas})
+        workdir.write_lists(data.lists)
         opening = report.opening(options, data, steps, replicas)
         checked = (
             f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
@@ -99,13 +93,30 @@ def _workdir(options: Options, worker: int) -> Workdir:
     return workdir
 
 
-def _check_names(options: Options) -> dict[str, Any]:
-    """Checks the names in the options and returns the arguments of the method's stages."""
+def assemble(options: Options, data: datasets.ImageData) -> tuple[Assembly, list[Stage]]:
+    """Returns what makes a run's networks, and the stages of its method.
+
+    Raises:
+      UserError: if the options do not fit the method or its networks cannot be had.
+    """
+    make = Assembly(
+        data,
+        weights={options.network: options.weights} if options.weights else {},
+        trunk_share=options.trunk_share,
+        initializer=options.initializer,
+        preprocess=options.preprocess,
+        trust_files=options.trust_files,
+    )
+    method = METHODS[options.method]
+    return make, method.stages(make, _target(options), **method_arguments(options))
+
+
+def _check_names(options: Options) -> None:
+    """Checks the names in the options, and that they fit the method."""
     choose("method", options.method, METHODS, parameter="method")
-    arguments = method_arguments(options)
+    method_arguments(options)
     for name in [*options.network.split(","), *filter(None, [options.teacher_network])]:
         networks.find(name)
-    return arguments
 
 
 def _target(options: Options) -> Any:
@@ -113,7 +124,8 @@ def _target(options: Options) -> Any:
     return names if len(names) > 1 else names[0]
 
 
-def _load_data(options: Options) -> datasets.ImageData:
+def load_data(options: Options) -> datasets.ImageData:
+    """Loads the data set of a run; UserError if it cannot be had or used."""
     return datasets.load(
         options.dataset,
         options.data_dir,
@@ -121,6 +133,10 @@ def _load_data(options: Options) -> datasets.ImageData:
         options.train_examples,
         options.seed,
         options.on_bad_image,
+        validation_examples=options.validation_examples,
+        test_examples=options.test_examples,
+        labels=options.labels,
+        labels_columns=options.labels_columns,
     )
 
 
@@ -130,15 +146,23 @@ def _train_all(
     """Trains and exports every stage, the first of which is built; returns the last's results."""
     folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(stages[:-1], 1)]
     models, results = [first], {"wall_seconds": 0.0}
+    gflop = 0.0
     for i, (stage, folder) in enumerate(zip(stages, [*folders, workdir])):
         if i:
             models.append(trainer.build(stages, models))
         deployed = models[i].deployed()
+        step_gflop = trainer.options.batch_size * training_flop(models[i]) / 1e9
         describe = functools.partial(
-            report.results, options=trainer.options, stage=stage, model=models[i], deployed=deployed
+            report.results,
+            options=trainer.options,
+            stage=stage,
+            model=models[i],
+            deployed=deployed,
+            gflop=(gflop, step_gflop),
         )
         title = f"stage {i + 1} of {len(stages)}, {stage.name}" if folders else ""
         results = trainer.train(models[i], folder, describe, title, results["wall_seconds"])
+        gflop += step_gflop * results["steps"]
         export.check_finite(deployed, trainer.data.test.first(32))
         saved_model = export.export(deployed, trainer.data.classes, folder.export)
         warning = report.warning(results, trainer.data)

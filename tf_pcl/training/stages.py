@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -14,14 +15,19 @@ from absl import logging
 from tf_pcl import data as datasets
 from tf_pcl import losses, optimizer, surgery
 from tf_pcl.compat import keras
-from tf_pcl.errors import Stopped, UserError
+from tf_pcl.errors import Stopped, UserError, one_line
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options, names
 from tf_pcl.training import events
 from tf_pcl.training import strategy as strategies
-from tf_pcl.training.callbacks import Progress, Record, Row, Save
+from tf_pcl.training import workdir as workdirs
+from tf_pcl.training.callbacks import Progress, Record, Row, Save, StopEarly
 from tf_pcl.training.checkpoints import Checkpoints
+from tf_pcl.training.selection import Selection
 from tf_pcl.training.workdir import Workdir
+
+# A function that gathers a number of all processes, where there are several.
+OfAll = Optional[Callable[[int], set[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,16 +99,17 @@ class Trainer:
         self,
         model: Distiller,
         workdir: Workdir,
-        describe: Callable[[list[Row]], dict[str, Any]],
+        describe: Callable[..., dict[str, Any]],
         title: str = "",
         seconds: float = 0.0,
     ) -> dict[str, Any]:
-        """Trains a stage, or goes on where its folder stands.
+        """Trains a stage, or goes on where its folder stands; the model is then what is exported.
 
         Args:
           model: the compiled Distiller.
           workdir: the folder of the stage.
-          describe: a function rows -> contents of results.json.
+          describe: a function (rows, selection) -> contents of results.json. Where there are
+            validation images, its third argument is {name: value} of the test of what is exported.
           title: what the stage is, for people; "" if there is one stage.
           seconds: what the stages before took.
 
@@ -114,19 +121,31 @@ class Trainer:
         """
         os.makedirs(workdir.path, exist_ok=True)
         workdir.tidy()
-        checkpoints = Checkpoints(model, workdir.checkpoints)
+        selection = self._selection(model)
+        rows: list[Row] = []
+        checkpoints = Checkpoints(
+            model,
+            workdir.checkpoints,
+            needed=lambda step: selection.step_needed(rows, step) if selection else None,
+        )
         of_all = strategies.gatherer(self.strategy)
         start = self._restore(checkpoints, of_all)
+        rows += self._rows(model, workdir, start, of_all)
+        _check_same(rows, selection, of_all)
         checkpoints.tidy(start)
+        _check_needed(checkpoints, start)
         total = model.steps_per_epoch * self.options.epochs
-        _say_where(title, start, total)
-        rows = self._rows(model, workdir, start)
-        record = Record(workdir, rows, self.options.batch_size, describe, seconds)
+        ends = selection.ends if selection else lambda rows: False
+        _say_where(title, start, total, ends(rows))
+        told = functools.partial(describe, selection=selection)
+        tested = "validation" if selection else "test"
+        record = Record(workdir, rows, self.options.batch_size, told, seconds, tested)
         record.show_views(next(iter(self._batches(model)))[0])
         every = self.options.checkpoint_steps(model.steps_per_epoch)
         with Save(checkpoints, every, start, total, title, of_all) as save:
             try:
-                self._fit(model, start, [Progress("steps"), record, save])
+                callbacks = [Progress("steps"), record, StopEarly(ends, rows), save]
+                self._fit(model, start, callbacks, lambda: ends(rows))
             except (UserError, Stopped):
                 raise
             except Exception as e:
@@ -135,11 +154,51 @@ class Trainer:
                     f"checkpoint in {workdir.path} is of step {save.saved}, and the same command "
                     "goes on from there"
                 ) from e
-        return describe(rows)
+        if selection is None:
+            return told(rows)
+        return self._test(model, workdir, checkpoints, selection, rows, told)
 
-    def _restore(
-        self, checkpoints: Checkpoints, of_all: Optional[Callable[[int], set[int]]]
-    ) -> int:
+    def _selection(self, model: Distiller) -> Optional[Selection]:
+        """Returns what the validation images decide, None if there are none."""
+        if self.data.validation is None:
+            return None
+        best, patience = self.options.export == "best", self.options.early_stop
+        return Selection(f"val_error/{model.deployed_exit}", best, patience)
+
+    def _test(
+        self,
+        model: Distiller,
+        workdir: Workdir,
+        checkpoints: Checkpoints,
+        selection: Selection,
+        rows: list[Row],
+        describe: Callable[..., dict[str, Any]],
+    ) -> dict[str, Any]:
+        """Brings the model to the exported epoch, tests it, and writes and returns results.json."""
+        lowest, last = selection.lowest(rows), rows[-1]
+        if lowest and last["epoch"] < self.options.epochs:
+            print(
+                f"Ended after epoch {last['epoch']:.0f} of {self.options.epochs}: the validation "
+                f"error is at its lowest, {lowest[selection.column]:.2f} %, in epoch "
+                f"{lowest['epoch']:.0f}",
+                flush=True,
+            )
+        step = selection.step_needed(rows, int(last["step"]))
+        if step is not None and step != int(last["step"]):
+            try:
+                checkpoints.read(step)
+            except Exception as e:
+                raise Stopped(
+                    f"the checkpoint of the best epoch, of step {step} in {workdir.path}, cannot "
+                    f"be read ({one_line(e)}): nothing was exported; train again in another "
+                    "`workdir`"
+                ) from e
+        test = datasets.test_batches(self.data, 4 * self.options.batch_size)
+        results = describe(rows, tested=model.evaluate(test, verbose=0, return_dict=True))
+        workdirs.write_json(workdir.results, results)
+        return results
+
+    def _restore(self, checkpoints: Checkpoints, of_all: OfAll) -> int:
         """Restores the newest checkpoint that all processes have and returns its step."""
         start = checkpoints.restore()
         while of_all and len(steps := of_all(start)) > 1:
@@ -152,7 +211,7 @@ class Trainer:
             start = checkpoints.restore(min(steps))
         return start
 
-    def _rows(self, model: Distiller, workdir: Workdir, start: int) -> list[Row]:
+    def _rows(self, model: Distiller, workdir: Workdir, start: int, of_all: OfAll) -> list[Row]:
         """Returns the rows of the epochs up to step `start`.
 
         Those that metrics.csv lacks are taken from TensorBoard's files, and the last one's errors
@@ -162,15 +221,16 @@ class Trainer:
         done = start // steps
         rows = {int(row["epoch"]): row for row in workdir.read_rows() if row["epoch"] <= done}
         lacking = [e for e in range(1, done + 1) if e not in rows]
-        if not lacking:
-            return list(rows.values())
-        found = events.read(workdir)
+        found = events.read(workdir) if lacking else {}
         rows.update({e: {"epoch": e, **found[e * steps]} for e in lacking if e * steps in found})
-        if last in lacking and f"val_error/{model.deployed_exit}" not in rows.get(last, {}):
-            test = datasets.test_batches(self.data, 4 * self.options.batch_size)
-            tested = model.evaluate(test, verbose=0, return_dict=True)
+        tests = last in lacking and f"val_error/{model.deployed_exit}" not in rows.get(last, {})
+        # A test is of all processes together.
+        if 1 in of_all(int(tests)) if of_all else tests:
+            tested = model.evaluate(self._every_epoch(), verbose=0, return_dict=True)
             known = {"epoch": last, "step": start, "wall_seconds": 0.0, **rows.get(last, {})}
             rows[last] = {**known, **{f"val_{name}": v for name, v in tested.items()}}
+        if not lacking:
+            return list(rows.values())
         lost = ", ".join(str(e) for e in lacking if e not in rows)
         logging.warning(
             "%s lacked the rows of %d epochs; %s",
@@ -182,7 +242,14 @@ class Trainer:
         workdir.write_rows(ordered)
         return ordered
 
-    def _fit(self, model: Distiller, start: int, callbacks: list[Any]) -> None:
+    def _every_epoch(self) -> tf.data.Dataset:
+        """Returns batches of what every epoch is tested on: validation images if there are some."""
+        split = "test" if self.data.validation is None else "validation"
+        return datasets.test_batches(self.data, 4 * self.options.batch_size, split)
+
+    def _fit(
+        self, model: Distiller, start: int, callbacks: list[Any], ended: Callable[[], bool]
+    ) -> None:
         """Trains from step `start` to the end: the rest of an epoch first, then whole epochs."""
         steps, epochs = model.steps_per_epoch, self.options.epochs
         epoch, done = divmod(start, steps)
@@ -192,6 +259,8 @@ class Trainer:
         tests = [*range(self.options.test_every, epochs, self.options.test_every), epochs]
         class_weight = self._class_weight()
         for first_step, first_epoch, last_epoch, steps_per_epoch in parts:
+            if ended():
+                return
             model.fit(
                 strategies.distribute(
                     self.strategy, functools.partial(self._batches, model, start=first_step)
@@ -199,7 +268,7 @@ class Trainer:
                 initial_epoch=first_epoch,
                 epochs=last_epoch,
                 steps_per_epoch=steps_per_epoch,
-                validation_data=datasets.test_batches(self.data, 4 * self.options.batch_size),
+                validation_data=self._every_epoch(),
                 validation_freq=tests,
                 class_weight=class_weight,
                 callbacks=callbacks,
@@ -234,9 +303,31 @@ class Trainer:
         return int(np.random.SeedSequence([self.options.seed, number]).generate_state(1)[0])
 
 
-def _say_where(title: str, start: int, total: int) -> None:
+def _check_same(rows: list[Row], selection: Optional[Selection], of_all: OfAll) -> None:
+    """Checks that the rows lead all processes to the same decisions; UserError if not."""
+    if not (selection and of_all):
+        return
+    decisive = [(row["epoch"], row.get(selection.column, -1)) for row in rows]
+    if len(of_all(zlib.crc32(np.array(decisive, np.float32).tobytes()))) > 1:
+        raise UserError(
+            "the validation errors in the `metrics.csv` of the workers differ: copy it from the "
+            "`workdir` of the first worker into those of the others"
+        )
+
+
+def _check_needed(checkpoints: Checkpoints, step: int) -> None:
+    """Checks that the checkpoint which a run at `step` may export is there; UserError if not."""
+    needed = checkpoints.needed(step)
+    if needed is not None and not checkpoints.has(needed):
+        raise UserError(
+            f"the checkpoint of the best epoch, of step {needed}, is no longer in "
+            f"{checkpoints.folder}: give another `workdir`, or remove the folder to begin again"
+        )
+
+
+def _say_where(title: str, start: int, total: int, ended: bool) -> None:
     where: Optional[str] = None
     if start:
-        where = "done" if start == total else f"goes on at step {start} of {total}"
+        where = "done" if ended or start == total else f"goes on at step {start} of {total}"
     if title or where:
         print(": ".join(filter(None, [title, where])), flush=True)

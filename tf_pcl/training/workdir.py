@@ -3,11 +3,13 @@
 flags.txt             the options of the run, as a flagfile
 data.json             what the data were
 versions.json         the versions of Python and the packages that it ran with, and its replicas
+train_images.txt, validation_images.txt, test_images.txt
+                      the files of each, where the run divided them itself
 lock                  which process works here; the lock itself ends with that process
 results.json          what came out; rewritten after every epoch that was tested
 metrics.csv           a row for every epoch
 checkpoints/          the last checkpoints
-tensorboard/train, tensorboard/test
+tensorboard/train, tensorboard/test or, where there are validation images, tensorboard/validation
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
 export/labels.txt     the classes in the order of the outputs, a line each, escaped
 export/classes.json   the same names as a JSON list
@@ -38,7 +40,7 @@ except ImportError:  # Windows has no such locks.
     fcntl = None  # type: ignore[assignment]
 
 SAVED_MODEL = os.path.join("saved_model", "1")
-LABELS = "labels.txt"
+LABELS, NAMES = "labels.txt", "classes.json"
 # The longest path that is made below a workdir, with some reserve.
 _LONGEST = "export/tmp-------/1/variables/variables.data-00000-of-00001" + 64 * "-"
 
@@ -80,7 +82,7 @@ class Workdir:
         return Workdir(os.path.join(self.path, f"{number}-{name}"))
 
     def tensorboard(self, split: str) -> str:
-        """Returns the folder of TensorBoard's logs of "train" or "test"."""
+        """Returns the folder of TensorBoard's logs of "train", "test" or "validation"."""
         return os.path.join(self.path, "tensorboard", split)
 
     def check(self, options: Options, alone: bool = True) -> None:
@@ -155,10 +157,10 @@ class Workdir:
         Raises:
           UserError: if the run was on another minor version of TensorFlow or Keras.
         """
-        old = _recorded(self.versions)
+        packages = ("tensorflow", "keras")
+        old = _recorded(self.versions, needs=packages)
         if old is None:
             return
-        packages = ("tensorflow", "keras")
         if all(_minor(versions[p]) == _minor(old[p]) for p in packages):
             return
         here, there = (
@@ -216,6 +218,12 @@ class Workdir:
         write(self.flags, "".join(f"--{name}={value}\n" for name, value in given.items()))
         write_json(self.data, facts)
         write_json(self.versions, versions)
+
+    def write_lists(self, lists: Mapping[str, Iterable[str]]) -> None:
+        """Writes SPLIT_images.txt for {split: paths}, a path a line, escaped as class names are."""
+        for split, paths in lists.items():
+            lines = "".join(f"{class_names.escape(path)}\n" for path in paths)
+            write(os.path.join(self.path, f"{split}_images.txt"), lines)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -359,38 +367,54 @@ def write_json(path: str, value: Any) -> None:
     write(path, json.dumps(value, indent=2) + "\n")
 
 
-def _recorded(path: str) -> Optional[dict[str, Any]]:
-    """Returns what a JSON file records of how a run began; None if it is missing or damaged."""
+def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
+    """Returns what a JSON file records of how a run began; None if it is missing or damaged.
+
+    Args:
+      path: the file.
+      needs: keys without which it is damaged.
+    """
     if not os.path.exists(path):
         return None
     try:
         with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
+            record = dict(json.load(f))
+        if set(needs) <= set(record):
+            return record
     except (ValueError, TypeError):
-        logging.warning(
-            "%s is damaged: it is written anew, and whether the run goes on as it began is not "
-            "known from it",
-            path,
-        )
-        return None
+        pass
+    logging.warning(
+        "%s is damaged: it is written anew, and whether the run goes on as it began is not known "
+        "from it",
+        path,
+    )
+    return None
 
 
 def saved_model(path: str) -> Optional[str]:
     """Returns the folder of the SavedModel at `path`, or None if there is none.
 
+    Of several versions, the folders 1, 2 … of TensorFlow Serving's layout, it is the newest.
+
     Args:
-      path: a run's workdir, its export folder or the folder of a SavedModel.
+      path: a run's workdir, its export folder or the folder of a SavedModel or of its versions.
     """
-    below = ("", "1", SAVED_MODEL, os.path.join("export", SAVED_MODEL))
-    folders = (os.path.join(path, b) for b in below)
-    return next((f for f in folders if os.path.exists(os.path.join(f, "saved_model.pb"))), None)
+    layout = os.path.dirname(SAVED_MODEL)
+    for below in ("", layout, os.path.join("export", layout)):
+        folder = os.path.join(path, below) if below else path
+        names = os.listdir(folder) if os.path.isdir(folder) else []
+        numbers = [name for name in names if re.fullmatch("[0-9]+", name)]
+        for name in ("", *sorted(numbers, key=int, reverse=True)):
+            if os.path.exists(os.path.join(folder, name, "saved_model.pb")):
+                return os.path.join(folder, name) if name else folder
+    return None
 
 
 def write_labels(export: str, classes: Iterable[str]) -> None:
     """Writes the names of the classes into an export folder, a line each and as JSON."""
     names = list(classes)
     write(os.path.join(export, LABELS), "".join(f"{class_names.escape(n)}\n" for n in names))
-    write_json(os.path.join(export, "classes.json"), names)
+    write_json(os.path.join(export, NAMES), names)
 
 
 def read_labels(saved_model: str) -> Optional[list[str]]:

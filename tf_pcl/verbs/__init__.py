@@ -3,9 +3,14 @@
 A verb's file imports nothing that takes long: the command line imports all of them.
 """
 
-from tf_pcl.verbs import train
+from tf_pcl.verbs import compare, evaluate, export, predict, report, train
 from tf_pcl.verbs.verb import Verb
 
 VERBS: dict[str, Verb] = {
     "train": train.VERB,
+    "compare": compare.VERB,
+    "report": report.VERB,
+    "evaluate": evaluate.VERB,
+    "predict": predict.VERB,
+    "export": export.VERB,
 }

@@ -14,9 +14,13 @@ def _complete_help() -> None:
     options.complete_help(METHODS, NETWORKS, datasets.described())
 
 
-def _train(rest: list[str]) -> None:
+def _refuse_words(rest: list[str]) -> None:
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag: flags begin with --, as in --epochs=300")
+
+
+def _train(rest: list[str]) -> None:
+    _refuse_words(rest)
     chosen = options.from_flags()
     # TensorFlow takes seconds to import: not before the flags are known to be good.
     compat.import_tensorflow()

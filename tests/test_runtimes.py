@@ -1,0 +1,132 @@
+"""Trained networks in each form give the logits of the network that they were made from."""
+
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import noise
+from tensorflow import keras
+
+from tf_pcl.deploy import runtimes
+from tf_pcl.errors import UserError
+from tf_pcl.training import export, workdir
+
+SHAPE, NAMES = (6, 4, 3), ["cat", "dog\n", "größe"]
+IMAGES = noise(7, *SHAPE)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(network, folder of its export, its SavedModel)."""
+    images = keras.Input(SHAPE, dtype="uint8")
+    x = keras.layers.Rescaling(1 / 255)(images)
+    x = keras.layers.Conv2D(5, 3, activation="relu", kernel_initializer="he_normal")(x)
+    logits = keras.layers.Dense(3, bias_initializer="normal")(keras.layers.Flatten()(x))
+    model = keras.Model(images, logits)
+    folder = tmp_path_factory.mktemp("run") / "export"
+    return model, folder, export.export(model, NAMES, str(folder))
+
+
+def tflite(model, folder, *, integers=False, batch=None):
+    """A TFLite file with the outputs probabilities and logits, of float or of int8 images."""
+    spec = tf.TensorSpec([batch, *SHAPE], tf.float32, name="images")
+
+    @tf.function(input_signature=[spec])
+    def serve(images):
+        logits = model(images)
+        return {"probabilities": tf.nn.softmax(logits), "logits": logits}
+
+    module = tf.Module()
+    module.model = model
+    tf.saved_model.save(module, str(folder / "for_tflite"), {"serving_default": serve})
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(folder / "for_tflite"))
+    if integers:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        given = lambda i: noise(1, *SHAPE, seed=i).astype(np.float32)
+        converter.representative_dataset = lambda: ([given(i)] for i in range(50))
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = converter.inference_output_type = tf.int8
+    path = folder / "tflite" / "network.tflite"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(converter.convert())
+    return str(path)
+
+
+def test_a_saved_model_is_found_in_each_folder_of_it(made):
+    model, folder, saved_model = made
+    for path in (folder.parent, folder, folder / "saved_model", saved_model):
+        assert workdir.saved_model(str(path)) == saved_model
+    expected = model.predict(IMAGES, verbose=0)
+    for path in (folder.parent, saved_model):
+        runtime = runtimes.load(str(path))
+        assert (runtime.kind, runtime.path) == ("saved_model", saved_model)
+        assert (runtime.image_shape, runtime.classes) == (SHAPE, tuple(NAMES)) and runtime.named
+        np.testing.assert_allclose(runtime.logits(IMAGES), expected, atol=1e-5)
+    encoded = [tf.io.encode_png(image).numpy() for image in IMAGES]
+    np.testing.assert_allclose(runtime.logits_of_bytes(encoded), expected, atol=1e-5)
+    assert runtime.logits(IMAGES[:0]).shape == (0, 3)
+
+
+def test_any_number_of_images(made, monkeypatch):
+    model, _, saved_model = made
+    monkeypatch.setattr(runtimes, "BATCH", 3)
+    expected = model.predict(IMAGES, verbose=0)
+    np.testing.assert_allclose(runtimes.load(saved_model).logits(IMAGES), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("integers, batch, atol", [(False, None, 1e-5), (True, 2, 0.02)])
+def test_a_tflite_file(made, integers, batch, atol):
+    model, folder, _ = made
+    runtime = runtimes.load(tflite(model, folder, integers=integers, batch=batch))
+    assert (runtime.kind, runtime.image_shape) == ("tflite", SHAPE)
+    assert runtime.classes == tuple(NAMES) and runtime.logits_of_bytes is None
+    # int8 has 256 levels, of which the logits' range takes all.
+    np.testing.assert_allclose(runtime.logits(IMAGES), model.predict(IMAGES, verbose=0), atol=atol)
+    assert (runtime._fixed, runtime._input["dtype"]) == (batch, np.int8 if integers else np.float32)
+
+
+def test_names_are_those_of_the_nearest_file_that_fits(made, tmp_path, caplog):
+    model, folder, _ = made
+    path = tmp_path / "network.tflite"
+    path.write_bytes(pathlib.Path(tflite(model, folder)).read_bytes())
+    runtime = runtimes.load(str(path))
+    assert runtime.classes == ("0", "1", "2") and not runtime.named
+    # As other programs write it: without escapes, without a line break at the end.
+    (tmp_path / "labels.txt").write_text("a b\nc\nd", encoding="utf-8")
+    assert runtimes.load(str(path)).classes == ("a b", "c", "d")
+    (tmp_path / "classes.json").write_text('["x", "y"]', encoding="utf-8")
+    assert runtimes.load(str(path)).classes == ("0", "1", "2")
+    assert "has 3 outputs, and the file of names beside it 2" in caplog.text
+
+
+def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypatch):
+    _, _, saved_model = made
+    for name in ("a.tflite", "b.onnx", "c.bin", "d/saved_model.pb"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"nothing of the kind")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for name, text in {
+        "a.tflite": "cannot be loaded as a TFLite file",
+        "b.onnx": "install it with pip install onnxruntime",
+        "c.bin": "is not known by its suffix: give a workdir",
+        "d": "cannot be loaded as a SavedModel",
+        "empty": "holds no SavedModel",
+        "absent": "is not there",
+    }.items():
+        with pytest.raises(UserError, match=text):
+            runtimes.load(str(tmp_path / name))
+    for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, 1:]):
+        with pytest.raises(UserError, match="it takes uint8"):
+            runtimes.load(saved_model).logits(images)
+
+
+def test_the_newest_version_is_loaded(tmp_path):
+    for version in ("1", "9", "10", "11"):
+        (tmp_path / version).mkdir()
+        (tmp_path / version / "saved_model.pb").touch()
+    # An export that was not finished.
+    (tmp_path / "11" / "saved_model.pb").unlink()
+    assert workdir.saved_model(str(tmp_path)) == str(tmp_path / "10")

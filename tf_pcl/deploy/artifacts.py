@@ -1,0 +1,443 @@
+"""Writes a trained network in several forms, and compares what each of them answers.
+
+Every form takes raw images uint8 [N, H, W, C], 0–255, and gives `logits` and `probabilities`,
+float32 [N, K]: the preprocessing lies within. A SavedModel's second signature, serve_bytes, decodes
+image files by operations that neither TFLite nor ONNX has; the other forms do without it.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from tf_pcl import data as datasets
+from tf_pcl.compat import keras
+from tf_pcl.data import ImageData
+from tf_pcl.data.storage import Split, Stream
+from tf_pcl.deploy import model_card, runtimes
+from tf_pcl.deploy.finished import DEPLOYED, Finished
+from tf_pcl.errors import Stopped, UserError, choose, one_line
+from tf_pcl.surgery.graph import calls
+from tf_pcl.training import export
+from tf_pcl.training import workdir as workdirs
+from tf_pcl.training.workdir import Workdir
+
+# The newest that tf2onnx writes without experimental operators and that older runtimes read.
+OPSET = 17
+# Of how many training images the value ranges of an integer network are taken.
+CALIBRATION_IMAGES = 200
+# How often a single image is asked for, to measure latency; the first calls are not counted.
+CALLS, WARM_UP_CALLS = 50, 5
+TABLE = "artifacts.json"
+
+
+class Source(NamedTuple):
+    """What an artifact is made from.
+
+    Attributes:
+      network: a functional keras.Model from raw images uint8 [N, H, W, C] to logits.
+      data: the data set that it was trained on.
+      folder: where the artifacts lie.
+      calibration: how many training images calibrate an integer network.
+      has_saved_model: whether the SavedModel that the run has made and checked lies there.
+    """
+
+    network: keras.Model
+    data: ImageData
+    folder: str
+    calibration: int = CALIBRATION_IMAGES
+    has_saved_model: bool = False
+
+
+def export_run(
+    path: str,
+    formats: Sequence[str],
+    *,
+    exit_name: str = DEPLOYED,
+    data_dir: Optional[str] = None,
+    folder: Optional[str] = None,
+    calibration_images: int = CALIBRATION_IMAGES,
+) -> dict[str, Any]:
+    """Writes the network of a run in other forms, with a table that compares them and a model card.
+
+    Args:
+      path: the workdir of a run that has ended.
+      formats: names in FORMATS.
+      exit_name: whose network; see Finished.exit_name.
+      data_dir: where the data set lies now, if it was moved.
+      folder: where the artifacts go; by default the run's export folder, and for another exit than
+        the deployed one a folder of its name there.
+      calibration_images: how many training images calibrate an integer network, at least 1.
+
+    Returns:
+      The contents of artifacts.json.
+
+    Raises:
+      UserError: if the run has not ended, a name is not known, a package is missing, or the data
+        set or the network cannot be had.
+      Stopped: if the network cannot be converted.
+    """
+    if not formats:
+        raise UserError("give at least one", parameter="format", value="")
+    for name in formats:
+        choose("format", name, FORMATS, parameter="format")
+    finished = Finished.of(path)
+    exit_name = finished.exit_name(exit_name)
+    for name in formats:
+        FORMATS[name].check_packages(name)
+    own, is_deployed = Workdir(finished.path).export, exit_name == finished.results["deployed"]
+    folder = os.path.expanduser(folder or (own if is_deployed else os.path.join(own, exit_name)))
+    if not is_deployed and os.path.realpath(folder) == os.path.realpath(own):
+        raise UserError(
+            "there lies the SavedModel of the deployed exit: give another",
+            parameter="folder",
+            value=folder,
+        )
+    data = finished.load_data(data_dir)
+    network = finished.network(exit_name, data)
+    source = Source(
+        network,
+        data,
+        folder,
+        min(calibration_images, len(data.train)),
+        has_saved_model=os.path.realpath(folder) == os.path.realpath(own),
+    )
+    _make_folder(folder)
+    workdirs.write_labels(folder, data.classes)
+    paths = {name: _written(name, source) for name in dict.fromkeys(formats)}
+    with _quiet():
+        loaded = {name: runtimes.load(file) for name, file in paths.items()}
+    table = {
+        "run": os.path.abspath(finished.path),
+        "folder": os.path.abspath(folder),
+        "exit": exit_name,
+        **compare(network, loaded, data),
+    }
+    for name, row in table["artifacts"].items():
+        row["file"] = os.path.relpath(paths[name], folder)
+        row["kib"] = round(_size(paths[name]) / 1024, 1)
+    if any("int8" in name for name in formats):
+        table["calibration_images"] = source.calibration
+    workdirs.write_json(os.path.join(folder, TABLE), table)
+    model_card.write(folder, finished, data, network, table)
+    return table
+
+
+def compare(
+    network: keras.Model, loaded: Mapping[str, runtimes.Runtime], data: ImageData
+) -> dict[str, Any]:
+    """Compares what several forms of a network answer to the test images.
+
+    Args:
+      network: the network, a keras.Model from raw images uint8 to logits.
+      loaded: {name: the network in another form, loaded by its own runtime}.
+      data: the data set.
+
+    Returns:
+      "test_images", their number; "original", a row for the network; "artifacts", {name: row}. A
+      row has "error" (percent of the test images) and "latency_ms" (median of one image); those
+      of artifacts have "largest_difference" (of logits) and "same_class" (percent of the images
+      that get the same class as by the network).
+    """
+    graph = tf.function(lambda images: network(images, training=False))
+    answers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "": lambda images: graph(tf.constant(images)).numpy(),
+        **{name: runtime.logits for name, runtime in loaded.items()},
+    }
+    wrong, same = dict.fromkeys(answers, 0), dict.fromkeys(answers, 0)
+    largest = dict.fromkeys(answers, 0.0)
+    for batch, labels in datasets.test_batches(data, runtimes.BATCH):
+        images = batch.numpy()
+        expected = answers[""](images)
+        for name, answer in answers.items():
+            logits = answer(images) if name else expected
+            top = logits.argmax(-1)
+            wrong[name] += int((top != labels.numpy()).sum())
+            same[name] += int((top == expected.argmax(-1)).sum())
+            # A value that is no number is the largest difference of all.
+            largest[name] = float(np.maximum(largest[name], np.abs(logits - expected).max()))
+    count, one = len(data.test), data.test.first(1)
+    rows = {
+        name: {
+            "error": round(100 * wrong[name] / count, 4),
+            "same_class": round(100 * same[name] / count, 4),
+            "largest_difference": float(f"{largest[name]:.3g}"),
+            "latency_ms": float(f"{_latency(answer, one):.3g}"),
+        }
+        for name, answer in answers.items()
+    }
+    original = rows.pop("")
+    shown = {name: original[name] for name in ("error", "latency_ms")}
+    return {"test_images": count, "original": shown, "artifacts": rows}
+
+
+def table(contents: Mapping[str, Any]) -> str:
+    """Returns the table in the contents of artifacts.json, for people."""
+    head = ["format", "file", "KiB", "test error", "same class", "logits differ by", "ms an image"]
+    original = contents["original"]
+    rows = [
+        head,
+        [
+            f"trained network ({contents['exit']})",
+            "",
+            "",
+            f"{original['error']:.2f} %",
+            "",
+            "",
+            f"{original['latency_ms']:.2f}",
+        ],
+    ]
+    rows += [
+        [
+            name,
+            row["file"],
+            f"{row['kib']:,.0f}",
+            f"{row['error']:.2f} %",
+            f"{row['same_class']:.2f} %",
+            f"{row['largest_difference']:.1e}",
+            f"{row['latency_ms']:.2f}",
+        ]
+        for name, row in contents["artifacts"].items()
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    align = [str.ljust, str.ljust, *[str.rjust] * 5]
+    return "\n".join(
+        "  ".join(side(cell, width) for side, cell, width in zip(align, row, widths)).rstrip()
+        for row in rows
+    )
+
+
+def _latency(answer: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> float:
+    """Returns the median of the milliseconds that an answer takes."""
+    seconds = []
+    for _ in range(WARM_UP_CALLS + CALLS):
+        start = time.perf_counter()
+        answer(image)
+        seconds.append(time.perf_counter() - start)
+    return 1000 * float(np.median(seconds[WARM_UP_CALLS:]))
+
+
+def _make_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as e:
+        raise UserError(
+            f"the folder cannot be written ({e.strerror}): give another",
+            parameter="folder",
+            value=folder,
+        ) from e
+
+
+def _written(name: str, source: Source) -> str:
+    """Writes one form of a network and returns its path."""
+    path = os.path.join(source.folder, FORMATS[name].file)
+    try:
+        with _quiet():
+            content = FORMATS[name].convert(source)
+    # Converters raise whatever the operation that they do not know leads to.
+    except Exception as e:
+        raise Stopped(
+            f"`format={name}`: this network cannot be converted ({one_line(e)}): leave this format "
+            "out"
+        ) from e
+    if content is not None:
+        with open(path + ".part", "wb") as f:
+            f.write(content)
+        os.replace(path + ".part", path)
+    return path
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps back what converters and runtimes write to the process's output and error streams."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    try:
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+            yield
+            sys.stdout.flush()
+            sys.stderr.flush()
+    finally:
+        for number, copy in enumerate(kept, 1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def _size(path: str) -> int:
+    """Returns the bytes of a file, or of all files in a folder."""
+    if os.path.isfile(path):
+        return os.path.getsize(path)
+    return sum(
+        os.path.getsize(os.path.join(folder, name))
+        for folder, _, names in os.walk(path)
+        for name in names
+    )
+
+
+# The forms.
+
+
+def _function(network: Callable[..., Any], shape: Sequence[int], dtype: tf.DType = tf.uint8) -> Any:
+    """Returns a tf.function from images [N, H, W, C] to what serving_default gives."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None, *shape], dtype, name="images")])
+    def serving_default(images: tf.Tensor) -> dict[str, tf.Tensor]:
+        logits = network(images, training=False)
+        return {"logits": logits, "probabilities": tf.nn.softmax(logits)}
+
+    return serving_default
+
+
+def _saved_model(source: Source) -> None:
+    if not source.has_saved_model:
+        made = export.export(source.network, source.data.classes, source.folder)
+        export.check(made, source.network, source.data.test.first(32))
+
+
+def _tflite(
+    source: Source,
+    change: Callable[[Any], None] = lambda converter: None,
+    network: Optional[keras.Model] = None,
+    dtype: tf.DType = tf.uint8,
+) -> bytes:
+    """Returns a TFLite file.
+
+    Args:
+      source: what it is made from.
+      change: a function that sets what the converter is to do otherwise than by default.
+      network: what is converted; by default the network.
+      dtype: of the images that it takes.
+    """
+    module = tf.Module()
+    module.network = network or source.network
+    serve = _function(module.network, source.data.image_shape, dtype)
+    # From a SavedModel, since the names of input and outputs then stand in the file.
+    with tempfile.TemporaryDirectory() as folder:
+        tf.saved_model.save(module, folder, signatures={"serving_default": serve})
+        converter = tf.lite.TFLiteConverter.from_saved_model(
+            folder, signature_keys=["serving_default"]
+        )
+        change(converter)
+        return bytes(converter.convert())
+
+
+def _tflite_float16(source: Source) -> bytes:
+    def change(converter: Any) -> None:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.target_spec.supported_types = [tf.float16]
+
+    return _tflite(source, change)
+
+
+def _tflite_int8(source: Source) -> bytes:
+    """Returns a network whose weights and values are integers of 8 bits.
+
+    It takes uint8 images as they are. The logits and probabilities are turned to float32 at its
+    end.
+    """
+    images = _sample(source.data.train, source.calibration).astype(np.float32)
+    # The input then has the scale 1 and the zero point 0, whatever the images: raw values fit.
+    images[0].flat[0], images[0].flat[-1] = 0, 255
+
+    def change(converter: Any) -> None:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ({"images": image[None]} for image in images)
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+        converter.inference_input_type = tf.uint8
+
+    return _tflite(source, change, _of_floats(source.network), tf.float32)
+
+
+def _sample(split: Split, count: int) -> np.ndarray:
+    """Returns images uint8 [count, H, W, C] of a split, drawn at random but always the same."""
+    # The first ones may be of one class. A stream is read in order alone.
+    if not isinstance(split, Stream):
+        split = split.subset(np.random.RandomState(0).permutation(len(split))[:count])
+    return split.first(count)
+
+
+def _of_floats(network: keras.Model) -> keras.Model:
+    """Returns a network that takes its raw images as float32, so that integers can stand for them.
+
+    A model casts what it is given to the type of its input. The layer after the input takes both.
+    """
+    first = calls(network)[0]
+    rest = keras.Model(first.outputs, network.output)
+    images = keras.Input(network.input_shape[1:], dtype="float32", name="images")
+    return keras.Model(images, rest(first.layer(images)))
+
+
+def _onnx(source: Source) -> bytes:
+    tf2onnx = importlib.import_module("tf2onnx")
+    onnx = importlib.import_module("onnx")
+    function = _function(source.network, source.data.image_shape)
+    model, _ = tf2onnx.convert.from_function(
+        function, input_signature=function.input_signature, opset=OPSET
+    )
+    # Constants of layers, such as the mean of the training images, come as inputs.
+    traced = function.get_concrete_function()
+    captured = {
+        tensor.name: value.numpy()
+        for tensor, value in zip(traced.inputs[1:], traced.captured_inputs)
+        if tensor.dtype != tf.resource
+    }
+    inputs = {one.name: one for one in model.graph.input}
+    used = {name for node in model.graph.node for name in node.input}
+    for name in set(captured) & set(inputs):
+        model.graph.input.remove(inputs[name])
+        if name in used:
+            model.graph.initializer.append(onnx.numpy_helper.from_array(captured[name], name))
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A form in which a network is written.
+
+    Attributes:
+      file: its path below the folder of artifacts.
+      summary: what it is, in a few words.
+      convert: a function from a Source to the contents of the file; None where it has written it.
+      packages: packages that it needs and that are in the extra onnx.
+    """
+
+    file: str
+    summary: str
+    convert: Callable[[Source], Optional[bytes]]
+    packages: tuple[str, ...] = ()
+
+    def check_packages(self, name: str) -> None:
+        """Raises UserError if a package that the form needs cannot be imported."""
+        for package in self.packages:
+            try:
+                importlib.import_module(package)
+            # A package that does not fit to another raises whatever comes of it.
+            except Exception as e:
+                raise UserError(
+                    f"it needs {package} ({one_line(e)}): install the extra with pip install "
+                    "'tf_pcl[onnx]'",
+                    parameter="format",
+                    value=name,
+                ) from e
+
+
+FORMATS = {
+    "saved_model": Format(workdirs.SAVED_MODEL, "SavedModel", _saved_model),
+    "tflite": Format("model.tflite", "TFLite, float32", _tflite),
+    "tflite_float16": Format("model_float16.tflite", "TFLite, weights in float16", _tflite_float16),
+    "tflite_int8": Format("model_int8.tflite", "TFLite, integers of 8 bits", _tflite_int8),
+    "onnx": Format("model.onnx", f"ONNX, opset {OPSET}", _onnx, ("tf2onnx", "onnx", "onnxruntime")),
+}

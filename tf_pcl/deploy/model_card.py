@@ -1,0 +1,103 @@
+"""MODEL_CARD.md: what a trained network is, what it is worth and how it is loaded."""
+
+import os
+import platform
+import re
+import statistics
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+import numpy as np
+
+from tf_pcl.compat import keras
+from tf_pcl.data import ImageData, datasets
+from tf_pcl.deploy.finished import Finished, errors_by_exit
+from tf_pcl.options import Options
+from tf_pcl.surgery.observe import flops
+from tf_pcl.training import workdir as workdirs
+
+NAME = "MODEL_CARD.md"
+# More names than this stand in labels.txt alone.
+_SHOWN_CLASSES = 20
+
+
+def write(
+    folder: str,
+    finished: Finished,
+    data: ImageData,
+    network: keras.Model,
+    table: Mapping[str, Any],
+) -> None:
+    """Writes the model card.
+
+    Args:
+      folder: where the artifacts lie.
+      finished: the run.
+      data: its data set.
+      network: the exported network.
+      table: the contents of artifacts.json.
+    """
+    runs = finished.siblings()
+    template = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    ).from_string(
+        resources.files("tf_pcl.deploy").joinpath(f"{NAME}.jinja").read_text(encoding="utf-8")
+    )
+    results, options = finished.results, finished.options
+    text = template.render(
+        results=results,
+        options=options,
+        data=data,
+        table=table,
+        exit=table["exit"],
+        shape="×".join(map(str, data.image_shape)),
+        classes=[_plain(name) for name in data.classes[:_SHOWN_CLASSES]],
+        seeds=[run.options.seed for run in runs],
+        errors={name: _spread(values) for name, values in errors_by_exit(runs).items()},
+        parameters=int(sum(np.prod(w.shape) for w in network.trainable_weights)),
+        multiply_adds=sum(flops(network).values()) // 2,
+        command=_command(options),
+        machine=f"{platform.machine()}, {os.cpu_count()} CPU cores",
+        served=os.path.exists(os.path.join(folder, workdirs.SAVED_MODEL)),
+        dataset=_dataset(options),
+        name=re.sub(r"\W+", "_", f"{options.dataset}_{options.network}"),
+    )
+    workdirs.write(os.path.join(folder, NAME), text)
+
+
+def _dataset(options: Options) -> str:
+    """Returns the name of the data set; the folder is named where it says what the images are."""
+    row = datasets.DATASETS.get(options.dataset)
+    if row is None or not row.needs_folder or not options.data_dir:
+        return options.dataset
+    return f"{options.dataset} ({_plain(os.path.basename(os.path.abspath(options.data_dir)))})"
+
+
+def _spread(errors: list[float]) -> str:
+    """Returns a mean with the standard deviation of a sample, where there are several errors."""
+    mean = f"{statistics.mean(errors):.2f}"
+    return f"{mean} ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else mean
+
+
+def _command(options: Options) -> str:
+    """Returns the command that repeats the training: the flags that are not at their defaults."""
+    defaults = Options().as_flags()
+    given = {
+        name: value
+        for name, value in options.as_flags().items()
+        if name not in options.run_only() and defaults.get(name) != value
+    }
+    for name in ("method", "network", "dataset"):
+        given.setdefault(name, options.as_flags()[name])
+    return " \\\n    ".join(["tf-pcl train", *(f"--{n}={_quoted(v)}" for n, v in given.items())])
+
+
+def _quoted(value: str) -> str:
+    return value if re.fullmatch(r"[\w./:,+-]+", value) else "'" + value.replace("'", "'\\''") + "'"
+
+
+def _plain(name: str) -> str:
+    """Returns a name as it can stand in a line of Markdown."""
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(name.split()))

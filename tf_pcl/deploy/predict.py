@@ -1,0 +1,133 @@
+"""What a trained network says of image files."""
+
+import concurrent.futures
+import glob
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Callable, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from tf_pcl.data import image_files, image_folder
+from tf_pcl.deploy import metrics
+from tf_pcl.deploy.runtimes import BATCH, Runtime
+from tf_pcl.errors import UserError
+
+
+class Prediction(NamedTuple):
+    """What a network says of a file.
+
+    Attributes:
+      path: the file.
+      classes: the names of its likeliest classes, the likeliest first; none of a bad file.
+      probabilities: those of these classes.
+      problem: why the file cannot be used, None where it can.
+    """
+
+    path: str
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    problem: Optional[str] = None
+
+
+def find(names: Iterable[str]) -> list[str]:
+    """Returns the files that are meant by names of files, of folders and patterns.
+
+    A folder stands for the images below it, by the suffixes that the data set image_folder reads.
+    What is neither there nor a pattern of something that is there is returned as it is.
+
+    Args:
+      names: such as photo.jpg, folder, "folder/**/*.png".
+
+    Returns:
+      Paths in the order of the names, each once; those of a folder or a pattern in their own order.
+
+    Raises:
+      UserError: if there is no file at all.
+    """
+    found: dict[str, None] = {}
+    any_there = False
+    for name in map(os.path.expanduser, names):
+        several = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        for path in several or [name]:
+            files = list(_below(path)) if os.path.isdir(path) else [path]
+            found.update(dict.fromkeys(files))
+            any_there |= any(map(os.path.exists, files))
+    if not any_there:
+        suffixes = ", ".join(image_folder.SUFFIXES)
+        raise UserError(
+            f"no image is found ({', '.join(names)}): give files, patterns, or folders that have "
+            f"{suffixes} files in them"
+        )
+    return list(found)
+
+
+def _below(folder: str) -> Iterator[str]:
+    """Yields the images in a folder and those below it, without hidden ones."""
+    for path, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            if name.lower().endswith(image_folder.SUFFIXES) and not name.startswith("."):
+                yield os.path.join(path, name)
+
+
+def predict(runtime: Runtime, paths: Sequence[str], top_k: int = 5) -> Iterator[Prediction]:
+    """Runs a network on image files, which are decoded and resized as in training.
+
+    Args:
+      runtime: the network.
+      paths: the files.
+      top_k: how many classes to name, at least 1; all where there are fewer.
+
+    Yields:
+      A Prediction for each file, in their order, also for those that cannot be used.
+    """
+    read = _reader(runtime.image_shape)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), BATCH):
+            part = paths[start : start + BATCH]
+            images, problems = zip(*pool.map(read, part))
+            good = [image for image in images if image is not None]
+            logits = iter(runtime.logits(np.stack(good)) if good else ())
+            for path, problem in zip(part, problems):
+                yield (
+                    _said(runtime, path, next(logits), top_k)
+                    if problem is None
+                    else Prediction(path, problem=problem)
+                )
+
+
+def _said(runtime: Runtime, path: str, logits: np.ndarray, top_k: int) -> Prediction:
+    if not np.isfinite(logits).all():
+        return Prediction(path, problem="the network gives logits that are not finite")
+    likeliest = metrics.top_k(logits[None], top_k)[0]
+    probabilities = np.exp(metrics.log_probabilities(logits[None])[0, likeliest])
+    return Prediction(
+        path, tuple(runtime.classes[k] for k in likeliest), tuple(probabilities.tolist())
+    )
+
+
+def _reader(
+    shape: Sequence[int],
+) -> Callable[[str], tuple[Optional[np.ndarray], Optional[str]]]:
+    """Returns a function from a path to (image uint8 of that shape, None) or (None, problem)."""
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+    def decode(encoded: tf.Tensor) -> tf.Tensor:
+        return image_files.fit(image_files.decode_upright(encoded, shape[-1]), shape)
+
+    def read(path: str) -> tuple[Optional[np.ndarray], Optional[str]]:
+        try:
+            with open(path, "rb") as f:
+                encoded = f.read()
+            image_files.header(encoded)
+            return decode(tf.constant(encoded)).numpy(), None
+        except OSError as e:
+            return None, (e.strerror or "it cannot be read").lower()
+        except ValueError as e:
+            return None, str(e)
+        except tf.errors.OpError:
+            return None, "the image is damaged or ends early"
+
+    return read

@@ -1,0 +1,303 @@
+"""Trained networks in each form, run by the runtime of that form.
+
+`load` finds the form: a folder is a SavedModel or holds one, a file is named by its suffix in the
+table FILES.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from tf_pcl.data import class_names
+from tf_pcl.errors import UserError, one_line
+from tf_pcl.training import workdir as workdirs
+
+# The images that a runtime gets at once where it takes any number.
+BATCH = 100
+
+
+class Runtime:
+    """A network that is loaded and gives logits.
+
+    Args:
+      path: where it lies, a folder or a file.
+      shape: the shape [N, H, W, C] of its input; N is None, or below 1, where it takes any number
+        of images.
+      outputs: the number of its logits K.
+      run: a function from images uint8 [n, H, W, C] to logits float32 [n, K], of N images where
+        N is fixed.
+      run_bytes: a function from a list of encoded images to logits, where the network has one.
+
+    Attributes:
+      kind: the form, such as "tflite".
+      path: as given.
+      image_shape: (H, W, C).
+      classes: names in the order of the logits, from classes.json or labels.txt in the folder of
+        the network or above it; numbers where neither is there.
+      named: whether the names come from such a file.
+      logits_of_bytes: a function from a list of n encoded images to logits float32 [n, K]; None
+        where the network takes no encoded images.
+    """
+
+    kind = ""
+
+    def __init__(
+        self,
+        path: str,
+        shape: Sequence[Optional[int]],
+        outputs: Any,
+        run: Callable[[np.ndarray], np.ndarray],
+        run_bytes: Optional[Callable[[Sequence[bytes]], np.ndarray]] = None,
+    ):
+        if len(shape) != 4 or not all(map(_is_count, shape[1:])) or shape[3] not in (1, 3):
+            raise UserError(
+                f"{path} takes an input of the shape {list(shape)}: a network of images takes "
+                "[N, H, W, C] with a fixed height H and width W and 1 or 3 channels C"
+            )
+        if not _is_count(outputs):
+            raise UserError(f"{path} gives no fixed number of logits: give a classifier of images")
+        self.path, self._run, self.logits_of_bytes = path, run, run_bytes
+        self.image_shape = tuple(int(n) for n in shape[1:] if n)
+        self._fixed = int(shape[0]) if _is_count(shape[0]) and shape[0] else None
+        names = _names(path)
+        if names is not None and len(names) != outputs:
+            logging.warning(
+                "%s has %d outputs, and the file of names beside it %d: its classes are numbered",
+                path,
+                outputs,
+                len(names),
+            )
+            names = None
+        self.named = names is not None
+        self.classes = tuple(names or map(str, range(outputs)))
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns the logits of images.
+
+        Args:
+          images: raw images uint8 [B, H, W, C], of any number B.
+
+        Returns:
+          float32 [B, K].
+
+        Raises:
+          UserError: if the images have another shape or type.
+        """
+        images = np.asarray(images)
+        if images.dtype != np.uint8 or images.shape[1:] != self.image_shape:
+            raise UserError(
+                f"images {images.dtype} {list(images.shape)} do not fit {self.path}: it takes "
+                f"uint8 [B, {', '.join(map(str, self.image_shape))}]"
+            )
+        size, parts = self._fixed or BATCH, [np.zeros([0, len(self.classes)], np.float32)]
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            missing = self._fixed - len(part) if self._fixed else 0
+            padded = np.pad(part, [(0, missing), *[(0, 0)] * 3]) if missing else part
+            parts.append(np.asarray(self._run(padded), np.float32)[: len(part)])
+        return np.concatenate(parts)
+
+
+class SavedModel(Runtime):
+    """A SavedModel, run by TensorFlow through its signatures."""
+
+    kind = "saved_model"
+
+    def __init__(self, path: str):
+        try:
+            # The signatures do not keep the model that they belong to.
+            self._loaded = tf.saved_model.load(path)
+            signatures = self._loaded.signatures
+        except (OSError, ValueError, AttributeError, tf.errors.OpError) as e:
+            raise UserError(
+                f"{path} cannot be loaded as a SavedModel ({one_line(e)}): give one that is whole"
+            ) from e
+        serve = signatures.get("serving_default")
+        inputs = serve.structured_input_signature[1] if serve is not None else {}
+        outputs = serve.structured_outputs if serve is not None else {}
+        if len(inputs) != 1:
+            raise UserError(
+                f"{path} has no signature serving_default that takes images alone: give the "
+                "export of a run"
+            )
+        ((name, spec),) = inputs.items()
+        logits = _choose_logits(path, list(outputs))
+        encoded = signatures.get("serve_bytes")
+        super().__init__(
+            path,
+            spec.shape.as_list() if spec.shape.rank else [],
+            outputs[logits].shape[-1],
+            lambda images: serve(**{name: tf.cast(images, spec.dtype)})[logits].numpy(),
+            encoded and (lambda files: encoded(image_bytes=tf.constant(files))[logits].numpy()),
+        )
+
+
+class TFLite(Runtime):
+    """A TFLite file, run by TensorFlow Lite's interpreter, its input and output of any type."""
+
+    kind = "tflite"
+
+    def __init__(self, path: str):
+        try:
+            with warnings.catch_warnings():
+                # The newest TensorFlow says that its interpreter will move to a package of its own.
+                warnings.simplefilter("ignore")
+                self._interpreter = tf.lite.Interpreter(model_path=path)
+            self._interpreter.allocate_tensors()
+            given = self._interpreter.get_input_details()
+            made = self._interpreter.get_output_details()
+            signatures = self._interpreter.get_signature_list()
+        except (OSError, ValueError, RuntimeError) as e:
+            raise UserError(
+                f"{path} cannot be loaded as a TFLite file ({one_line(e)}): give one that is whole"
+            ) from e
+        if len(given) != 1:
+            raise UserError(
+                f"{path} has {len(given)} inputs: a network of images has one, the images"
+            )
+        self._input, self._output = given[0], made[0]
+        if "serving_default" in signatures:
+            runner = self._interpreter.get_signature_runner("serving_default")
+            outputs = runner.get_output_details()
+            self._output = outputs[_choose_logits(path, list(outputs))]
+        elif len(made) > 1:
+            names = [detail["name"] for detail in made]
+            self._output = made[names.index(_choose_logits(path, names))]
+        super().__init__(
+            path, self._input["shape_signature"].tolist(), int(self._output["shape"][-1]), self._of
+        )
+
+    def _of(self, images: np.ndarray) -> np.ndarray:
+        place = self._input["index"]
+        shape = self._interpreter.get_input_details()[0]["shape"]
+        if list(shape) != list(images.shape):
+            self._interpreter.resize_tensor_input(place, images.shape)
+            self._interpreter.allocate_tensors()
+        self._interpreter.set_tensor(place, _quantised(images, self._input))
+        self._interpreter.invoke()
+        return _real(self._interpreter.get_tensor(self._output["index"]), self._output)
+
+
+class ONNX(Runtime):
+    """An ONNX file, run by ONNX Runtime on the CPU."""
+
+    kind = "onnx"
+
+    def __init__(self, path: str):
+        try:
+            import onnxruntime
+        except ImportError as e:
+            raise UserError(
+                f"{path} needs ONNX Runtime ({one_line(e)}): install it with pip install "
+                "onnxruntime"
+            ) from e
+        try:
+            self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        except Exception as e:  # Its errors have no common class of their own.
+            raise UserError(
+                f"{path} cannot be loaded as an ONNX file ({one_line(e)}): give one that is whole"
+            ) from e
+        inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
+        types = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
+        if len(inputs) != 1 or inputs[0].type not in types:
+            raise UserError(
+                f"{path} takes {', '.join(one.type for one in inputs)}: a network of images takes "
+                "one tensor(uint8) or tensor(float)"
+            )
+        name, dtype = inputs[0].name, types[inputs[0].type]
+        logits = _choose_logits(path, [one.name for one in outputs])
+        (shape,) = (one.shape for one in outputs if one.name == logits)
+        super().__init__(
+            path,
+            # A name stands for a size that is not fixed.
+            [n if isinstance(n, int) else None for n in inputs[0].shape],
+            shape[-1],
+            lambda images: self._session.run([logits], {name: images.astype(dtype)})[0],
+        )
+
+
+# The forms that are one file, by the suffix of its name.
+FILES: dict[str, Callable[[str], Runtime]] = {".tflite": TFLite, ".onnx": ONNX}
+
+
+def load(path: str) -> Runtime:
+    """Loads a trained network in the form that it lies in.
+
+    Args:
+      path: the workdir of a run that has ended, its export folder, a SavedModel, or a file whose
+        suffix is in FILES.
+
+    Raises:
+      UserError: if nothing is there, its form is not known, or it cannot be loaded.
+    """
+    path = os.path.expanduser(path)
+    forms = f"a workdir, a SavedModel, or a file that ends in {' or '.join(FILES)}"
+    if os.path.isdir(path):
+        folder = workdirs.saved_model(path)
+        if folder is None:
+            raise UserError(
+                f"{path} holds no SavedModel: give the workdir of a run that has ended, or {forms}"
+            )
+        return SavedModel(folder)
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not there: give {forms}")
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix not in FILES:
+        raise UserError(f"the form of {path} is not known by its suffix: give {forms}")
+    return FILES[suffix](path)
+
+
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and number > 0
+
+
+def _choose_logits(path: str, names: list[str]) -> str:
+    """Returns the name of the output that has the logits."""
+    if len(names) == 1:
+        return names[0]
+    found = [name for name in names if "logits" in name]
+    if len(found) != 1:
+        raise UserError(
+            f"{path} has the outputs {', '.join(names)}: of several, one is to be named logits"
+        )
+    return found[0]
+
+
+def _quantised(images: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
+    """Returns images in the type and on the scale of a TFLite input."""
+    dtype, (scale, zero) = detail["dtype"], detail["quantization"]
+    if not scale:
+        return images.astype(dtype)
+    limits = np.iinfo(dtype)
+    return np.clip(np.round(images / scale + zero), limits.min, limits.max).astype(dtype)
+
+
+def _real(values: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
+    """Returns what the values of a TFLite output stand for, float32."""
+    scale, zero = detail["quantization"]
+    return (values.astype(np.float32) - zero) * scale if scale else values.astype(np.float32)
+
+
+def _names(path: str) -> Optional[list[str]]:
+    """Returns the names of the classes from the folder of a network or the two above it."""
+    folder = os.path.abspath(path)
+    for _ in range(3):
+        as_json, as_lines = (os.path.join(folder, n) for n in (workdirs.NAMES, workdirs.LABELS))
+        try:
+            if os.path.isfile(as_json):
+                with open(as_json, encoding="utf-8") as f:
+                    return [str(name) for name in json.load(f)]
+            if os.path.isfile(as_lines):
+                with open(as_lines, encoding="utf-8") as f:
+                    lines = f.read().rstrip("\n").split("\n")
+                return [class_names.unescape(line) for line in lines]
+        except (OSError, ValueError, TypeError) as e:
+            logging.warning("names of classes cannot be read from %s: %s", folder, one_line(e))
+        folder = os.path.dirname(folder)
+    return None

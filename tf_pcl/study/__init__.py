@@ -1,0 +1,1 @@
+"""Studies: several runs, planned by what they cost, and compared."""

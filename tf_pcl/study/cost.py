@@ -1,0 +1,137 @@
+"""What a run costs, by arithmetic, before it runs.
+
+The unit is the GFLOP, 1e9 times 2 multiply-adds of convolutions and dense layers. Forward and
+backward pass of what is trained count as three forward passes, a teacher's pass as one, and all
+stages of a method are included; `methods.cost` counts them for one image.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from tf_pcl import networks
+from tf_pcl.data.datasets import ImageData
+from tf_pcl.data.storage import Arrays
+from tf_pcl.errors import UserError, choose
+from tf_pcl.methods import METHODS
+from tf_pcl.methods.cost import training_flop
+from tf_pcl.methods.distiller import Distiller
+from tf_pcl.options import Options
+from tf_pcl.training.assemble import Assembly, method_arguments
+from tf_pcl.training.run import load_data
+
+_OF_DATA = (
+    "dataset",
+    "data_dir",
+    "image_size",
+    "labels",
+    "labels_columns",
+    "train_examples",
+    "validation_examples",
+    "test_examples",
+    "on_bad_image",
+)
+# What the paper's data sets are like, so that nothing need be downloaded to know what a run costs.
+_OF_THE_PAPER = {"cifar10": 10, "cifar100": 100}
+
+
+class Stage(NamedTuple):
+    """A training of a run.
+
+    Attributes:
+      name: "" where there is one stage.
+      network: the name of what is trained; several are separated by commas.
+      gflop: what it costs, for all its epochs.
+      gflop_per_image: what it costs for one image of one epoch.
+    """
+
+    name: str
+    network: str
+    gflop: float
+    gflop_per_image: float
+
+
+def cost_of(options: Options) -> float:
+    """Returns what the training of a run costs in GFLOP, all its stages included.
+
+    Args:
+      options: the run's options.
+
+    Raises:
+      UserError: if the options do not fit together or the data cannot be had.
+    """
+    return sum(stage.gflop for stage in stages_of(options))
+
+
+def stages_of(options: Options) -> list[Stage]:
+    """Returns what each stage of a run costs; arguments and errors as in `cost_of`."""
+    choose("method", options.method, METHODS, parameter="method")
+    method_arguments(options)
+    shape, classes, images = _facts(_division(options), named=bool(options.teacher))
+    seen = images // options.batch_size * options.batch_size * options.epochs
+    if not seen:
+        raise UserError(
+            f"it is more than the {images} training images: give fewer",
+            parameter="batch_size",
+            value=options.batch_size,
+        )
+    return [
+        Stage(name, network, flop * seen / 1e9, flop / 1e9)
+        for name, network, flop in _flop(_architecture(options), shape, classes)
+    ]
+
+
+def _architecture(options: Options) -> Options:
+    """Returns the options that the cost of an image depends on, all others as they are unset."""
+    own = {**method_arguments(options), "trunk_share": options.trunk_share, "rampup_epochs": None}
+    return Options(method=options.method, network=options.network, **own)
+
+
+def _division(options: Options) -> Options:
+    """Returns the options that the number of training images depends on, all others unset."""
+    return Options(**{name: getattr(options, name) for name in _OF_DATA})
+
+
+@functools.cache
+def _facts(options: Options, named: bool) -> tuple[tuple[int, ...], tuple[str, ...], int]:
+    """Returns the shape of a run's images, its classes and its number of training images.
+
+    Args:
+      options: what `_division` leaves of the run's options.
+      named: whether the names of the classes must be the true ones.
+    """
+    name, held = options.dataset, options.validation_examples or 0
+    if name in _OF_THE_PAPER and not options.image_size and not named:
+        images = 50_000 - round(held if held >= 1 else held * 50_000)
+        classes = tuple(map(str, range(_OF_THE_PAPER[name])))
+        return (32, 32, 3), classes, min(images, options.train_examples or images)
+    data = load_data(options)
+    return data.image_shape, data.classes, len(data.train)
+
+
+@functools.cache
+def _flop(
+    options: Options, shape: tuple[int, ...], classes: tuple[str, ...]
+) -> list[tuple[str, str, float]]:
+    """Returns (name, network, FLOP for each image) of every stage of a run on such images."""
+    several = options.network.split(",")
+    for network in several:
+        networks.find(network)
+    # What the pixels are does not matter.
+    noise = np.random.RandomState(0).randint(0, 256, (4, *shape)).astype(np.uint8)
+    images = Arrays(noise, np.arange(4) % len(classes))
+    means, deviations = (128.0,) * shape[-1], (64.0,) * shape[-1]
+    data = ImageData("noise", classes, shape, images, images, means, deviations)
+    stages = METHODS[options.method].stages(
+        Assembly(data, trunk_share=options.trunk_share),
+        several if len(several) > 1 else several[0],
+        **method_arguments(options),
+    )
+    found: list[tuple[str, str, float]] = []
+    models: list[Distiller] = []
+    for stage in stages:
+        models.append(stage.build(models))
+        trained = stage.network if isinstance(stage.network, list) else [stage.network]
+        found.append((stage.name, ",".join(trained), training_flop(models[-1])))
+    return found

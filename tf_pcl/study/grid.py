@@ -1,0 +1,275 @@
+"""A grid of runs: which ones, what they cost, and a baseline that costs as much as the dearest."""
+
+import csv
+import dataclasses
+import functools
+import importlib.resources
+import os
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Optional
+
+from tf_pcl.errors import UserError, choose
+from tf_pcl.methods import BASELINE, METHODS
+from tf_pcl.options import Options
+from tf_pcl.study import cost
+from tf_pcl.training.assemble import method_arguments, options_of
+
+EQUAL_COST = f"{BASELINE}_equal_cost"
+# The tables of the paper by the names that people call them: a file has a column for each method
+# and a first column of networks or data sets.
+_TABLES = {
+    "1": ("table1_cifar10.csv", {"dataset": "cifar10"}),
+    "2": ("table2_cifar100.csv", {"dataset": "cifar100"}),
+    "two_stage": ("two_stage_resnet32.csv", {"network": "resnet32"}),
+}
+TABLES = tuple(_TABLES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """Runs that are asked for together: all combinations of methods, networks, data sets and seeds.
+
+    Attributes:
+      methods, networks, datasets: names.
+      seeds: numbers.
+      given: {option: value} of all of them. An option that only some methods take goes to these.
+      name: what they are called in place of their method; "" for the method.
+    """
+
+    methods: Sequence[str]
+    networks: Sequence[str]
+    datasets: Sequence[str]
+    seeds: Sequence[int]
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """A run of a grid.
+
+    Attributes:
+      name: its method, or what the runs of its line are called.
+      options: what to train and where; `workdir` is a folder of its own in that of the grid.
+    """
+
+    name: str
+    options: Options
+
+    @property
+    def path(self) -> str:
+        """The run's workdir."""
+        assert self.options.workdir
+        return self.options.workdir
+
+    @property
+    def title(self) -> str:
+        """The name of its folder."""
+        return os.path.basename(self.path)
+
+    @functools.cached_property
+    def stages(self) -> list[cost.Stage]:
+        """Its stages and what they cost."""
+        return cost.stages_of(self.options)
+
+    @property
+    def gflop(self) -> float:
+        """What its training costs."""
+        return sum(stage.gflop for stage in self.stages)
+
+    def command(self, python: str = "python") -> list[str]:
+        """Returns the command that trains it: what has its default value is left out."""
+        usual = Options().as_flags()
+        always = ("method", "network", "dataset", "seed")
+        values = {
+            name: value
+            for name, value in self.options.as_flags().items()
+            if name in always or usual.get(name) != value
+        }
+        flags = [f"--{name}={value}" for name, value in values.items()]
+        return [python, "-m", "tf_pcl", "train", *flags]
+
+
+def plan(lines: Sequence[Line], workdir: str, common: Optional[Mapping] = None) -> list[Cell]:
+    """Returns the runs that lines ask for, each once.
+
+    Args:
+      lines: what is asked for.
+      workdir: the folder of the grid.
+      common: {option: value} of all lines, unless they say otherwise.
+
+    Raises:
+      UserError: if an option goes with none of the methods, values are out of range, or runs that
+        differ would have one folder.
+    """
+    common = dict(common or {})
+    methods = {method for line in lines for method in line.methods}
+    for method in methods:
+        choose("method", method, METHODS, parameter="method")
+    cells: dict[str, Cell] = {}
+    for line in lines:
+        _refuse_untaken(common, methods)
+        _refuse_untaken(line.given, line.methods)
+        for dataset in line.datasets:
+            for network in line.networks:
+                for method in line.methods:
+                    for seed in line.seeds:
+                        told = dict(method=method, network=network, dataset=dataset, seed=seed)
+                        cell = _cell({**common, **line.given, **told}, line.name, workdir)
+                        _add(cells, cell)
+    return list(cells.values())
+
+
+def with_equal_cost(cells: Sequence[Cell], workdir: str) -> list[Cell]:
+    """Returns the runs and, for each comparison, a baseline that costs as much as the dearest.
+
+    A comparison are the runs that agree in all but the method and its own options. The baseline
+    has as many epochs as make it cost what the dearest of them costs; its learning rate drops at
+    the same shares of its training. Where none is dearer than a baseline, nothing is added.
+
+    Args:
+      cells: the runs.
+      workdir: the folder of the grid.
+    """
+    dearest: dict[Options, Cell] = {}
+    for cell in cells:
+        alone = _alone(cell.options)
+        if alone not in dearest or cell.gflop > dearest[alone].gflop:
+            dearest[alone] = cell
+    added: dict[str, list[tuple[Options, Cell]]] = {}
+    for alone, cell in dearest.items():
+        factor = cell.gflop / cost.cost_of(alone)
+        epochs = round(factor * alone.epochs)
+        if epochs <= alone.epochs:
+            continue
+        drops = alone.lr_decay_epochs
+        longer = dataclasses.replace(
+            alone,
+            epochs=epochs,
+            lr_decay_epochs=drops and tuple(round(e * epochs / alone.epochs, 2) for e in drops),
+        )
+        added.setdefault(_folder(EQUAL_COST, longer), []).append((longer, cell))
+    found = {cell.title: cell for cell in cells}
+    for several in added.values():
+        for longer, cell in several:
+            # Comparisons of one network, data set and seed are told apart by their dearest runs.
+            name = EQUAL_COST if len(several) == 1 else f"{EQUAL_COST}_to_{cell.name}"
+            _add(found, _cell(vars(longer), name, workdir))
+    return list(found.values())
+
+
+def table(
+    name: str, networks: Sequence[str] = (), methods: Sequence[str] = ()
+) -> list[dict[str, str]]:
+    """Returns the entries of a table of the paper, each as {"method", "network", "dataset"}.
+
+    Args:
+      name: one of TABLES.
+      networks, methods: if there are some, entries of others are left out.
+
+    Raises:
+      UserError: if there is no such table, or no such entry in it.
+    """
+    file, common = _TABLES[choose("table", name, TABLES, parameter="table")]
+    text = (importlib.resources.files("tf_pcl") / "paper" / file).read_text(encoding="utf-8")
+    rows = csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
+    entries = [
+        {**common, key: row[key], "method": method}
+        for row in rows
+        for key in ("network", "dataset")
+        if key in row
+        for method in row
+        if method != key
+    ]
+    for what, wanted in ("network", networks), ("method", methods):
+        for one in wanted:
+            choose(what, one, sorted({entry[what] for entry in entries}), parameter=f"{what}s")
+        entries = [entry for entry in entries if not wanted or entry[what] in wanted]
+    return entries
+
+
+def shared_stages(cell: Cell, other: Cell) -> list[str]:
+    """Returns the folders of the earlier stages that two runs have in common, bit for bit.
+
+    These are the first stages of one method with the same options, `network` apart, as long as
+    they train the same network though the methods' target networks differ. They have the same
+    seeds.
+
+    Args:
+      cell, other: two runs.
+    """
+    free = cell.options.run_only() - {"data_dir"}
+    differ = {
+        name
+        for name, value in vars(cell.options).items()
+        if value != getattr(other.options, name) and name not in free
+    }
+    if differ != {"network"} or cell.options.weights:
+        return []
+    found = []
+    for number, (mine, its) in enumerate(zip(cell.stages[:-1], other.stages[:-1]), 1):
+        if (mine.name, mine.network) != (its.name, its.network):
+            break
+        found.append(f"{number}-{mine.name}")
+    return found
+
+
+def saved_by_sharing(cells: Sequence[Cell]) -> float:
+    """Returns the GFLOP that runs need not spend on stages that an earlier one has trained."""
+    saved = 0.0
+    for i, cell in enumerate(cells):
+        most = max((len(shared_stages(cell, other)) for other in cells[:i]), default=0)
+        saved += sum(stage.gflop for stage in cell.stages[:most])
+    return saved
+
+
+def in_a_shell(cell: Cell) -> str:
+    """Returns the command of a run as a line for a shell."""
+    return shlex.join(cell.command())
+
+
+def _cell(values: Mapping[str, Any], name: str, workdir: str) -> Cell:
+    """Returns a run; options that its method does not take are left out."""
+    own = set().union(*map(options_of, METHODS)) - options_of(values["method"])
+    taken = {option: value for option, value in values.items() if option not in own}
+    options = Options(**{**taken, "workdir": None})
+    name = name or options.method
+    path = os.path.join(workdir, _folder(name, options))
+    return Cell(name, dataclasses.replace(options, workdir=path))
+
+
+def _folder(name: str, options: Options) -> str:
+    network = options.network.replace(",", "+")
+    whole = f"{name}-{network}-{options.dataset}-seed{options.seed}"
+    # Names of networks and data sets may have colons and slashes.
+    return re.sub(r"[^\w.+-]", ".", whole)
+
+
+def _add(cells: dict[str, Cell], cell: Cell) -> None:
+    known = cells.setdefault(cell.title, cell)
+    if known != cell:
+        raise UserError(
+            f"two different runs would be called {cell.title}: give the lines of the grid names of "
+            "their own"
+        )
+
+
+def _alone(options: Options) -> Options:
+    """Returns the options of the baseline that agrees with others in all but the method."""
+    own = set().union(*map(options_of, METHODS)) - options_of(BASELINE)
+    unset: dict[str, Any] = dict.fromkeys(own)
+    network, *_ = options.network.split(",")
+    return dataclasses.replace(options, method=BASELINE, network=network, workdir=None, **unset)
+
+
+def _refuse_untaken(given: Mapping[str, Any], methods: Iterable[str]) -> None:
+    """Raises UserError for an option that is for methods, but none of these."""
+    every = sorted(methods)
+    taken = set().union(*map(options_of, every))
+    for name in sorted(set().union(*map(options_of, METHODS)) - taken):
+        if given.get(name) is not None:
+            # As long as any ramp-up may be.
+            values = {"epochs": 1_000_000, name: given[name]}
+            method_arguments(Options(method=every[0], **values))

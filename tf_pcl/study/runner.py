@@ -1,0 +1,290 @@
+"""Runs the cells of a grid, one process each, and goes on where an earlier call stopped."""
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from tf_pcl.errors import Stopped, UserError, choose
+from tf_pcl.study import process
+from tf_pcl.study.grid import Cell, shared_stages
+from tf_pcl.training.report import versions
+from tf_pcl.training.workdir import Workdir, saved_model
+
+# Seconds that the runs on a Ray cluster have to save and end after Ctrl-C.
+_PATIENCE = 180
+
+
+class Failure(NamedTuple):
+    """A run that did not come to its end.
+
+    Attributes:
+      cell: which one.
+      status: the exit status of its process.
+      log: the file with its output.
+    """
+
+    cell: Cell
+    status: int
+    log: str
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Checks that every run can use its workdir. Writes nothing.
+
+    Raises:
+      UserError: if a workdir holds a run with other options, or another process works in it.
+    """
+    for cell in cells:
+        Workdir(cell.path).check(cell.options)
+
+
+def results_of(cell: Cell) -> Optional[dict[str, Any]]:
+    """Returns the contents of results.json of a run that is done, else None."""
+    try:
+        with open(Workdir(cell.path).results, encoding="utf-8") as f:
+            results: dict[str, Any] = json.load(f)
+    except (OSError, ValueError):
+        return None
+    done = results.get("epochs") == cell.options.epochs and saved_model(cell.path)
+    return results if done else None
+
+
+def run(cells: Sequence[Cell], runner: str = "here") -> list[Failure]:
+    """Trains those runs that are not done, each in a process of its own.
+
+    Standard output tells of every run that ends. On a terminal, a bar below shows how much of the
+    whole cost is done and how much time is left.
+
+    Args:
+      cells: the runs, whose workdirs have passed `check`.
+      runner: "here" trains one after another in this machine, "ray" as many at a time as a Ray
+        cluster has machines or GPUs for. All machines must see the same folders.
+
+    Returns:
+      The runs that failed; the others are done.
+
+    Raises:
+      UserError: if there is no such runner, or ray is not installed.
+      Stopped: on Ctrl-C. The runs under way have saved, and the same call goes on there.
+    """
+    train = _RUNNERS[choose("runner", runner, RUNNERS, parameter="runner")]
+    board = _Board(cells)
+    try:
+        with board.bar:
+            train(board)
+    except KeyboardInterrupt:
+        names = ", ".join(cell.title for cell, _ in board.running.values())
+        raise Stopped(
+            f"stopped in {names or 'no run'}; what was saved stands, and the same command goes on "
+            "from there"
+        ) from None
+    return board.failures
+
+
+class _Board:
+    """Tells how far the runs of a grid are.
+
+    Attributes:
+      cells: all runs.
+      waiting: those that were not done at the beginning.
+      running: {name of its folder: (run, what it had spent when it began)}.
+      failures: those that failed.
+      bar: shows all on a terminal.
+    """
+
+    def __init__(self, cells: Sequence[Cell]):
+        self.cells = cells
+        self.waiting = [cell for cell in cells if not results_of(cell)]
+        self.running: dict[str, tuple[Cell, float]] = {}
+        self.failures: list[Failure] = []
+        self._spent = 0.0
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        self.say = console.print
+        # Runs advance by epochs, which may take minutes.
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left:"),
+            TimeRemainingColumn(),
+            console=console,
+            speed_estimate_period=3600,
+            disable=not console.is_terminal,
+        )
+        self._task = self.bar.add_task("")
+        done = len(cells) - len(self.waiting)
+        if done:
+            self.say(f"{done} of {len(cells)} runs are done already")
+
+    def begin(self, cell: Cell) -> None:
+        """Tells that a run begins."""
+        took = _take_shared(cell, self.cells)
+        if took:
+            self.say(f"{cell.title}: {', '.join(took)} is that of a run before")
+        self.running[cell.title] = cell, _done(cell)
+        self.look()
+
+    def look(self) -> None:
+        """Shows how far the runs under way are."""
+        spent = sum(_done(cell) - before for cell, before in self.running.values())
+        # What is done at the beginning took no time, and tells nothing about the time left.
+        left = sum(cell.gflop - _done(cell) for cell in self._unfinished())
+        self.bar.update(
+            self._task,
+            description=", ".join(self.running) or "…",
+            completed=self._spent + spent,
+            total=self._spent + spent + left,
+        )
+
+    def end(self, cell: Cell, status: int, seconds: float) -> None:
+        """Tells that the process of a run has ended."""
+        _, before = self.running.pop(cell.title)
+        self._spent += _done(cell) - before
+        results = results_of(cell)
+        if status or not results:
+            failure = Failure(cell, status, log_of(cell))
+            self.failures.append(failure)
+            self.say(f"{cell.title}: FAILED with status {status}: {_last_line(failure.log)}")
+        else:
+            self.say(f"{cell.title}: test error {results['deployed_error']:.2f} %, {seconds:.0f} s")
+        self.look()
+
+    def _unfinished(self) -> list[Cell]:
+        failed = {failure.cell.title for failure in self.failures}
+        return [cell for cell in self.waiting if cell.title not in failed]
+
+
+def log_of(cell: Cell) -> str:
+    """Returns the path of the file with the output of a run's process."""
+    return os.path.join(cell.path, "log.txt")
+
+
+def _one_by_one(board: _Board) -> None:
+    for cell in board.waiting:
+        board.begin(cell)
+        began = time.perf_counter()
+        status = process.run(cell.command(sys.executable), log_of(cell), board.look)
+        board.end(cell, status, time.perf_counter() - began)
+
+
+def _on_ray(board: _Board) -> None:
+    try:
+        import ray
+    except ImportError as e:
+        raise UserError(
+            "it needs the package ray: pip install ray", parameter="runner", value="ray"
+        ) from e
+    ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # A run has a GPU, or a machine.
+    if any(node.get("GPU") for node in nodes):
+        needs = {"num_gpus": 1.0}
+    else:
+        needs = {"num_cpus": max(node.get("CPU", 1.0) for node in nodes)}
+    remote = ray.remote(**needs, max_retries=0)(process.run)
+    # The same package as here, wherever the workers look for theirs.
+    found = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    refs: dict[Any, tuple[Cell, float]] = {}
+    for cell in board.waiting:
+        board.begin(cell)
+        log = os.path.abspath(log_of(cell))
+        ref = remote.remote(
+            cell.command(sys.executable), log, folder=os.getcwd(), environment=found
+        )
+        refs[ref] = cell, time.perf_counter()
+    try:
+        while refs:
+            ended, _ = ray.wait(list(refs), timeout=1)
+            for ref in ended:
+                cell, began = refs.pop(ref)
+                try:
+                    status = ray.get(ref)
+                except ray.exceptions.RayError:
+                    status = -1
+                board.end(cell, status, time.perf_counter() - began)
+            board.look()
+    except KeyboardInterrupt:
+        for ref in refs:
+            ray.cancel(ref)
+        ray.wait(list(refs), num_returns=len(refs), timeout=_PATIENCE)
+        raise
+    finally:
+        ray.shutdown()
+
+
+_RUNNERS = {"here": _one_by_one, "ray": _on_ray}
+RUNNERS = tuple(_RUNNERS)
+
+
+def _take_shared(cell: Cell, cells: Sequence[Cell]) -> list[str]:
+    """Copies stages that another run has trained into a run that has not begun; returns which.
+
+    A run finds such a stage done, as it does when it goes on after a stop.
+    """
+    if os.path.exists(Workdir(cell.path).flags):
+        return []
+    for other in cells:
+        names = shared_stages(cell, other)
+        if names and results_of(other) and _same_stack(other):
+            os.makedirs(cell.path, exist_ok=True)
+            for name in names:
+                whole = os.path.join(cell.path, name)
+                if not os.path.exists(whole):
+                    shutil.copytree(
+                        os.path.join(other.path, name), whole + ".part", dirs_exist_ok=True
+                    )
+                    os.replace(whole + ".part", whole)
+            return names
+    return []
+
+
+def _same_stack(cell: Cell) -> bool:
+    """Returns whether a run was made on the stack of this process, which rounds alike."""
+    try:
+        Workdir(cell.path).check_versions(versions())
+    except UserError:
+        return False
+    return True
+
+
+def _done(cell: Cell) -> float:
+    """Returns the GFLOP that a run has spent so far, as its epochs tell."""
+    workdir = Workdir(cell.path)
+    *before, last = cell.stages
+    folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(before, 1)]
+    return sum(
+        stage.gflop * min(1.0, _epochs(folder) / cell.options.epochs)
+        for stage, folder in zip([*before, last], [*folders, workdir])
+    )
+
+
+def _epochs(workdir: Workdir) -> int:
+    try:
+        with open(workdir.metrics, "rb") as f:
+            return max(0, f.read().count(b"\n") - 1)
+    except OSError:
+        return 0
+
+
+def _last_line(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as f:
+            lines = [line.strip() for line in f if line.strip()]
+    except OSError as e:
+        return f"no output was found: {e.strerror}"
+    return lines[-1] if lines else "it said nothing"

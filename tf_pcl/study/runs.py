@@ -1,0 +1,348 @@
+"""Runs as they lie on disk, and which of them differ by nothing but the seed."""
+
+import collections
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+
+from tf_pcl import options
+from tf_pcl.errors import UserError
+from tf_pcl.methods import BASELINE, METHODS
+from tf_pcl.options import Options
+from tf_pcl.training.workdir import Workdir, saved_model
+
+# Options of the machine and of how often to look, which leave the result as it is but for rounding.
+_MACHINE = {"strategy", "jit_compile", "deterministic", "test_every"}
+# What a run is about; a report has a section for each.
+_SUBJECT = ("data", "network")
+# Facts of data.json that do not depend on the seed.
+_FACTS = ("classes", "image_shape", "test images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run.
+
+    Attributes:
+      path: its workdir.
+      options: what it was asked for.
+      results: the contents of results.json; None before the first test of the last stage.
+      rows: the rows of metrics.csv of the last stage.
+      data: the contents of data.json, {} if there is none.
+    """
+
+    path: str
+    options: Options
+    results: Optional[dict[str, Any]]
+    rows: Sequence[Mapping[str, float]]
+    data: Mapping[str, Any]
+
+    @property
+    def done(self) -> bool:
+        """Whether its training has come to its end."""
+        if self.results is None:
+            return False
+        return self.results["epochs"] >= self.options.epochs or bool(saved_model(self.path))
+
+    def predictions(self) -> Optional[tuple[np.ndarray, np.ndarray]]:
+        """Returns labels int64 [N] and logits float32 [N, K] of the test images, if kept."""
+        path = os.path.join(self.path, "evaluation", "predictions.npz")
+        if not os.path.exists(path):
+            return None
+        with np.load(path) as arrays:
+            return arrays["labels"], arrays["logits"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Finished runs that differ by nothing but the seed.
+
+    Attributes:
+      label: what tells it from the others of its section, for people.
+      settings: {name: text} of the options that were given, but for the seed, the machine's and
+        those that have the method's default.
+      runs: {seed: Run}, at least one.
+      unfinished: {seed: Run}.
+    """
+
+    label: str
+    settings: Mapping[str, str]
+    runs: Mapping[int, Run]
+    unfinished: Mapping[int, Run] = dataclasses.field(default_factory=dict)
+
+    @property
+    def options(self) -> Options:
+        """The options of one of its runs."""
+        return next(iter(self.runs.values())).options
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether its network was trained alone, without distillation."""
+        return self.options.method == BASELINE
+
+    @property
+    def deployed(self) -> str:
+        """The name of the exit that is deployed."""
+        return str(_results(next(iter(self.runs.values())))["deployed"])
+
+    def errors(self, exit_name: Optional[str] = None) -> dict[int, float]:
+        """Returns {seed: test error in percent at the end} of an exit, by default the deployed."""
+        found = {seed: _results(run) for seed, run in self.runs.items()}
+        if exit_name is None:
+            return {seed: results["deployed_error"] for seed, results in found.items()}
+        return {seed: results["error"][exit_name] for seed, results in found.items()}
+
+    def exits(self) -> list[str]:
+        """Returns the names of the exits that all runs have."""
+        first, *others = (_results(run)["error"] for run in self.runs.values())
+        return [name for name in first if all(name in other for other in others)]
+
+    def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
+        """Returns epochs [E] and values [seeds, E] of a column of metrics.csv.
+
+        Epochs that are not in all runs are left out; E may be 0.
+        """
+        found = [
+            {row["epoch"]: row[column] for row in run.rows if column in row}
+            for run in self.runs.values()
+        ]
+        epochs = sorted(set.intersection(*(set(one) for one in found)))
+        return np.array(epochs), np.array([[one[e] for e in epochs] for one in found])
+
+
+class Section(NamedTuple):
+    """Groups that can be compared: one network on one data set.
+
+    Attributes:
+      data: the data set, for people.
+      network: the network's name.
+      groups: the groups, those of the baseline first.
+      common: {name: text} of the settings that all have unless their label says otherwise, but
+        for defaults.
+    """
+
+    data: str
+    network: str
+    groups: list[Group]
+    common: dict[str, str]
+
+
+class Study(NamedTuple):
+    """Any set of runs.
+
+    Attributes:
+      sections: at least one.
+      notes: sentences about runs that are missing, unfinished or left out.
+    """
+
+    sections: list[Section]
+    notes: list[str]
+
+
+def read(paths: Iterable[str]) -> Study:
+    """Reads runs and groups them.
+
+    Args:
+      paths: workdirs, or folders that hold workdirs at any depth.
+
+    Raises:
+      UserError: if a path is no folder, or no finished run is found.
+    """
+    paths = list(paths)
+    notes: list[str] = []
+    found = []
+    for path in dict.fromkeys(os.path.realpath(p) for given in paths for p in _workdirs(given)):
+        try:
+            found.append(_read(path))
+        except (UserError, ValueError, KeyError, TypeError) as e:
+            notes.append(f"{path} cannot be read and is left out: {e}")
+    if not any(run.done for run in found):
+        raise UserError(
+            f"no finished run lies in {', '.join(paths)}: give workdirs of runs, or folders that "
+            "hold them" + "".join(f"; {note}" for note in [*notes, *map(_unfinished, found)][:3])
+        )
+    sections = _sections(found, notes)
+    notes += _gaps(sections) + _versions(found)
+    return Study(sections, notes)
+
+
+def settings_of(given: Options) -> dict[str, str]:
+    """Returns {name: text} of the options that make a result what it is, but for the seed.
+
+    What is not given, or has the default of the method, is left out.
+    """
+    defaults = METHODS[given.method].parameters()
+    leave = {*given.run_only(), *_MACHINE, "seed"}
+    default_texts = {
+        name: dataclasses.replace(given, **{name: value}).as_flags().get(name)
+        for name, value in defaults.items()
+        if name in options.names() and name not in ("network", "preprocess") and value is not None
+    }
+    return {
+        name: text
+        for name, text in given.as_flags().items()
+        if name not in leave and default_texts.get(name) != text
+    }
+
+
+def _workdirs(path: str) -> Iterator[str]:
+    """Yields the workdirs at and below a path, but for those of earlier stages."""
+    if not os.path.isdir(path):
+        raise UserError(f"{path} is no folder: give workdirs of runs, or folders that hold them")
+    for folder, names, files in os.walk(path):
+        names.sort()
+        if os.path.basename(Workdir(folder).flags) in files:
+            # What lies in a workdir belongs to its run.
+            names.clear()
+            yield folder
+
+
+def _read(path: str) -> Run:
+    workdir = Workdir(path)
+    given = options.from_file(workdir.flags)
+    if given.method not in METHODS:
+        raise UserError(f"its method {given.method} is not known to this version")
+    results, data = _json(workdir.results), _json(workdir.data) or {}
+    rows = workdir.read_rows()
+    if results is not None:
+        # Runs of earlier versions have it in metrics.csv alone.
+        last = next((row for row in reversed(rows) if "val_diversity" in row), {})
+        if "val_diversity" in last:
+            results.setdefault("diversity", last["val_diversity"])
+        if not {"deployed", "deployed_error", "epochs", "error"} <= {*results}:
+            raise UserError("its results.json is not that of a run")
+    return Run(path, given, results, rows, data)
+
+
+def _json(path: str) -> Optional[dict[str, Any]]:
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        return dict(json.load(f))
+
+
+def _results(run: Run) -> dict[str, Any]:
+    assert run.results is not None
+    return run.results
+
+
+def _sections(found: Sequence[Run], notes: list[str]) -> list[Section]:
+    """Returns the sections; what is left out is added to the notes."""
+    grouped: dict[Any, dict[int, list[Run]]] = {}
+    data = _data_names(found)
+    for run in found:
+        settings = {**settings_of(run.options), "data": data[run.path]}
+        key = tuple(sorted(settings.items()))
+        grouped.setdefault(key, {}).setdefault(run.options.seed, []).append(run)
+    by_subject: dict[Any, list[Group]] = {}
+    for key, seeds in grouped.items():
+        done: dict[int, Run] = {}
+        unfinished: dict[int, Run] = {}
+        for seed, runs in sorted(seeds.items()):
+            first, *others = sorted(runs, key=lambda run: not run.done)
+            (done if first.done else unfinished)[seed] = first
+            notes += [f"{run.path} is left out: {first.path} is the same run" for run in others]
+        settings = dict(key)
+        notes += [_unfinished(run) for run in unfinished.values()]
+        if done:
+            subject = tuple(settings[name] for name in _SUBJECT)
+            by_subject.setdefault(subject, []).append(Group("", settings, done, unfinished))
+    return [
+        _labelled(name, network, groups) for (name, network), groups in sorted(by_subject.items())
+    ]
+
+
+def _data_names(found: Sequence[Run]) -> dict[str, str]:
+    """Returns {run's path: the name of its data}; the folder is named where data differ."""
+    kinds: dict[str, set] = collections.defaultdict(set)
+    fingerprint = lambda run: json.dumps([run.data.get(name) for name in _FACTS])
+    for run in found:
+        kinds[run.options.dataset].add(fingerprint(run))
+    names = {}
+    for run in found:
+        name = run.options.dataset
+        if len(kinds[name]) > 1:
+            facts = [
+                os.path.basename(os.path.normpath(run.options.data_dir or "")).strip("."),
+                f"{len(run.data.get('classes', []))} classes",
+                f"{run.data.get('test images', 0):,} test images",
+            ]
+            name += f" ({', '.join(filter(None, facts))})"
+        names[run.path] = name
+    return names
+
+
+def _labelled(data: str, network: str, groups: list[Group]) -> Section:
+    """Returns a section whose groups are named by what tells them apart."""
+    order = list(METHODS)
+    groups = sorted(
+        groups,
+        key=lambda g: (
+            not g.is_baseline,
+            order.index(g.options.method),
+            g.options.epochs,
+            len(g.settings),
+        ),
+    )
+    names = dict.fromkeys(name for group in groups for name in group.settings)
+    common: dict[str, str] = {}
+    changes: list[list[str]] = [[] for _ in groups]
+    defaults = Options().as_flags()
+    for name in names:
+        if name in ("method", "dataset", *_SUBJECT):
+            continue
+        values = [group.settings.get(name) for group in groups]
+        usual = collections.Counter(values).most_common(1)[0][0]
+        if usual is not None and (usual != defaults.get(name) or len({*values}) > 1):
+            common[name] = usual
+        for change, value in zip(changes, values):
+            if value != usual:
+                change.append(f"default {name}" if value is None else f"{name}={value}")
+    labelled = [
+        dataclasses.replace(
+            group, label=group.options.method + (f" ({', '.join(change)})" if change else "")
+        )
+        for group, change in zip(groups, changes)
+    ]
+    return Section(data, network, labelled, common)
+
+
+def _unfinished(run: Run) -> str:
+    if run.results is None:
+        return f"{run.path} is not finished: no test of its last stage has been made"
+    return f"{run.path} is not finished: {run.results['epochs']} of {run.options.epochs} epochs"
+
+
+def _gaps(sections: Sequence[Section]) -> list[str]:
+    """Returns a sentence for each group that lacks a seed which another of its section has."""
+    notes = []
+    for section in sections:
+        seeds = sorted({seed for group in section.groups for seed in group.runs})
+        for group in section.groups:
+            lacking = [str(seed) for seed in seeds if seed not in group.runs]
+            if lacking:
+                several = len(lacking) > 1
+                notes.append(
+                    f"seed{'s' * several} {', '.join(lacking)} of {group.label} "
+                    f"{'are' if several else 'is'} missing ({section.data}, {section.network})"
+                )
+    return notes
+
+
+def _versions(found: Sequence[Run]) -> list[str]:
+    """Returns a sentence if the runs were made with several versions of a package."""
+    differ = {}
+    for package in ("tf_pcl", "tensorflow", "keras"):
+        versions = {(run.results or {}).get("versions", {}).get(package) for run in found} - {None}
+        if len(versions) > 1:
+            differ[package] = ", ".join(sorted(versions))
+    if not differ:
+        return []
+    return [
+        "the runs were made with several versions, which may round differently: "
+        + "; ".join(f"{package} {versions}" for package, versions in differ.items())
+    ]

@@ -1,0 +1,173 @@
+"""What several seeds, or the test images of two networks, say about a difference."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Optional
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+# The bootstrap's samples. The ends of its interval vary by about 1 % of its width then.
+_SAMPLES = 10_000
+
+
+class Summary(NamedTuple):
+    """The mean of some values.
+
+    Attributes:
+      size: how many values there are, at least 1.
+      mean: their mean.
+      deviation: the sample standard deviation, with size − 1 in the denominator; None for one
+        value.
+    """
+
+    size: int
+    mean: float
+    deviation: Optional[float]
+
+
+class Difference(NamedTuple):
+    """The mean of paired differences, and what is known of it.
+
+    Attributes:
+      size: how many pairs there are.
+      mean: the mean difference, first minus second.
+      low, high: the ends of its confidence interval; None where there is none.
+    """
+
+    size: int
+    mean: float
+    low: Optional[float] = None
+    high: Optional[float] = None
+
+    @property
+    def clear(self) -> Optional[bool]:
+        """Whether the interval leaves out 0; None where there is no interval."""
+        if self.low is None or self.high is None:
+            return None
+        return self.low > 0 or self.high < 0
+
+    @property
+    def verdict(self) -> str:
+        """The words for people: "more than noise", "within noise" or "not known"."""
+        return {True: "more than noise", False: "within noise", None: "not known"}[self.clear]
+
+
+class McNemar(NamedTuple):
+    """McNemar's exact test of two classifiers on the same images.
+
+    Attributes:
+      first_only: how many images the first alone gets right.
+      second_only: how many the second alone gets right.
+      p: the probability, if both were equally good, of a split at least as uneven; in (0, 1].
+    """
+
+    first_only: int
+    second_only: int
+    p: float
+
+
+class Reliability(NamedTuple):
+    """How often a classifier is right when it is so sure.
+
+    Attributes:
+      confidence, accuracy: float64 [bins], the means within each bin; NaN in an empty one.
+      size: int64 [bins], how many images each bin has.
+      error: the expected calibration error in [0, 1], the mean over images of the distance between
+        their bin's accuracy and confidence.
+    """
+
+    confidence: np.ndarray
+    accuracy: np.ndarray
+    size: np.ndarray
+    error: float
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """Returns the Summary of at least one value."""
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    return Summary(len(values), float(np.mean(values)), deviation)
+
+
+def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Optional[Difference]:
+    """Compares two settings over the seeds that both have.
+
+    The interval is that of Student's t for paired values, which takes the differences as normally
+    distributed over seeds. There is none for one seed, nor where all differences are equal, which
+    in few seeds is chance: it would have no width.
+
+    Args:
+      first, second: {seed: error}.
+
+    Returns:
+      The Difference of first − second, or None if no seed is in both.
+    """
+    differences = np.array([first[s] - second[s] for s in sorted({*first} & {*second})])
+    if not len(differences):
+        return None
+    mean = float(np.mean(differences))
+    if len(differences) < 2 or np.ptp(differences) < 1e-9:
+        return Difference(len(differences), mean)
+    half = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * stats.sem(differences)
+    return Difference(len(differences), mean, float(mean - half), float(mean + half))
+
+
+def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
+    """Tests whether two classifiers differ on the images that they were both given.
+
+    Args:
+      first, second: bool [N], whether each gets the image right.
+    """
+    a, b = int(np.sum(first & ~second)), int(np.sum(second & ~first))
+    p = stats.binomtest(a, a + b, 0.5).pvalue if a + b else 1.0
+    return McNemar(a, b, float(p))
+
+
+def bootstrap(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
+    """Compares two settings over test images, which are drawn anew with replacement.
+
+    The interval tells how much other test images could change the difference between these
+    networks. It does not tell what other seeds would give.
+
+    Args:
+      first, second: [N], each image's error: 0 or 1, or the share of seeds that get it wrong.
+      seed: of the draws.
+
+    Returns:
+      The Difference of first − second in percent; its interval holds the middle 95 % of the draws.
+    """
+    each = 100.0 * (np.asarray(first, np.float64) - np.asarray(second, np.float64))
+    # How often each value occurs is all that a draw depends on.
+    values, counts = np.unique(each, return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(each), counts / len(each), _SAMPLES)
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile(drawn @ values / len(each), [tail, 100 - tail])
+    return Difference(len(each), float(np.mean(each)), float(low), float(high))
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns the probabilities float64 [N, K] of logits [N, K]."""
+    shifted = np.asarray(logits, np.float64)
+    e = np.exp(shifted - shifted.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> Reliability:
+    """Compares how sure a classifier is with how often it is right.
+
+    Args:
+      labels: int [N].
+      probabilities: [N, K].
+      bins: the number of bins of equal width from 0 to 1; an image belongs to that of its largest
+        probability.
+    """
+    confidence = probabilities.max(-1)
+    right = probabilities.argmax(-1) == labels
+    place = np.minimum((confidence * bins).astype(int), bins - 1)
+    count = np.bincount(place, minlength=bins)
+    with np.errstate(invalid="ignore"):
+        mean = np.bincount(place, confidence, bins) / count
+        accuracy = np.bincount(place, right, bins) / count
+    error = math.fsum(np.nan_to_num(np.abs(accuracy - mean)) * count) / len(labels)
+    return Reliability(mean, accuracy, count, error)

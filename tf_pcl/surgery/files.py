@@ -1,0 +1,263 @@
+"""What files of Keras hold, read without running the code that is in them.
+
+A whole model in a file is more than weights. Keras builds what the file describes: the Python code
+of Lambda layers, functions that are named, and, in a SavedModel, a graph. Here weights are read as
+arrays, and a network is built only from layers that Keras itself has.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.protobuf import trackable_object_graph_pb2
+
+from tf_pcl import compat
+from tf_pcl.compat import keras
+from tf_pcl.errors import UserError
+from tf_pcl.surgery.features import LogOfProbabilities, WithoutActivation
+from tf_pcl.surgery.graph import finalize, leaves
+
+_MODELS = {"Functional", "Model", "Sequential"}
+# Layers that the surgery puts into networks.
+_OWN = {cls.__name__: cls for cls in (LogOfProbabilities, WithoutActivation)}
+_HARMLESS = {*_MODELS, *_OWN, "Policy", "__tuple__", "__ellipsis__"}
+# Layers that run code or open files which their configuration names.
+_HARMFUL = {"Lambda", "TFSMLayer", "StringLookup", "IntegerLookup", "TextVectorization"}
+# Layers of functions of TensorFlow, and what these functions may be.
+_FUNCTION_LAYERS = {"TFOpLambda", "SlicingOpLambda"}
+_FUNCTIONS = re.compile(
+    r"(math|nn|image|linalg|__operators__)\.\w+|cast|concat|stack|unstack|split|reshape|squeeze|"
+    r"expand_dims|transpose|tile|pad|identity|stop_gradient|where|gather|slice|strided_slice|shape|"
+    r"reverse|one_hot|clip_by_value|zeros_like|ones_like|add|subtract|multiply|divide|matmul|"
+    r"minimum|maximum|abs|sqrt|square|exp|tanh|sigmoid|pow|einsum|reduce_(mean|sum|max|min|all|any)"
+)
+
+
+class Layer(NamedTuple):
+    """A layer's name and its weights as they are in a file, in Keras's order."""
+
+    name: str
+    weights: list
+
+
+def is_model(path: str) -> bool:
+    """Says whether a file is a whole model, and not one of weights alone.
+
+    Raises:
+      OSError: if a .h5 file cannot be read.
+    """
+    if path.endswith(".keras") or os.path.isdir(path):
+        return True
+    if not path.endswith((".h5", ".hdf5")):
+        return False
+    import h5py
+
+    with h5py.File(path) as f:
+        return "model_config" in f.attrs
+
+
+def read_layers(path: str) -> list[Layer]:
+    """Reads the layers of a whole model that have weights, inner models' in place of these.
+
+    Args:
+      path: .h5, .keras or the folder of a SavedModel that Keras has written.
+
+    Raises:
+      KeyError, OSError, ValueError: or whatever else a damaged file leads to.
+    """
+    if os.path.isdir(path):
+        found = _of_saved_model(path)
+    else:
+        found = _of_keras(path) if path.endswith(".keras") else _of_h5(path)
+    return [layer for layer in found if layer.weights]
+
+
+def read_network(folder: str) -> keras.Model:
+    """Builds the network of a SavedModel that Keras has written, of Keras's own layers alone.
+
+    The graph in the SavedModel is not loaded.
+
+    Args:
+      folder: its folder.
+
+    Raises:
+      UserError: if it has layers or functions which are not Keras's own, or which run code.
+      KeyError, OSError, ValueError: or whatever else a damaged file leads to.
+    """
+    if compat.names_are_taken():
+        raise UserError(
+            f"{folder} cannot be loaded where another Keras, tf_keras, has taken the names of the "
+            "layers: load it in a process that imports neither tensorflow-hub nor tf_keras"
+        )
+    described = _metadata(folder)["root"]
+    foreign = _foreign(described["class_name"], described["config"])
+    if foreign:
+        raise UserError(
+            f"{folder} holds {foreign}, which may run code of its own: if you trust its source, "
+            "give `trust_files`"
+        )
+    cls = keras.Sequential if described["class_name"] == "Sequential" else keras.Model
+    with keras.utils.custom_object_scope(_OWN):
+        network = cls.from_config(described["config"])
+    targets = [layer for layer in leaves(network) if layer.weights]
+    values = read_layers(folder)
+    if len(targets) != len(values):
+        raise ValueError(f"{len(values)} layers have weights, where {len(targets)} are described")
+    for layer, (_, weights) in zip(targets, values):
+        layer.set_weights(weights)
+    finalize(network)
+    return network
+
+
+def _foreign(class_name: str, config: Any) -> Optional[str]:
+    """Names the first thing in a configuration that is not harmless; None if all is."""
+    for node in _nodes({"class_name": class_name, "config": config}):
+        name, inside = str(node["class_name"]), node.get("config")
+        inside = inside if isinstance(inside, Mapping) else {}
+        if name in _FUNCTION_LAYERS:
+            function = str(inside.get("function"))
+            if not _FUNCTIONS.fullmatch(function):
+                return f"a call of the function {function}"
+        elif not (name in _HARMLESS or _is_keras_s(name, node.get("module"))):
+            called = f"{inside['name']!r} " if "name" in inside else ""
+            return f"the layer {called}of the class {name}"
+    return None
+
+
+def _nodes(value: Any) -> Iterator[Mapping[str, Any]]:
+    """Yields the parts of a configuration that name a class, at any depth."""
+    if isinstance(value, Mapping):
+        if "class_name" in value:
+            yield value
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _nodes(one)
+
+
+def _is_keras_s(name: str, module: Optional[str]) -> bool:
+    """Says whether a class is one that Keras has under this name, and harmless."""
+    spaces = {
+        "keras.layers": keras.layers,
+        "keras.initializers": keras.initializers,
+        "keras.regularizers": keras.regularizers,
+        "keras.constraints": keras.constraints,
+    }
+    if name in _HARMFUL or module and module not in spaces:
+        return False
+    places = [spaces[module]] if module else spaces.values()
+    return any(inspect.isclass(getattr(place, name, None)) for place in places)
+
+
+def _of_h5(path: str) -> Iterator[Layer]:
+    import h5py
+
+    with h5py.File(path) as f:
+        groups = f["model_weights"]
+        for described in json.loads(f.attrs["model_config"])["config"]["layers"]:
+            group = groups[described["config"]["name"]]
+            weights = {name: np.array(group[name]) for name in _texts(group, "weight_names")}
+            if "layers" not in described["config"]:
+                yield Layer(described["config"]["name"], list(weights.values()))
+                continue
+            for name in _names(described["config"]):
+                own = [value for key, value in weights.items() if key.startswith(f"{name}/")]
+                yield Layer(name, own)
+
+
+def _texts(group: Any, name: str) -> list[str]:
+    """Returns an attribute of texts, which Keras divides where it is too long for one."""
+    parts = [group.attrs[name]] if name in group.attrs else []
+    while f"{name}{len(parts)}" in group.attrs:
+        parts.append(group.attrs[f"{name}{len(parts)}"])
+    return [t.decode() if isinstance(t, bytes) else t for part in parts for t in part]
+
+
+def _names(config: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the names of the layers in a model's configuration, inner models' included."""
+    for layer in config["layers"]:
+        if "layers" in layer["config"]:
+            yield from _names(layer["config"])
+        else:
+            yield layer["config"]["name"]
+
+
+def _of_keras(path: str) -> Iterator[Layer]:
+    import h5py
+
+    with zipfile.ZipFile(path) as z:
+        config = json.loads(z.read("config.json"))["config"]
+        with z.open("model.weights.h5") as stored, h5py.File(stored) as f:
+            yield from _of_groups(config, f)
+
+
+def _of_groups(config: Mapping[str, Any], group: Any) -> Iterator[Layer]:
+    """Yields the layers of a model, whose groups are called as their classes and numbered."""
+    seen: dict[str, int] = {}
+    for layer in config["layers"]:
+        kind = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", layer["class_name"]))
+        kind = re.sub(r"([a-z])([A-Z])", r"\1_\2", kind).lower()
+        number = seen[kind] = seen.get(kind, -1) + 1
+        place = group["layers"].get(f"{kind}_{number}" if number else kind)
+        if "layers" in layer["config"]:
+            yield from _of_groups(layer["config"], place)
+        elif place is not None:
+            # A layer of layers has its weights in more groups, whose order is not said.
+            own = place.get("vars", {}) if set(place) <= {"vars"} else {}
+            weights = [np.array(own[str(i)]) for i in range(len(own))]
+            yield Layer(layer["config"]["name"], weights)
+
+
+def _metadata(folder: str) -> dict[str, Any]:
+    """Returns {path of an object: what Keras notes of it} of a SavedModel."""
+    package = keras.Model.__module__.partition(".")[0]
+    messages = importlib.import_module(f"{package}.protobuf.saved_metadata_pb2")
+    metadata = messages.SavedMetadata()
+    with open(os.path.join(folder, "keras_metadata.pb"), "rb") as f:
+        metadata.ParseFromString(f.read())
+    return {
+        node.node_path: json.loads(node.metadata, object_hook=_plain) for node in metadata.nodes
+    }
+
+
+def _plain(value: dict) -> Any:
+    """Returns Python's values for those that Keras writes as classes."""
+    if value.get("class_name") == "__tuple__":
+        return tuple(value["items"])
+    return Ellipsis if value.get("class_name") == "__ellipsis__" else value
+
+
+def _of_saved_model(folder: str) -> Iterator[Layer]:
+    reader = tf.train.load_checkpoint(os.path.join(folder, "variables", "variables"))
+    objects = trackable_object_graph_pb2.TrackableObjectGraph()
+    objects.ParseFromString(reader.get_tensor("_CHECKPOINTABLE_OBJECT_GRAPH"))
+    children = [{c.local_name: c.node_id for c in node.children} for node in objects.nodes]
+    names: dict[int, str] = {}
+    for path, described in _metadata(folder).items():
+        node: Optional[int] = 0
+        for part in path.split(".")[1:]:
+            node = None if node is None else children[node].get(part)
+        if node is not None and "name" in described:
+            names[node] = described["name"]
+
+    def layers_of(node: int) -> Iterator[Layer]:
+        numbered = (children[node].get(f"layer-{i}") for i in range(len(children[node])))
+        inside = [n for n in numbered if n is not None]
+        for layer in inside:
+            if "layer-0" in children[layer]:
+                yield from layers_of(layer)
+            else:
+                listed = children[layer].get("variables")
+                own = {} if listed is None else children[listed]
+                variables = [objects.nodes[own[str(i)]].attributes[0] for i in range(len(own))]
+                weights = [reader.get_tensor(v.checkpoint_key) for v in variables]
+                yield Layer(names.get(layer, ""), weights)
+
+    yield from layers_of(0)

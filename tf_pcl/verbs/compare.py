@@ -1,0 +1,238 @@
+"""tf-pcl compare: many runs with one command, and what they show."""
+
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from tf_pcl import compat, options
+from tf_pcl.errors import Stopped, UserError
+from tf_pcl.verbs import train
+from tf_pcl.verbs.verb import Verb
+
+_SINGLE = {"methods": "method", "networks": "network", "datasets": "dataset", "seeds": "seed"}
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of training and those of the grid, in the given absl FlagValues."""
+    options.define_flags(values)
+    values["workdir"].help = (
+        "folder of the grid, in which every run has a folder METHOD-NETWORK-DATASET-seedSEED; "
+        "default: runs/compare"
+    )
+    _define_lists(values)
+    flags.DEFINE_string(
+        "grid",
+        None,
+        "file with a line for each set of runs: flags, or NAME: flags, where NAME takes the "
+        "method's place in the runs' names; flags of the command line go for all lines",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "table",
+        None,
+        "a table of the paper, with its methods, networks and data set: 1, 2 or two_stage",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "equal_cost",
+        None,
+        "add a baseline that is trained until it has cost what the dearest method costs; default: "
+        "with more than one method",
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "runner",
+        "here",
+        ("here", "ray"),
+        "train one run after another here, or on a Ray cluster: RAY_ADDRESS, else a local one",
+        flag_values=values,
+    )
+    flags.DEFINE_boolean(
+        "dry_run", False, "list the runs with their cost, and train nothing", flag_values=values
+    )
+    flags.DEFINE_boolean(
+        "print_commands",
+        False,
+        "print the command of each run, a line each, and train nothing",
+        flag_values=values,
+    )
+
+
+def _define_lists(values: flags.FlagValues) -> None:
+    flags.DEFINE_list("methods", None, "methods, comma separated", flag_values=values)
+    flags.DEFINE_list("networks", None, "networks, comma separated", flag_values=values)
+    flags.DEFINE_list("datasets", None, "data sets, comma separated", flag_values=values)
+    flags.DEFINE_list(
+        "seeds", None, "how many seeds, from 0 on, or several numbers", flag_values=values
+    )
+
+
+def planned(values: flags.FlagValues, rest: Sequence[str] = ()) -> list[Any]:
+    """Returns the Cells that parsed flags ask for.
+
+    Args:
+      values: absl FlagValues.
+      rest: what is no flag.
+
+    Raises:
+      UserError: if they do not fit together.
+    """
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag: flags begin with --, as in --epochs=300")
+    if values.grid and values.table:
+        raise UserError("--grid does not go with --table: give one of them")
+    common = options.given(values)
+    workdir = os.path.expanduser(common.pop("workdir", os.path.join("runs", "compare")))
+    # TensorFlow takes seconds to import: not before the flags are known to be good.
+    options.from_flags(values)
+    lists = _lists(values, common)
+    texts = _read(values.grid) if values.grid else []
+    compat.import_tensorflow()
+    from tf_pcl.study import grid
+
+    for single in _SINGLE.values():
+        common.pop(single, None)
+    cells = grid.plan(_lines(values, lists, texts), workdir, common)
+    several = len({cell.name for cell in cells}) > 1
+    wanted = several if values.equal_cost is None else values.equal_cost
+    return grid.with_equal_cost(cells, workdir) if wanted else cells
+
+
+def _compare(rest: list[str]) -> None:
+    values = flags.FLAGS
+    cells = planned(values, rest)
+    from tf_pcl.study import grid, runner, summary
+
+    if values.print_commands:
+        print(*map(grid.in_a_shell, cells), sep="\n")
+        return
+    runner.check(cells)
+    if values.dry_run:
+        print(summary.costs(cells))
+        return
+    failures = runner.run(cells, values.runner)
+    print(f"\n{summary.summary(cells)}")
+    if failures:
+        named = "; ".join(f"{f.cell.title} with status {f.status}, see {f.log}" for f in failures)
+        raise Stopped(
+            f"{len(failures)} of {len(cells)} runs failed: {named}. The same command tries them "
+            "again."
+        )
+
+
+def _lines(
+    values: flags.FlagValues, usual: dict[str, list[Any]], texts: list[tuple[int, str, list[str]]]
+) -> list[Any]:
+    """Returns the Lines that are asked for.
+
+    Args:
+      values: absl FlagValues.
+      usual: what the command line gives to all, as `_lists` returns it.
+      texts: the lines of a file, as `_read` returns them.
+    """
+    from tf_pcl.study.grid import Line
+
+    if values.table:
+        return _of_table(values.table, usual)
+    default = options.Options()
+    if not texts:
+        return [_line(Line, "", usual, {}, default)]
+    found = []
+    for number, name, arguments in texts:
+        own = flags.FlagValues()
+        options.define_flags(own)
+        _define_lists(own)
+        try:
+            rest = own([values.grid, *arguments])[1:]
+            if rest:
+                raise UserError(f"{rest[0]!r} is not a flag")
+            given = options.given(own)
+            lists = {**usual, **_lists(own, given)}
+            for single in ("workdir", *_SINGLE.values()):
+                given.pop(single, None)
+            found.append(_line(Line, name, lists, given, default))
+        except (flags.Error, UserError) as e:
+            raise UserError(f"{values.grid}, line {number}: {e}") from e
+    return found
+
+
+def _line(
+    make: Any, name: str, lists: dict[str, Any], given: dict[str, Any], default: options.Options
+) -> Any:
+    """Makes a Line; what it does not say is as in a run of its own."""
+    said = {
+        plural: lists.get(plural) or [getattr(default, single)]
+        for plural, single in _SINGLE.items()
+    }
+    return make(**said, given=given, name=name)
+
+
+def _lists(values: flags.FlagValues, given: dict[str, Any]) -> dict[str, list[Any]]:
+    """Returns {"methods": …, "seeds": …} of those that are given, in either number."""
+    found: dict[str, list[Any]] = {}
+    for plural, single in _SINGLE.items():
+        several = values[plural].value
+        if several is not None and single in given:
+            raise UserError(f"--{plural} does not go with --{single}: give one of them")
+        if several is not None:
+            found[plural] = _seeds(several) if plural == "seeds" else several
+            if not found[plural] or "" in found[plural]:
+                raise UserError(f"--{plural}={','.join(several)}: give names, comma separated")
+        elif single in given:
+            found[plural] = [given[single]]
+    return found
+
+
+def _seeds(texts: list[str]) -> list[int]:
+    if not all(re.fullmatch(r"\d{1,9}", text) for text in texts) or texts == ["0"]:
+        raise UserError(
+            f"--seeds={','.join(texts)}: give how many, as in --seeds=3, or several, as in "
+            "--seeds=0,1,5; --seed=7 is for one"
+        )
+    numbers = [int(text) for text in texts]
+    return numbers if len(numbers) > 1 else list(range(numbers[0]))
+
+
+def _of_table(name: str, lists: dict[str, Any]) -> list[Any]:
+    from tf_pcl.study import grid
+
+    if "datasets" in lists:
+        raise UserError("--table brings its data sets: leave --dataset and --datasets out")
+    entries = grid.table(name, lists.get("networks", ()), lists.get("methods", ()))
+    # The paper has three runs of each.
+    seeds = lists.get("seeds", [0, 1, 2])
+    return [grid.Line([e["method"]], [e["network"]], [e["dataset"]], seeds) for e in entries]
+
+
+def _read(path: str) -> list[tuple[int, str, list[str]]]:
+    """Returns (number, name, flags) of the lines of a grid's file."""
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as f:
+            lines = f.read().splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--grid={path}: it cannot be read: {e}") from e
+    found = []
+    for number, line in enumerate(lines, 1):
+        match = re.fullmatch(r"\s*(?:([\w.+-]*[\w.+]):\s)?(.*)", line)
+        assert match
+        try:
+            arguments = shlex.split(match[2], comments=True)
+        except ValueError as e:
+            raise UserError(f"{path}, line {number}: {e}") from e
+        if arguments or match[1]:
+            found.append((number, match[1] or "", arguments))
+    if not found:
+        raise UserError(f"--grid={path}: it has no line of flags, such as NAME: --epochs=60")
+    return found
+
+
+VERB = Verb(
+    "Trains a grid of runs, methods by networks by data sets by seeds, and compares them.",
+    define_flags,
+    _compare,
+    complete_help=train.VERB.complete_help,
+)

@@ -1,0 +1,181 @@
+"""tf-pcl evaluate: what a trained network is worth."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Optional
+
+from absl import flags
+
+from tf_pcl import compat
+from tf_pcl.errors import UserError
+from tf_pcl.verbs.verb import Verb
+
+if TYPE_CHECKING:
+    from tf_pcl.deploy.evaluate import Evaluation
+    from tf_pcl.options import Options
+
+# How many of the classes with the most errors the table has.
+_ROWS = 10
+
+
+def _define_flags() -> None:
+    flags.DEFINE_string("dataset", None, "data to judge by; default: those of the run's flags.txt")
+    flags.DEFINE_string("data_dir", None, "folder of the data; default: that of the run")
+    flags.DEFINE_enum(
+        "on_bad_image",
+        None,
+        ["fail", "skip"],
+        "refuse image files that cannot be read, or leave them out; default: as the run",
+    )
+    flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which of the images")
+    flags.DEFINE_boolean(
+        "corruptions",
+        False,
+        "also measure the error on images with noise, blur, other contrast, other brightness and "
+        "JPEG artifacts, each at five strengths",
+    )
+    flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=2**31 - 1)
+    flags.DEFINE_integer("worst", 24, "how many wrong images to show", lower_bound=1)
+    flags.DEFINE_string(
+        "output",
+        None,
+        "folder of what is written; default: evaluation in the run's workdir, else "
+        "evaluation-NAME beside the network",
+    )
+
+
+def _evaluate(rest: list[str]) -> None:
+    if len(rest) != 1:
+        raise UserError(
+            f"{len(rest)} networks were given: give one workdir, SavedModel, .tflite or .onnx file"
+        )
+    compat.import_tensorflow()
+    from tf_pcl.deploy import evaluate, runtimes
+    from tf_pcl.training import run
+
+    values = flags.FLAGS
+    runtime = runtimes.load(rest[0])
+    workdir = _workdir(rest[0])
+    of_run = _options_of_run(workdir)
+    chosen = _options(of_run, runtime.image_shape)
+    data = run.load_data(chosen)
+    found = evaluate.evaluate(
+        runtime,
+        data,
+        split=values.split,
+        corruptions=values.corruptions,
+        worst=values.worst,
+        seed=values.seed,
+        watch=_watch,
+    )
+    folder = os.path.expanduser(values.output or _beside(rest[0], workdir, of_run, chosen))
+    about = {
+        "network": runtime.path,
+        "form": runtime.kind,
+        "dataset": chosen.dataset,
+        "split": values.split,
+    }
+    evaluate.write(found, folder, about)
+    _show(found, about)
+    print(f"Written to {folder}")
+
+
+def _workdir(path: str) -> Optional[str]:
+    """Returns the workdir of the run that a network is of, if it lies in one."""
+    folder = os.path.abspath(os.path.expanduser(path))
+    # WORKDIR/export/saved_model/1 is the deepest place.
+    for _ in range(4):
+        if os.path.isfile(os.path.join(folder, "flags.txt")):
+            return folder
+        folder = os.path.dirname(folder)
+    return None
+
+
+def _options_of_run(workdir: Optional[str]) -> Optional["Options"]:
+    from tf_pcl import options
+
+    return options.from_file(os.path.join(workdir, "flags.txt")) if workdir else None
+
+
+def _options(of_run: Optional["Options"], shape: tuple[int, ...]) -> "Options":
+    """Returns options that say which data to load, for a network of images of this shape."""
+    from tf_pcl.options import Options
+
+    values = flags.FLAGS
+    dataset = values.dataset or (of_run.dataset if of_run else None)
+    if dataset is None:
+        raise UserError("no run is known that the network is of: say with `dataset` what to take")
+    base = of_run if of_run and of_run.dataset == dataset else Options(dataset=dataset)
+    given: dict[str, Any] = {name: values[name].value for name in ("data_dir", "on_bad_image")}
+    # Images of other sizes are brought to the network's, as in training.
+    given["image_size"] = shape[0] if shape[0] == shape[1] else None
+    return dataclasses.replace(base, **{n: value for n, value in given.items() if value})
+
+
+def _beside(
+    path: str, workdir: Optional[str], of_run: Optional["Options"], chosen: "Options"
+) -> str:
+    """Returns the folder that is written to by default."""
+    path = os.path.abspath(os.path.expanduser(path))
+    other = [chosen.dataset] if of_run and chosen.dataset != of_run.dataset else []
+    other += [flags.FLAGS.split] if flags.FLAGS.split != "test" else []
+    if workdir and os.path.isdir(path):
+        return os.path.join(os.path.relpath(workdir), "-".join(["evaluation", *other]))
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.relpath(folder), "-".join(["evaluation", name, *other]))
+
+
+def _watch(batches: Iterable[Any], total: int) -> Iterable[Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    progress = Console(file=sys.stderr)
+    return track(batches, "Evaluating", total, console=progress, transient=True)
+
+
+def _show(found: "Evaluation", about: dict[str, Any]) -> None:
+    """Prints the figures, the classes with the most errors, and the corruptions."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tf_pcl.data.class_names import escape
+
+    # What a name has in brackets is no markup.
+    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
+    figures = found.summary()
+    table = Table("", "", show_header=False, title=f"{about['network']} ({about['form']})")
+    table.add_row("images", f"{figures['images']:,} of {about['dataset']}, {about['split']}")
+    table.add_row("error", f"{figures['error']:.2f} %")
+    if figures["top5_error"] is not None:
+        table.add_row("top-5 error", f"{figures['top5_error']:.2f} %")
+    table.add_row("NLL", f"{figures['nll']:.4f} nats")
+    table.add_row("ECE, 15 bins", f"{100 * figures['ece']:.2f} %")
+    if found.corruptions:
+        table.add_row("error when corrupted", f"{figures['corruption_error']:.2f} %")
+    console.print(table)
+
+    classes = [row for row in found.of_class() if row["error"]]
+    classes.sort(key=lambda row: -row["error"])
+    table = Table("class", "images", "error", "most taken for", title="Classes with most errors")
+    for row in classes[:_ROWS]:
+        taken = f"{escape(row['taken_for'])} ({row['taken_for_images']:,})"
+        table.add_row(escape(row["class"]), f"{row['images']:,}", f"{row['error']:.2f} %", taken)
+    if classes:
+        console.print(table)
+
+    if found.corruptions:
+        strengths = len(next(iter(found.corruptions.values())))
+        table = Table("", *map(str, range(1, strengths + 1)), title="Error in percent by strength")
+        for name, errors in found.corruptions.items():
+            table.add_row(name, *(f"{error:.1f}" for error in errors))
+        console.print(table)
+
+
+VERB = Verb(
+    "Judges a trained network: errors, calibration, confusions, robustness.",
+    _define_flags,
+    _evaluate,
+    arguments="PATH",
+)

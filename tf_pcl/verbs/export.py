@@ -1,0 +1,64 @@
+"""tf-pcl export: the network of a run in other forms, with a model card."""
+
+from absl import flags
+
+from tf_pcl import compat
+from tf_pcl.errors import UserError
+from tf_pcl.verbs.verb import Verb
+
+
+def _define_flags() -> None:
+    flags.DEFINE_list(
+        "format",
+        ["saved_model", "tflite", "tflite_float16", "tflite_int8"],
+        "forms, comma separated: saved_model, tflite, tflite_float16 (weights in float16), "
+        "tflite_int8 (integers, calibrated on training images), onnx (needs tf_pcl[onnx])",
+    )
+    flags.DEFINE_string(
+        "exit",
+        "deployed",
+        "whose network: deployed; ensemble, all peers with their ensemble classifier (PCL-E), "
+        "which is the mean teachers' where the run has these; or a name in results.json",
+    )
+    flags.DEFINE_string("data_dir", None, "folder of the run's data set, if it was moved")
+    flags.DEFINE_string(
+        "folder",
+        None,
+        "where the files go; default: RUN/export, for another exit than the deployed one "
+        "RUN/export/EXIT",
+    )
+    flags.DEFINE_integer(
+        "calibration_images",
+        200,
+        "training images on which tflite_int8 is calibrated",
+        lower_bound=1,
+    )
+
+
+def _export(rest: list[str]) -> None:
+    if len(rest) != 1:
+        raise UserError(
+            f"{len(rest)} workdirs are given: give one run, as in tf-pcl export runs/NAME"
+        )
+    values = flags.FLAGS
+    compat.import_tensorflow()
+    from tf_pcl.deploy import artifacts
+
+    made = artifacts.export_run(
+        rest[0],
+        values.format,
+        exit_name=values.exit,
+        data_dir=values.data_dir,
+        folder=values.folder,
+        calibration_images=values.calibration_images,
+    )
+    print(artifacts.table(made))
+    print(f"Folder: {made['folder']}, with artifacts.json and MODEL_CARD.md")
+
+
+VERB = Verb(
+    "Writes the network of a run as SavedModel, TFLite or ONNX, and a model card.",
+    _define_flags,
+    _export,
+    arguments="RUN",
+)

@@ -1,0 +1,86 @@
+"""tf-pcl predict: what a trained network says of image files."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from tf_pcl import compat
+from tf_pcl.errors import Stopped, UserError
+from tf_pcl.verbs.verb import Verb
+
+if TYPE_CHECKING:
+    from tf_pcl.deploy.predict import Prediction
+
+
+def _define_flags() -> None:
+    flags.DEFINE_integer("top_k", 3, "how many of the likeliest classes to name", lower_bound=1)
+    flags.DEFINE_boolean("json", False, "print a line of JSON for each file in place of a table")
+
+
+def _predict(rest: list[str]) -> None:
+    if len(rest) < 2:
+        raise UserError(
+            "give a network (workdir, SavedModel, .tflite or .onnx file) and after it image files, "
+            "folders or patterns"
+        )
+    compat.import_tensorflow()
+    from tf_pcl.deploy import predict, runtimes
+
+    paths = predict.find(rest[1:])
+    runtime = runtimes.load(rest[0])
+    found = predict.predict(runtime, paths, flags.FLAGS.top_k)
+    bad = [*(_as_json if flags.FLAGS.json else _as_table)(found)]
+    if bad:
+        named = "; ".join(f"{_plain(one.path)}: {one.problem}" for one in bad[:20])
+        more = f"; and {len(bad) - 20:,} more" if len(bad) > 20 else ""
+        raise Stopped(f"{len(bad):,} of {len(paths):,} files cannot be used ({named}{more})")
+
+
+def _plain(text: str) -> str:
+    from tf_pcl.data.class_names import escape
+
+    return escape(text)
+
+
+def _as_json(found: Iterable["Prediction"]) -> Iterator["Prediction"]:
+    """Prints a line for each file and yields those that cannot be used."""
+    for one in found:
+        line: dict[str, Any] = {"path": one.path}
+        if one.problem is None:
+            pairs = zip(one.classes, one.probabilities)
+            line["predictions"] = [{"class": c, "probability": round(p, 6)} for c, p in pairs]
+        else:
+            line["error"] = one.problem
+            yield one
+        print(json.dumps(line), flush=True)
+
+
+def _as_table(found: Iterable["Prediction"]) -> Iterator["Prediction"]:
+    """Prints a table of the files and yields those that cannot be used."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "class", *["next"] * (flags.FLAGS.top_k - 1))
+    for one in found:
+        if one.problem is not None:
+            yield one
+            continue
+        pairs = zip(one.classes, one.probabilities)
+        table.add_row(_plain(one.path), *(f"{_plain(c)} {100 * p:.1f} %" for c, p in pairs))
+    # Elsewhere than on a screen, nothing is folded.
+    width = None if sys.stdout.isatty() else 10_000
+    # What a name has in brackets is no markup.
+    console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
+    if table.row_count:
+        console.print(table)
+
+
+VERB = Verb(
+    "Says of which class images are, by a trained network.",
+    _define_flags,
+    _predict,
+    arguments="MODEL IMAGE…",
+)
