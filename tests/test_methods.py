@@ -132,10 +132,16 @@ def test_no_weight_is_read_while_it_is_written(method, digits, tmp_path):
 
 
 @pytest.mark.parametrize("method", slow_but(METHODS, "baseline"))
-def test_two_replicas_equal_one(method, digits, two_replicas):
-    def trained(strategy, steps=3):
+def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
+    # At the kink of a ReLU, rounding decides whether a gradient passes: what differs in the last
+    # digit, differs in the third a few steps later. Softplus has no kink.
+    monkeypatch.setattr(keras.layers.ReLU, "call", lambda layer, x: tf.nn.softplus(x))
+    # The methods' own parts are in both. ResNet-8 takes several times as long.
+    network = "resnet8" if method == "pcl" else with_norm
+
+    def trained(strategy, steps=5):
         with strategy.scope():
-            model = build(method, with_norm)
+            model = build(method, network)
         assert surgery.synchronize(model) == []
         batches = lambda shard: data.train_batches(
             digits, 32, 1, views=model.num_views, shard=shard
