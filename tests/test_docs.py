@@ -187,7 +187,6 @@ def test_runs_are_listed_as_printed(tmp_path, monkeypatch, capsys):
     ]
 
 
-@pytest.mark.slow
 def test_the_job_of_kubernetes_makes_a_cluster(monkeypatch):
     (source,) = blocks(page("docs/runs.md"), "yaml")
     script = (
@@ -202,6 +201,7 @@ def test_the_job_of_kubernetes_makes_a_cluster(monkeypatch):
     assert found.addresses == ["pcl-node-0-0.pcl:2222", "pcl-node-0-1.pcl:2222"] and found.own == 1
 
 
+@pytest.mark.slow
 def test_the_notebook_of_the_readme_runs():
     (source,) = blocks(section(README, "### In a notebook"), "python")
     assert source.count("epochs=20") == 2
