@@ -144,7 +144,7 @@ def leave(folder, loss, seconds):
     """Writes what a run of one step leaves."""
     workdir = Workdir(str(folder))
     row = {"epoch": 1, "step": 1, "wall_seconds": seconds, "loss": loss}
-    Events(workdir, [row])
+    Events(workdir, [row], "peer_1", {})
     workdir.write_rows([row])
     results = {"loss": loss, "wall_seconds": seconds, "settings": {"workdir": str(folder)}}
     write_json(workdir.results, results)

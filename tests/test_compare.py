@@ -127,7 +127,7 @@ def test_a_grid_goes_on_after_a_signal_and_shares_a_teacher_bit_for_bit(tmp_path
     done = subprocess.run(command, **call)
     assert done.returncode == 0, done.stderr
     assert "kd-helpers.other-digits-seed0: 1-teacher is that of a run before" in done.stdout
-    assert "kd " in done.stdout.splitlines()[-1]
+    assert "| kd |" in done.stdout and done.stdout.splitlines()[-1] == "grid/report/report.html"
     # The second run alone, with a teacher of its own.
     train = [sys.executable, "-m", "tf_pcl", "train", *flags, "--method=kd", teacher]
     alone = subprocess.run([*train, "--network=helpers:other", "--workdir=alone"], **call)

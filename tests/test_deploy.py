@@ -103,6 +103,21 @@ def expected(name, x, value, seed, first):
     return brightened(x, value)
 
 
+def test_a_classifier_that_is_right_as_often_as_it_is_sure():
+    """Two bins by hand: 0.9 sure and right in 3 of 4, 0.6 sure and right in 1 of 2."""
+    sure = np.array([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
+    labels = np.array([0, 0, 0, 1, 0, 1])
+    found = metrics.reliability(np.log(np.stack([sure, 1 - sure], 1)), labels, bins=10)
+    assert found.images.tolist() == [0] * 5 + [2, 0, 0, 4, 0]
+    assert found.accuracy[8] == 0.75 and found.confidence[5] == pytest.approx(0.6)
+    assert found.error() == pytest.approx((4 * 0.15 + 2 * 0.1) / 6)
+    # Labels drawn from the probabilities themselves.
+    random = np.random.RandomState(0)
+    p = random.dirichlet([0.5] * 4, 20_000)
+    drawn = (p.cumsum(1) < random.rand(len(p), 1)).sum(1)
+    assert metrics.reliability(np.log(p + 1e-300), drawn).error() < 0.02
+
+
 @pytest.mark.parametrize("name", ["gaussian noise", "blur", "contrast", "brightness"])
 def test_corruptions_are_those_of_the_equations(name):
     images = noise(3, 16, 12, 3)

@@ -90,12 +90,12 @@ def test_a_checkpoint_that_fails_leaves_those_before(fault, tmp_path):
 
 def test_points_of_tensorboard_that_could_not_be_written_are_made_good(tmp_path):
     workdir = Workdir(str(tmp_path))
-    events = Events(workdir, ROWS[:1])
-    with no_file_beyond(max(p.stat().st_size for p in tmp_path.rglob("events*"))):
+    events = Events(workdir, ROWS[:1], "peer_1", {})
+    with no_file_beyond(max(p.stat().st_size for p in tmp_path.glob("tensorboard/train/*"))):
         with pytest.raises(tf.errors.OpError, match="flush"):
             events.write(ROWS[1])
     assert set(read(workdir)) == {7}
-    Events(workdir, ROWS)
+    Events(workdir, ROWS, "peer_1", {})
     found = read(workdir)
     assert {step: row["loss"] for step, row in found.items()} == pytest.approx(
         {row["step"]: row["loss"] for row in ROWS}

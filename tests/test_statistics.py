@@ -67,25 +67,3 @@ def test_the_bootstrap_agrees_with_drawing_images_one_by_one():
     assert (found.low, found.high) == pytest.approx((low, high), abs=0.35)
     assert found == statistics.bootstrap(first, second)
     assert statistics.bootstrap(first, first)[1:] == (0, 0, 0)
-
-
-def test_a_classifier_that_is_right_as_often_as_it_is_sure():
-    """Two bins by hand: 0.9 sure and right in 3 of 4, 0.6 sure and right in 1 of 2."""
-    sure = np.array([0.9, 0.9, 0.9, 0.9, 0.6, 0.6])
-    labels = np.array([0, 0, 0, 1, 0, 1])
-    found = statistics.reliability(labels, np.stack([sure, 1 - sure], 1), bins=10)
-    assert found.size[9] == 4 and found.accuracy[9] == 0.75
-    assert found.size[6] == 2 and found.confidence[6] == pytest.approx(0.6)
-    assert found.error == pytest.approx((4 * 0.15 + 2 * 0.1) / 6)
-    assert np.isnan(found.accuracy[0]) and found.size.sum() == 6
-    # Labels drawn from the probabilities themselves.
-    p = RNG.dirichlet([0.5] * 4, 20_000)
-    drawn = (p.cumsum(1) < RNG.random((len(p), 1))).sum(1)
-    assert statistics.reliability(drawn, p).error < 0.02
-
-
-def test_softmax_is_scipys():
-    from scipy.special import softmax
-
-    logits = RNG.normal(0, 300, (5, 7)).astype(np.float32)
-    np.testing.assert_allclose(statistics.softmax(logits), softmax(logits.astype(float), -1))

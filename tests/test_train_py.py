@@ -245,7 +245,7 @@ def test_help_names_every_flag_with_its_default():
         "target first. Names: resnet8,",
         "--dataset: what to learn from: digits (8×8 handwritten digits,",
         "any other name (an image-classification data set of tensorflow-datasets,",
-        "--data_dir: folder of the data: image_folder: a folder of SPLIT/CLASS/IMAGE.jpg or .png;",
+        "--data_dir: folder of the data: image_folder: a folder of SPLIT/CLASS/IMAGE.jpg or .png,",
         "(image_folder, tiny_imagenet)",
         "--distill_share: share of distillation in a student's loss,",
         "(byot: 0.3, cl: 0.5)",

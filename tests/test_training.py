@@ -213,6 +213,11 @@ def test_workdirs(tmp_path):
         UserError, match=r"`epochs=3` here, 2 there; `peers=4` here, \(unset\) there"
     ):
         workdir.check(dataclasses.replace(options, epochs=3, peers=4))
+    flags = tmp_path / "flags.txt"
+    flags.write_text(flags.read_text().replace("--label_smoothing=0.0\n", ""))
+    workdir.check(options)  # A run from before there was the option.
+    with pytest.raises(UserError, match=r"`label_smoothing=0.1` here, 0.0 there"):
+        workdir.check(dataclasses.replace(options, label_smoothing=0.1))
     with pytest.raises(UserError, match="holds a run already"):
         workdir.check(dataclasses.replace(options, resume="never"))
 
@@ -340,9 +345,9 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
         "diversity",
         "views",
     } <= set(tags["train"])
-    assert {f"error/{name}" for name in results["error"]} | {"diversity", "loss"} == set(
-        tags["test"]
-    )
+    pictures = {"test_images/confusion_matrix", "test_images/class_errors"}
+    measured = {"deployed_error", "diversity", "loss"}
+    assert {f"error/{n}" for n in results["error"]} | measured | pictures == set(tags["test"])
     assert [step for step, _ in tags["test"]["error/ensemble"]] == [2, 4]
     assert tags["test"]["error/mean_peer_1"][-1][1] == pytest.approx(
         results["deployed_error"], abs=1e-3

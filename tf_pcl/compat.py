@@ -23,6 +23,7 @@ __all__ = [
     "is_of_keras",
     "keras",
     "keras_version",
+    "lamb",
     "layers",
     "pairwise_distance",
     "use_keras_2",
@@ -158,6 +159,17 @@ def _addons() -> Any:
             return importlib.import_module("tensorflow_addons")
         except ImportError:
             return None
+
+
+def lamb() -> Any:
+    """Returns the class of tensorflow-addons' LAMB; None where there is no tensorflow-addons."""
+    addons = _addons()
+    if addons is None:
+        return None
+
+    # It is of Keras's older kind, which has no `build`.
+    build = lambda self, var_list: self._create_all_weights(var_list)
+    return type("Lamb", (addons.optimizers.LAMB,), {"build": build})
 
 
 def cutout(images: Any, size: int, offset: Any) -> Any:

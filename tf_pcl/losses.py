@@ -1,7 +1,8 @@
 """The losses that the methods share: scalars, means over the batch [B, C] of logits.
 
 Inside `weighted(weights)` every image counts with its weight, as with Keras's sample_weight: a loss
-is Σ w·l / B. So an equation reads the same with weights and without.
+is Σ w·l / B. So an equation reads the same with weights and without. Inside `smoothed(ε)` the same
+holds of labels that are smoothed.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from tf_pcl.errors import UserError
 
 # A context variable, since each replica traces its step in a thread of its own.
 _weights: contextvars.ContextVar = contextvars.ContextVar("weights", default=None)
+_smoothing: contextvars.ContextVar = contextvars.ContextVar("smoothing", default=0.0)
 
 
 @contextlib.contextmanager
@@ -31,6 +33,23 @@ def weighted(weights: Optional[tf.Tensor]) -> Iterator[None]:
         yield
     finally:
         _weights.reset(token)
+
+
+@contextlib.contextmanager
+def smoothed(smoothing: float) -> Iterator[None]:
+    """Smooths the labels of every `cross_entropy` inside (Szegedy et al., 2016).
+
+    Of a label y, whether class number or probabilities, it makes (1 − ε) y + ε / C. Nothing else
+    changes: what a network learns from a network is as soft as that one says.
+
+    Args:
+      smoothing: ε in [0, 1].
+    """
+    token = _smoothing.set(smoothing)
+    try:
+        yield
+    finally:
+        _smoothing.reset(token)
 
 
 def batch_mean(values: tf.Tensor) -> tf.Tensor:
@@ -68,7 +87,15 @@ def of_all_replicas(values: tf.Tensor) -> tf.Tensor:
 
 
 def cross_entropy(labels: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-    """Returns CE(y, z) of class numbers int [B], or probabilities [B, C], and logits [B, C]."""
+    """Returns CE(y, z) of class numbers int [B], or probabilities [B, C], and logits [B, C].
+
+    Inside `smoothed` the labels are smoothed.
+    """
+    smoothing = _smoothing.get()
+    if smoothing:
+        labels, classes = tf.convert_to_tensor(labels), logits.shape[-1]
+        labels = tf.one_hot(labels, classes) if labels.shape.rank == 1 else labels
+        labels = (1 - smoothing) * tf.cast(labels, tf.float32) + smoothing / classes
     return batch_mean(cross_entropies(labels, logits))
 
 

@@ -1,18 +1,76 @@
-"""The papers' SGD."""
+"""The papers' SGD, and the optimizers that can be chosen in its place."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional, Union
 
 import tensorflow as tf
 
-from tf_pcl import schedules
+from tf_pcl import compat, schedules
 from tf_pcl.compat import keras
+from tf_pcl.errors import UserError, choose
 
 LearningRate = Union[float, keras.optimizers.schedules.LearningRateSchedule]
 
 
+class OwnDecays:
+    """What optimizers have in common that can give some weights a weight decay of their own.
+
+    It stands before a keras.optimizers.Optimizer among the bases of a class.
+
+    Args:
+      usual_decay: wd ≥ 0 of all other weights.
+      decay_by_name: {variable's name: wd} of the weights that have a decay of their own.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        usual_decay: float,
+        decay_by_name: Optional[Mapping[str, float]] = None,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        self.usual_decay, self.decay_by_name = usual_decay, dict(decay_by_name or {})
+        # By variable, since names need not be unique: {Keras's key of a variable: (its name, wd)}.
+        self._own_decays: dict[str, tuple[str, float]] = {}
+
+    def set_decay(self, weights: Iterable[tf.Variable], decay: float) -> None:
+        """Gives these variables a weight decay of their own, before the first step."""
+        self._own_decays.update({self._key(w): (w.name, decay) for w in weights})
+
+    def build(self, var_list: Sequence[tf.Variable]) -> None:
+        super().build(var_list)  # type: ignore[misc]
+        self._decays = {self._key(w): (w.name, self._decay_of(w)) for w in var_list}
+
+    def _decay(self, variable: tf.Variable) -> float:
+        """Returns the decay of a variable that `build` was given."""
+        return self._decays[self._key(variable)][1]
+
+    def _decays_by_name(self) -> dict[str, float]:
+        """Returns `decay_by_name` for the configuration.
+
+        Raises:
+          ValueError: if weights of one name have different decays, which names cannot tell apart.
+        """
+        by_name = {**self.decay_by_name, **dict(self._own_decays.values())}
+        for name, decay in getattr(self, "_decays", {}).values():
+            if by_name.get(name, self.usual_decay) != decay:
+                raise ValueError(
+                    f"several weights are called {name} and have different decays: give their "
+                    "layers different names"
+                )
+        return by_name
+
+    def _decay_of(self, variable: tf.Variable) -> float:
+        by_name = self.decay_by_name.get(variable.name, self.usual_decay)
+        return self._own_decays.get(self._key(variable), (variable.name, by_name))[1]
+
+    def _key(self, variable: tf.Variable) -> str:
+        return self._var_key(variable)  # type: ignore[attr-defined]
+
+
 @keras.utils.register_keras_serializable(package="tf_pcl")
-class CoupledSGD(keras.optimizers.Optimizer):
+class CoupledSGD(OwnDecays, keras.optimizers.Optimizer):
     """SGD with momentum and *coupled* weight decay, the learning rate outside the velocity.
 
     d = g + wd·w;  v ← μ·v + d;  w ← w − lr·(d + μ·v) with Nesterov momentum, else w ← w − lr·v.
@@ -41,29 +99,22 @@ class CoupledSGD(keras.optimizers.Optimizer):
         name: str = "SGD",
         **kwargs: Any,
     ):
-        super().__init__(name=name, **kwargs)
+        super().__init__(
+            name=name, usual_decay=coupled_decay, decay_by_name=decay_by_name, **kwargs
+        )
         self._learning_rate = self._build_learning_rate(learning_rate)
         self.momentum, self.nesterov, self.coupled_decay = momentum, nesterov, coupled_decay
-        self.decay_by_name = dict(decay_by_name or {})
-        # By variable, since names need not be unique: {Keras's key of a variable: (its name, wd)}.
-        self._own_decays: dict[str, tuple[str, float]] = {}
-
-    def set_decay(self, weights: Iterable[tf.Variable], coupled_decay: float) -> None:
-        """Gives these variables a coupled weight decay of their own, before the first step."""
-        self._own_decays.update({self._var_key(w): (w.name, coupled_decay) for w in weights})
 
     def build(self, var_list: Sequence[tf.Variable]) -> None:
         super().build(var_list)
         if not getattr(self, "_built", False):
             self.velocities = [self.add_variable_from_reference(w, "velocity") for w in var_list]
-            self._decays = [(w.name, self._decay_of(w)) for w in var_list]
             self._built = True
 
     def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
         lr = tf.cast(self.learning_rate, variable.dtype)
-        index = self._index_dict[self._var_key(variable)]
-        velocity, (_, decay) = self.velocities[index], self._decays[index]
-        d = tf.convert_to_tensor(gradient) + decay * variable
+        velocity = self.velocities[self._index_dict[self._var_key(variable)]]
+        d = tf.convert_to_tensor(gradient) + self._decay(variable) * variable
         velocity.assign(self.momentum * velocity + d)
         variable.assign_sub(lr * (d + self.momentum * velocity if self.nesterov else velocity))
 
@@ -73,25 +124,61 @@ class CoupledSGD(keras.optimizers.Optimizer):
         Raises:
           ValueError: if weights of one name have different decays, which names cannot tell apart.
         """
-        by_name = {**self.decay_by_name, **dict(self._own_decays.values())}
-        for name, decay in getattr(self, "_decays", []):
-            if by_name.get(name, self.coupled_decay) != decay:
-                raise ValueError(
-                    f"several weights are called {name} and have different decays: give their "
-                    "layers different names"
-                )
         return {
             **super().get_config(),
             "learning_rate": self._serialize_hyperparameter(self._learning_rate),
             "momentum": self.momentum,
             "nesterov": self.nesterov,
             "coupled_decay": self.coupled_decay,
-            "decay_by_name": by_name,
+            "decay_by_name": self._decays_by_name(),
         }
 
-    def _decay_of(self, variable: tf.Variable) -> float:
-        by_name = self.decay_by_name.get(variable.name, self.coupled_decay)
-        return self._own_decays.get(self._var_key(variable), (variable.name, by_name))[1]
+
+@keras.utils.register_keras_serializable(package="tf_pcl")
+class DecoupledAdam(OwnDecays, keras.optimizers.Adam):
+    """Keras's AdamW (Loshchilov and Hutter, 2019), in which weights can have decays of their own.
+
+    w ← w − lr·wd·w, and then Adam's step. Keras's own AdamW decays a weight with the one decay or
+    not at all.
+
+    Args:
+      learning_rate: a float or a keras LearningRateSchedule of the step.
+      decoupled_decay: wd ≥ 0, of every trainable weight, those of BatchNorm and biases too.
+      decay_by_name: {variable's name: wd} of the weights that have a decay of their own.
+      **kwargs: what keras.optimizers.Adam takes, but for its `weight_decay`.
+    """
+
+    def __init__(
+        self,
+        learning_rate: LearningRate = 1e-3,
+        decoupled_decay: float = 0.05,
+        decay_by_name: Optional[Mapping[str, float]] = None,
+        name: str = "AdamW",
+        **kwargs: Any,
+    ):
+        super().__init__(
+            learning_rate,
+            name=name,
+            usual_decay=decoupled_decay,
+            decay_by_name=decay_by_name,
+            **kwargs,
+        )
+        self.decoupled_decay = decoupled_decay
+
+    def update_step(self, gradient: tf.Tensor, variable: tf.Variable) -> None:
+        lr = tf.cast(self.learning_rate, variable.dtype)
+        variable.assign_sub(variable * self._decay(variable) * lr)
+        super().update_step(gradient, variable)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments that make this optimizer again; ValueError as in CoupledSGD."""
+        config = super().get_config()
+        config.pop("weight_decay", None)
+        return {
+            **config,
+            "decoupled_decay": self.decoupled_decay,
+            "decay_by_name": self._decays_by_name(),
+        }
 
 
 def recipe(
@@ -100,22 +187,72 @@ def recipe(
     learning_rate: float = 0.1,
     lr_decay_epochs: Optional[Sequence[float]] = None,
     weight_decay: float = 5e-4,
-) -> CoupledSGD:
-    """Returns the optimizer of the tables (PCL, section 4.1).
+    *,
+    optimizer: str = "sgd",
+    schedule: str = "steps",
+    warmup_epochs: float = 0.0,
+    clip_norm: Optional[float] = None,
+) -> Any:
+    """Returns the optimizer of the tables (PCL, section 4.1), or what is asked for in its place.
 
-    It is SGD with Nesterov momentum 0.9, whose rate is divided by 10 at 1/2 and 3/4 of training.
+    That of the tables is SGD with Nesterov momentum 0.9, whose rate is divided by 10 at 1/2 and 3/4
+    of training.
 
     Args:
       epochs: the length of training.
       steps_per_epoch: optimizer steps in one epoch.
-      learning_rate: the rate at the start.
+      learning_rate: the rate at the start, or after the warm-up.
       lr_decay_epochs: the epochs after which the rate is divided by 10; by default 150 and 225 of
-        300, scaled to `epochs`.
-      weight_decay: coupled L2 decay.
+        300, scaled to `epochs`. For the schedule "steps" alone.
+      weight_decay: L2 decay; "sgd" adds it to the gradient, the others take it from the weight
+        beside their own step.
+      optimizer: "sgd" (CoupledSGD), "adamw" (DecoupledAdam) or "lamb" (tensorflow-addons' LAMB).
+      schedule: "steps", or "cosine", which falls to 0 at the end of training.
+      warmup_epochs: in so many epochs the rate rises from 0 to that of the schedule.
+      clip_norm: the largest norm of all gradients together, over all replicas; None for any.
+
+    Raises:
+      UserError: if there is no such optimizer or schedule, or its package is not installed.
     """
-    if lr_decay_epochs is None:
-        lr_decay_epochs = [share * epochs for share in schedules.PAPER_LR_DECAY]
-    return CoupledSGD(
-        schedules.step_decay(learning_rate, lr_decay_epochs, steps_per_epoch),
-        coupled_decay=weight_decay,
+    choose("optimizer", optimizer, ("sgd", "adamw", "lamb"), parameter="optimizer")
+    rate = schedules.learning_rate(
+        learning_rate,
+        epochs,
+        steps_per_epoch,
+        schedule=schedule,
+        decay_epochs=lr_decay_epochs,
+        warmup_epochs=warmup_epochs,
     )
+    clip: dict[str, Any] = {} if clip_norm is None else {"global_clipnorm": clip_norm}
+    if optimizer == "adamw":
+        return DecoupledAdam(rate, decoupled_decay=weight_decay, **clip)
+    if optimizer == "lamb":
+        return _lamb(rate, weight_decay, **clip)
+    return CoupledSGD(rate, coupled_decay=weight_decay, **clip)
+
+
+def _lamb(rate: LearningRate, weight_decay: float, **kwargs: Any) -> Any:
+    lamb = compat.lamb()
+    if lamb is None:
+        raise UserError(
+            "it comes from tensorflow-addons, which is not installed here or cannot use this "
+            "TensorFlow: take sgd or adamw",
+            parameter="optimizer",
+            value="lamb",
+        )
+    return lamb(rate, weight_decay=weight_decay, **kwargs)
+
+
+def current_rate(optimizer: Any) -> float:
+    """Returns the learning rate of an optimizer's last step, or of its first one before that."""
+    rate = optimizer.learning_rate
+    if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
+        # An optimizer of Keras's older kind gives the schedule itself.
+        rate = rate(tf.maximum(optimizer.iterations - 1, 0))
+    return float(keras.backend.get_value(rate))
+
+
+def state(optimizer: Any) -> list[tf.Variable]:
+    """Returns the variables of an optimizer."""
+    variables = optimizer.variables
+    return list(variables() if callable(variables) else variables)

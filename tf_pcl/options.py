@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 from absl import flags
 
@@ -54,6 +54,25 @@ def _flag(
             run_only=run_only,
         ),
     )
+
+
+class Usual(NamedTuple):
+    """What an optimizer takes unless it is given.
+
+    Attributes:
+      learning_rate: the rate at the start.
+      weight_decay: L2 decay.
+    """
+
+    learning_rate: float
+    weight_decay: float
+
+
+OPTIMIZERS = {
+    "sgd": Usual(0.1, 5e-4),
+    "adamw": Usual(1e-3, 0.05),
+    "lamb": Usual(5e-3, 0.02),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +217,18 @@ class Options:
     cutout: int = _flag(
         0, "pixels: side of a blackened square in each view, even; 0: none", low=0, high=10_000
     )
+    mixup: float = _flag(
+        0.0,
+        "α: each image is mixed with another one, its share is drawn from Beta(α, α), and the "
+        "label is soft; 0: none",
+        low=0,
+    )
+    cutmix: float = _flag(
+        0.0,
+        "α: as --mixup, but a rectangle of the other image stands in the image; with both, each "
+        "image draws one of them; 0: none",
+        low=0,
+    )
     class_weights: Optional[str] = _flag(
         None,
         "balanced: an image weighs the less in every loss the more training images its class has; "
@@ -208,14 +239,51 @@ class Options:
     # Recipe.
     epochs: int = _flag(300, "length of training", low=1, high=1_000_000)
     batch_size: int = _flag(128, "images a step, over all replicas together", low=1)
-    learning_rate: float = _flag(0.1, "learning rate at the start", above=0)
+    optimizer: str = _flag(
+        "sgd",
+        "sgd: with Nesterov momentum 0.9, as in the papers; adamw: Keras's; lamb: that of "
+        "tensorflow-addons, where it is installed",
+        tuple(OPTIMIZERS),
+    )
+    learning_rate: float = _flag(
+        None,
+        "learning rate at the start, or after the warm-up; default: "
+        + ", ".join(f"{usual.learning_rate:g} for {name}" for name, usual in OPTIMIZERS.items()),
+        float,
+        above=0,
+    )
+    schedule: str = _flag(
+        "steps",
+        "how the learning rate falls: in steps, or along a cosine to 0 at the end",
+        ("steps", "cosine"),
+    )
     lr_decay_epochs: Optional[tuple[float, ...]] = _flag(
         None,
         "epochs after which the learning rate is divided by 10, comma "
         "separated; default: 150,225 of 300, scaled to --epochs",
         list,
     )
-    weight_decay: float = _flag(5e-4, "L2 decay, added to the gradient", low=0)
+    warmup_epochs: float = _flag(
+        0.0, "epochs in which the learning rate rises to that of the schedule", low=0
+    )
+    weight_decay: float = _flag(
+        None,
+        "L2 decay, which sgd adds to the gradient and the others take from the weight, times the "
+        "learning rate; default: "
+        + ", ".join(f"{usual.weight_decay:g} for {name}" for name, usual in OPTIMIZERS.items()),
+        float,
+        low=0,
+    )
+    clip_norm: Optional[float] = _flag(
+        None, "largest norm of all gradients together; default: any", float, above=0
+    )
+    label_smoothing: float = _flag(
+        0.0,
+        "part ε of each label that is shared by all classes, in the cross-entropy with the labels; "
+        "what peers and teachers teach stays as it is",
+        low=0,
+        high=1,
+    )
     temperature: Optional[float] = _flag(
         None, "softens teachers' and students' probabilities", float, above=0
     )
@@ -325,6 +393,12 @@ class Options:
         "how often to save: a number of steps (500steps) or epochs (5epochs)",
         run_only=True,
     )
+    wandb: bool = _flag(
+        False, "log each epoch to Weights & Biases too, where wandb is installed", run_only=True
+    )
+    mlflow: bool = _flag(
+        False, "log each epoch to MLflow too, where mlflow is installed", run_only=True
+    )
     test_every: int = _flag(1, "epochs between tests; the last epoch is always tested", low=1)
     resume: str = _flag(
         "auto",
@@ -337,6 +411,11 @@ class Options:
         for name in PATHS:
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
+        # What the rest depends on comes first.
+        _check("optimizer", self.optimizer, {"kind": tuple(OPTIMIZERS)})
+        for name, usual in OPTIMIZERS[self.optimizer]._asdict().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
         for field in dataclasses.fields(self):
             if (value := getattr(self, field.name)) is not None:
                 _check(field.name, value, field.metadata)
@@ -370,6 +449,15 @@ class Options:
                 f"give increasing epochs between 0 and `epochs={self.epochs}`",
                 parameter="lr_decay_epochs",
                 value=_text(drops),
+            )
+        if self.schedule == "cosine" and self.lr_decay_epochs:
+            raise UserError(
+                "`lr_decay_epochs` does not go with `schedule=cosine`: give one of them"
+            )
+        if self.warmup_epochs > self.epochs:
+            raise UserError(
+                f"`warmup_epochs={self.warmup_epochs:g}` is more than `epochs={self.epochs}`: "
+                "give fewer"
             )
         self.checkpoint_steps(1)
 

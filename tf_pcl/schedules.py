@@ -1,11 +1,12 @@
 """What changes in the course of training: the learning rate, the ramp-up weight ω, the decay φ."""
 
 from collections.abc import Sequence
-from typing import Union
+from typing import Any, Optional, Union
 
 import tensorflow as tf
 
 from tf_pcl.compat import keras
+from tf_pcl.errors import choose
 
 # The tables train for 300 epochs; for another number their epochs keep their share of the whole.
 PAPER_RAMPUP = 80 / 300
@@ -57,3 +58,67 @@ def step_decay(
     boundaries = [round(e * steps_per_epoch) - 1 for e in decay_epochs]
     values = [learning_rate * 0.1**i for i in range(len(boundaries) + 1)]
     return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
+
+
+@keras.utils.register_keras_serializable(package="tf_pcl")
+class WarmUp(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule whose first rates are smaller: lr(s) = min(1, (s + 1) / w) · schedule(s).
+
+    Args:
+      schedule: a keras LearningRateSchedule.
+      steps: w ≥ 1; the last of these steps has the schedule's own rate.
+    """
+
+    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, steps: int):
+        super().__init__()
+        self.schedule, self.steps = schedule, steps
+
+    def __call__(self, step: Union[int, tf.Tensor]) -> tf.Tensor:
+        share = tf.minimum(1.0, (tf.cast(step, tf.float32) + 1.0) / self.steps)
+        return share * self.schedule(step)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments that make this schedule again."""
+        serialize = keras.optimizers.schedules.serialize
+        return {"schedule": serialize(self.schedule), "steps": self.steps}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "WarmUp":
+        """Makes the schedule of a configuration."""
+        deserialize = keras.optimizers.schedules.deserialize
+        return cls(deserialize(config["schedule"]), config["steps"])
+
+
+def learning_rate(
+    start: float,
+    epochs: float,
+    steps_per_epoch: int,
+    *,
+    schedule: str = "steps",
+    decay_epochs: Optional[Sequence[float]] = None,
+    warmup_epochs: float = 0.0,
+) -> keras.optimizers.schedules.LearningRateSchedule:
+    """Returns the learning rate of a training.
+
+    Args:
+      start: the rate at the start, or after the warm-up.
+      epochs: the length of training.
+      steps_per_epoch: optimizer steps in one epoch.
+      schedule: "steps": divided by 10 after each of `decay_epochs`; "cosine": start · (1 +
+        cos(π s / S)) / 2 at step s of S.
+      decay_epochs: increasing; by default 1/2 and 3/4 of the epochs.
+      warmup_epochs: how many epochs the rate rises to that of the schedule, as in `WarmUp`.
+
+    Raises:
+      UserError: if there is no such schedule.
+    """
+    choose("schedule", schedule, ("steps", "cosine"), parameter="schedule")
+    if schedule == "cosine":
+        total = max(1, round(epochs * steps_per_epoch))
+        rate = keras.optimizers.schedules.CosineDecay(start, total)
+    else:
+        if decay_epochs is None:
+            decay_epochs = [share * epochs for share in PAPER_LR_DECAY]
+        rate = step_decay(start, decay_epochs, steps_per_epoch)
+    steps = round(warmup_epochs * steps_per_epoch)
+    return WarmUp(rate, steps) if steps else rate

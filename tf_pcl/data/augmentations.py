@@ -47,6 +47,17 @@ class Draws:
         self._calls += 1
         return tf.random.stateless_uniform([self.total, *shape], key, low, high, dtype)[self.rows]
 
+    def beta(self, alpha: float) -> tf.Tensor:
+        """Returns the next random numbers of Beta(α, α), float32 [B], in [0, 1]."""
+        key = fold_in(self.key, self._calls)
+        self._calls += 1
+        # Beta's numbers are shares of two of Gamma's. For a small α both may be too small for a
+        # float, and the number is 0 then.
+        shape, dtype = [self.total, 2], tf.float64
+        gamma = tf.random.stateless_gamma(shape, key, tf.cast(alpha, dtype), dtype=dtype)
+        share = tf.math.divide_no_nan(gamma[:, 0], tf.reduce_sum(gamma, 1))
+        return tf.cast(share, tf.float32)[self.rows]
+
     def named(self, name: str) -> "Draws":
         """Returns Draws for the same images whose random numbers depend on a name as well."""
         # Python's own hash differs from process to process.

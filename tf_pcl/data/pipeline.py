@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from tf_pcl.data import mixing
 from tf_pcl.data.augmentations import Draws, augmented, fold_in, settle
 from tf_pcl.data.datasets import ImageData
 from tf_pcl.data.storage import Stream
@@ -25,6 +26,8 @@ def train_batches(
     seed: int = 0,
     start: int = 0,
     shard: tuple[int, int] = (0, 1),
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
     **augmentations: Any,
 ) -> tf.data.Dataset:
     """Returns `epochs` epochs of shuffled batches of augmented views.
@@ -38,6 +41,7 @@ def train_batches(
       seed: an integer; the same seed gives the same batches.
       start: the step, counted over all epochs, with which to begin.
       shard: (i, n) for only the i-th of n equal parts of each batch.
+      mixup, cutmix: α of each, as in `mixing.mixed`; 0 for none.
       **augmentations: the values of augmentations by their names in AUGMENTATIONS; None or no
         value stands for the default. `augment` is "crop" (zero-pad by an eighth of the side and cut
         the old size) or "inception" (cut 8 to 100 % of the area and resize it), by default crop for
@@ -46,16 +50,18 @@ def train_batches(
         `cutout` is the side of a blackened square in pixels, an even number, by default 0.
 
     Returns:
-      A tf.data.Dataset of (views uint8 [B / n, m, H, W, C], labels int32 [B / n]), raw 0–255.
+      A tf.data.Dataset of (views uint8 [B / n, m, H, W, C], labels int32 [B / n]), raw 0–255. The
+      labels of mixed images are probabilities, float32 [B / n, K].
 
     Raises:
-      UserError: if there are fewer images than `batch_size`, or an augmentation is unknown or does
-        not take the value.
+      UserError: if there are fewer images than `batch_size`, an augmentation is unknown or does
+        not take the value, or the images of a part cannot be mixed in pairs.
     """
     steps = steps_per_epoch(data, batch_size)
     settled = settle(data, augmentations)
     part, parts = shard
     rows = slice(batch_size // parts * part, batch_size // parts * (part + 1))
+    mixing.check(mixup, cutmix, rows.stop - rows.start, parts)
     base = tf.constant([seed & 0x7FFFFFFF, 0x5EED], tf.int32)
 
     def with_views(step, images, labels):
@@ -64,7 +70,11 @@ def train_batches(
             for j in range(views)
         ]
         shape = [rows.stop - rows.start, views, *data.image_shape]
-        return tf.ensure_shape(tf.stack(made, 1), shape), labels
+        made = tf.ensure_shape(tf.stack(made, 1), shape)
+        if not (mixup or cutmix):
+            return made, labels
+        draws = Draws(fold_in(base, 2, step), batch_size, rows)
+        return mixing.mixed(made, labels, draws, len(data.classes), mixup, cutmix)
 
     if isinstance(data.train, Stream):
         read = data.train.batches(seed, epochs, batch_size, rows, start).enumerate(start)

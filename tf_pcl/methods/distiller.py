@@ -236,7 +236,7 @@ class Distiller(Fitting):
             student = self.students(views, True)
             labels = batches.as_labels(labels, _classes(student))
             weights = batches.as_weights(weights, labels, self._class_weights)
-            with losses.weighted(weights):
+            with losses.weighted(weights), losses.smoothed(self._label_smoothing):
                 terms = self.loss_terms(labels, student, teacher)
             terms = {**terms, **self._regularization()}
             total = sum(terms.values())

@@ -44,6 +44,7 @@ class Fitting(keras.Model):
     _own_recipe = False
     _class_weights: tuple[float, ...] = ()
     _takes_raw = False
+    _label_smoothing = 0.0
 
     def __init__(self, name: Optional[str] = None):
         super().__init__(name=name)
@@ -56,22 +57,27 @@ class Fitting(keras.Model):
         *,
         epochs: Optional[int] = None,
         steps_per_epoch: Optional[int] = None,
+        label_smoothing: float = 0.0,
         **kwargs: Any,
     ) -> None:
         """Configures training as Keras does, without losses and metrics: a method has its own.
 
         Args:
           optimizer: a keras optimizer or its name; by default the tables' SGD (optimizer.recipe),
-            whose learning rate drops at 1/2 and 3/4 of training. An optimizer of another class
-            decays all weights alike.
+            whose learning rate drops at 1/2 and 3/4 of training. What optimizer.recipe makes
+            decays some weights otherwise, where a method asks for it; an optimizer of another
+            class decays all alike.
           epochs: the length of training, which schedules scale with. By default it is what fit
             says: the epochs done before and those of this call. A training in several calls of
             fit needs the whole length here.
           steps_per_epoch: the steps of an epoch; by default what fit says.
+          label_smoothing: ε in [0, 1]: in training, a label y counts as (1 − ε) y + ε / C in each
+            cross-entropy with the labels. What peers and teachers teach stays as it is, and so do
+            tests.
           **kwargs: jit_compile, run_eagerly, steps_per_execution.
 
         Raises:
-          UserError: for losses and metrics.
+          UserError: for losses and metrics, and a smoothing out of range.
         """
         for name in ("loss", "metrics", "loss_weights", "weighted_metrics"):
             if kwargs.get(name) is not None:
@@ -80,10 +86,15 @@ class Fitting(keras.Model):
                     parameter=name,
                     value="…",
                 )
+        if not 0 <= label_smoothing <= 1:
+            raise UserError(
+                "out of range", parameter="label_smoothing", value=label_smoothing, allowed="0 to 1"
+            )
+        self._label_smoothing = label_smoothing
         self._given_length = self._length = (epochs, steps_per_epoch)
         self._own_recipe = not optimizer
         optimizer = optimizer or optimizers.recipe(epochs or 1, steps_per_epoch or 1)
-        if isinstance(optimizer, optimizers.CoupledSGD):
+        if isinstance(optimizer, optimizers.OwnDecays):
             for weights, decay in self.decay_exceptions:
                 optimizer.set_decay(weights, decay)
         super().compile(optimizer=optimizer, **kwargs)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tf_pcl.deploy import metrics
 from tf_pcl.study import paper, statistics, tables
 from tf_pcl.study.runs import Group, Section
 
@@ -276,14 +277,14 @@ def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
             labels = np.concatenate([pair[0] for pair in pairs])
             logits = np.concatenate([pair[1] for pair in pairs])
             drawn.append(group)
-            lines.append(statistics.reliability(labels, statistics.softmax(logits), 10))
+            lines.append(metrics.reliability(logits, labels, 10))
     if not drawn:
         return None
     figure = Figure((5.2, 4.4))
     axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], color=_INK, lw=0.8, linestyle=_DASHES[2])
     for group, line in zip(drawn, lines):
-        some = line.size > 0
+        some = line.images > 0
         axes.plot(
             line.confidence[some], line.accuracy[some], marker="o", ms=4, **look[group.label].line
         )
@@ -291,7 +292,7 @@ def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")
-    found = ", ".join(f"{g.label} {100 * line.error:.1f} %" for g, line in zip(drawn, lines))
+    found = ", ".join(f"{g.label} {100 * line.error():.1f} %" for g, line in zip(drawn, lines))
     note = (
         "How often the network is right where it is so sure, all seeds together. On the dotted "
         f"line it is as often right as it is sure. Expected calibration error: {found}."

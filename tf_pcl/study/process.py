@@ -4,8 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from typing import Optional
+from collections.abc import Callable, Sequence
 
 # How often to look at a process, and how long it has to save and end after a signal.
 _SECONDS, _PATIENCE = 0.5, 120
@@ -15,8 +14,6 @@ def run(
     command: Sequence[str],
     log: str,
     look: Callable[[], None] = lambda: None,
-    folder: Optional[str] = None,
-    environment: Optional[Mapping[str, str]] = None,
 ) -> int:
     """Runs a command and returns its exit status.
 
@@ -27,8 +24,6 @@ def run(
       command: the program and its arguments.
       log: the file that its output is added to.
       look: called about twice a second until it ends.
-      folder: where it runs; by default here.
-      environment: variables beside those of this process.
     """
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "ab") as output:
@@ -40,8 +35,6 @@ def run(
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            cwd=folder,
-            env={**os.environ, **(environment or {})},
         )
         try:
             while process.poll() is None:

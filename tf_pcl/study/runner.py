@@ -18,14 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tf_pcl.errors import Stopped, UserError, choose
+from tf_pcl.errors import Stopped, UserError
 from tf_pcl.study import process
 from tf_pcl.study.grid import Cell, shared_stages
 from tf_pcl.training.report import versions
 from tf_pcl.training.workdir import Workdir, saved_model
-
-# Seconds that the runs on a Ray cluster have to save and end after Ctrl-C.
-_PATIENCE = 180
 
 
 class Failure(NamedTuple):
@@ -63,29 +60,25 @@ def results_of(cell: Cell) -> Optional[dict[str, Any]]:
     return results if done else None
 
 
-def run(cells: Sequence[Cell], runner: str = "here") -> list[Failure]:
-    """Trains those runs that are not done, each in a process of its own.
+def run(cells: Sequence[Cell]) -> list[Failure]:
+    """Trains those runs that are not done, one after another, each in a process of its own.
 
     Standard output tells of every run that ends. On a terminal, a bar below shows how much of the
     whole cost is done and how much time is left.
 
     Args:
       cells: the runs, whose workdirs have passed `check`.
-      runner: "here" trains one after another in this machine, "ray" as many at a time as a Ray
-        cluster has machines or GPUs for. All machines must see the same folders.
 
     Returns:
       The runs that failed; the others are done.
 
     Raises:
-      UserError: if there is no such runner, or ray is not installed.
       Stopped: on Ctrl-C. The runs under way have saved, and the same call goes on there.
     """
-    train = _RUNNERS[choose("runner", runner, RUNNERS, parameter="runner")]
     board = _Board(cells)
     try:
         with board.bar:
-            train(board)
+            _one_by_one(board)
     except KeyboardInterrupt:
         names = ", ".join(cell.title for cell, _ in board.running.values())
         raise Stopped(
@@ -180,55 +173,6 @@ def _one_by_one(board: _Board) -> None:
         began = time.perf_counter()
         status = process.run(cell.command(sys.executable), log_of(cell), board.look)
         board.end(cell, status, time.perf_counter() - began)
-
-
-def _on_ray(board: _Board) -> None:
-    try:
-        import ray
-    except ImportError as e:
-        raise UserError(
-            "it needs the package ray: pip install ray", parameter="runner", value="ray"
-        ) from e
-    ray.init(log_to_driver=False, logging_level="ERROR", ignore_reinit_error=True)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    # A run has a GPU, or a machine.
-    if any(node.get("GPU") for node in nodes):
-        needs = {"num_gpus": 1.0}
-    else:
-        needs = {"num_cpus": max(node.get("CPU", 1.0) for node in nodes)}
-    remote = ray.remote(**needs, max_retries=0)(process.run)
-    # The same package as here, wherever the workers look for theirs.
-    found = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    refs: dict[Any, tuple[Cell, float]] = {}
-    for cell in board.waiting:
-        board.begin(cell)
-        log = os.path.abspath(log_of(cell))
-        ref = remote.remote(
-            cell.command(sys.executable), log, folder=os.getcwd(), environment=found
-        )
-        refs[ref] = cell, time.perf_counter()
-    try:
-        while refs:
-            ended, _ = ray.wait(list(refs), timeout=1)
-            for ref in ended:
-                cell, began = refs.pop(ref)
-                try:
-                    status = ray.get(ref)
-                except ray.exceptions.RayError:
-                    status = -1
-                board.end(cell, status, time.perf_counter() - began)
-            board.look()
-    except KeyboardInterrupt:
-        for ref in refs:
-            ray.cancel(ref)
-        ray.wait(list(refs), num_returns=len(refs), timeout=_PATIENCE)
-        raise
-    finally:
-        ray.shutdown()
-
-
-_RUNNERS = {"here": _one_by_one, "ray": _on_ray}
-RUNNERS = tuple(_RUNNERS)
 
 
 def _take_shared(cell: Cell, cells: Sequence[Cell]) -> list[str]:

@@ -1,6 +1,5 @@
 """What several seeds, or the test images of two networks, say about a difference."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
 
@@ -68,22 +67,6 @@ class McNemar(NamedTuple):
     p: float
 
 
-class Reliability(NamedTuple):
-    """How often a classifier is right when it is so sure.
-
-    Attributes:
-      confidence, accuracy: float64 [bins], the means within each bin; NaN in an empty one.
-      size: int64 [bins], how many images each bin has.
-      error: the expected calibration error in [0, 1], the mean over images of the distance between
-        their bin's accuracy and confidence.
-    """
-
-    confidence: np.ndarray
-    accuracy: np.ndarray
-    size: np.ndarray
-    error: float
-
-
 def summary(values: Sequence[float]) -> Summary:
     """Returns the Summary of at least one value."""
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
@@ -144,30 +127,3 @@ def bootstrap(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Differenc
     tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(drawn @ values / len(each), [tail, 100 - tail])
     return Difference(len(each), float(np.mean(each)), float(low), float(high))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns the probabilities float64 [N, K] of logits [N, K]."""
-    shifted = np.asarray(logits, np.float64)
-    e = np.exp(shifted - shifted.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def reliability(labels: np.ndarray, probabilities: np.ndarray, bins: int = 15) -> Reliability:
-    """Compares how sure a classifier is with how often it is right.
-
-    Args:
-      labels: int [N].
-      probabilities: [N, K].
-      bins: the number of bins of equal width from 0 to 1; an image belongs to that of its largest
-        probability.
-    """
-    confidence = probabilities.max(-1)
-    right = probabilities.argmax(-1) == labels
-    place = np.minimum((confidence * bins).astype(int), bins - 1)
-    count = np.bincount(place, minlength=bins)
-    with np.errstate(invalid="ignore"):
-        mean = np.bincount(place, confidence, bins) / count
-        accuracy = np.bincount(place, right, bins) / count
-    error = math.fsum(np.nan_to_num(np.abs(accuracy - mean)) * count) / len(labels)
-    return Reliability(mean, accuracy, count, error)

@@ -2,14 +2,16 @@
 
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any, Optional
 
 import numpy as np
 
+from tf_pcl import optimizer as optimizers
 from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped
+from tf_pcl.training import pictures
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.events import Events
@@ -51,20 +53,20 @@ class Record(keras.callbacks.Callback):
     Args:
       workdir: the folder of the run or stage.
       rows: what metrics.csv holds of the epochs before.
+      events: TensorBoard's files of the run or stage.
       batch_size: images a step.
       describe: a function rows -> contents of results.json.
       seconds: wall-clock time spent before the first epoch, on earlier stages.
-      tested: what the errors of every epoch are of, "test" or "validation".
     """
 
     def __init__(
         self,
         workdir: Workdir,
         rows: list[Row],
+        events: Events,
         batch_size: int,
         describe: Callable[[list[Row]], Any],
         seconds: float = 0.0,
-        tested: str = "test",
     ):
         super().__init__()
         self.workdir, self.rows, self.batch_size = workdir, rows, batch_size
@@ -72,7 +74,7 @@ class Record(keras.callbacks.Callback):
         self.before = rows[-1]["wall_seconds"] if rows else seconds
         self.began = time.perf_counter()
         self.traced = False
-        self.events = Events(workdir, rows, tested)
+        self.events = events
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         self.steps, self.since = 0, time.perf_counter()
@@ -113,6 +115,20 @@ class Record(keras.callbacks.Callback):
         grid = views.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, channels)
         self.events.write_image("views", grid)
 
+    def show_answers(self, step: int, labels: Any, predicted: Any, classes: Sequence[str]) -> None:
+        """Writes pictures of how the trained network answers on the test images.
+
+        Args:
+          step: the last one.
+          labels, predicted: class numbers int [N].
+          classes: the names of the classes.
+        """
+        for draw in (pictures.confusion_matrix, pictures.class_errors):
+            image = draw(labels, predicted, classes)
+            # By this name they stand after the errors, on TensorBoard's first page too.
+            self.events.write_image(f"test_images/{draw.__name__}", image, "test", step)
+        self.events.flush()
+
     def _row(self, epoch: int, logs: Mapping[str, float]) -> Row:
         seconds = self.trained or time.perf_counter() - self.since
         optimizer = getattr(self.model.optimizer, "inner_optimizer", self.model.optimizer)
@@ -121,7 +137,7 @@ class Record(keras.callbacks.Callback):
             "step": int(self.model.step.numpy()),
             "wall_seconds": self.before + time.perf_counter() - self.began,
             **({"images_per_second": self.steps * self.batch_size / seconds} if self.steps else {}),
-            "learning_rate": float(keras.backend.get_value(optimizer.learning_rate)),
+            "learning_rate": optimizers.current_rate(optimizer),
             **{name: float(value) for name, value in self.model.schedules().items()},
             **{name: float(value) for name, value in logs.items()},
         }

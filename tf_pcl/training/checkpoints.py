@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from tf_pcl import optimizer as optimizers
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.training import workdir as workdirs
 
@@ -46,7 +47,7 @@ class Checkpoints:
 
     def not_finite(self) -> list[str]:
         """Returns the names of the variables that have a value which is no finite number."""
-        return not_finite([*self.model.weights, *self.model.optimizer.variables])
+        return not_finite([*self.model.weights, *optimizers.state(self.model.optimizer)])
 
     def tidy(self, step: int) -> None:
         """Removes what a killed process left behind, where `step` is the newest good checkpoint's.

@@ -2,14 +2,19 @@
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from tensorboard.plugins.hparams import api as hparams
 
 from tf_pcl.training.workdir import Workdir
 
 SPLITS = ("train", "test", "validation")
+# The folder of all, where the HParams page looks for what a run was asked.
+_BOTH = ""
+# TensorBoard sorts tags by name, and this is to be the first one. It repeats another tag.
+FIRST_TAG = "deployed_error"
 # Columns of metrics.csv that are no scalars of TensorBoard.
 _PLACES = ("epoch", "step")
 
@@ -22,13 +27,24 @@ class Events:
     Args:
       workdir: the folder of the run or stage.
       rows: the rows of metrics.csv.
+      deployed_exit: the name of the exit whose error stands first.
+      settings: {name: value} of what the run was asked, for the HParams page.
       tested: what the errors of every epoch are of, "test" or "validation".
     """
 
-    def __init__(self, workdir: Workdir, rows: Sequence[Mapping[str, float]], tested: str = "test"):
-        self.workdir, self.tested = workdir, tested
+    def __init__(
+        self,
+        workdir: Workdir,
+        rows: Sequence[Mapping[str, float]],
+        deployed_exit: str,
+        settings: Mapping[str, Any],
+        tested: str = "test",
+    ):
+        self.workdir, self.deployed_exit, self.tested = workdir, deployed_exit, tested
         self._writers: dict[str, Any] = {}
-        old = _files(workdir)
+        old = [path for split in (_BOTH, *SPLITS) for path in _files(workdir, split)]
+        with self._writer(_BOTH).as_default(step=0):
+            hparams.hparams({k: _plain(v) for k, v in settings.items()}, trial_id=workdir.path)
         for row in rows:
             self.write(row)
         self.flush()
@@ -41,12 +57,15 @@ class Events:
         for name, value in row.items():
             if name not in _PLACES:
                 split = self.tested if name.startswith("val_") else "train"
+                tag = name.removeprefix("val_")
                 with self._writer(split).as_default(step=int(row["step"])):
-                    tf.summary.scalar(name.removeprefix("val_"), value)
+                    if tag == f"error/{self.deployed_exit}":
+                        tf.summary.scalar(FIRST_TAG, value)
+                    tf.summary.scalar(tag, value)
 
-    def write_image(self, name: str, image: Any) -> None:
-        """Writes a picture uint8 [H, W, C] of the training."""
-        with self._writer("train").as_default(step=0):
+    def write_image(self, name: str, image: Any, split: str = "train", step: int = 0) -> None:
+        """Writes a picture, uint8 [H, W, C]."""
+        with self._writer(split).as_default(step=step):
             tf.summary.image(name, image[None])
 
     def flush(self) -> None:
@@ -63,24 +82,31 @@ class Events:
 def read(workdir: Workdir) -> dict[int, dict[str, float]]:
     """Returns {step: row of metrics.csv, without its epoch} of what the event files hold."""
     rows: dict[int, dict[str, float]] = {}
-    for path in _files(workdir):
-        prefix = "" if os.path.basename(os.path.dirname(path)) == "train" else "val_"
-        try:
-            for event in tf.compat.v1.train.summary_iterator(path):
-                for value in event.summary.value:
-                    scalar = tf.make_ndarray(value.tensor)
-                    if scalar.dtype.kind == "f" and scalar.ndim == 0:
-                        row = rows.setdefault(event.step, {"step": float(event.step)})
-                        row[prefix + value.tag] = float(scalar)
-        except tf.errors.DataLossError:
-            continue  # The end of a file that a killed process wrote; what was before it counts.
+    for split in SPLITS:
+        prefix = "" if split == "train" else "val_"
+        for path in _files(workdir, split):
+            for step, tag, value in _scalars(path):
+                if tag != FIRST_TAG:
+                    rows.setdefault(step, {"step": float(step)})[prefix + tag] = value
     return rows
 
 
-def _files(workdir: Workdir) -> list[str]:
-    folders = [glob.escape(workdir.tensorboard(split)) for split in SPLITS]
-    return [
-        path
-        for f in folders
-        for path in sorted(glob.glob(os.path.join(f, "events.out.tfevents.*")))
-    ]
+def _scalars(path: str) -> Iterator[tuple[int, str, float]]:
+    """Yields (step, tag, value) of the scalars in an event file."""
+    try:
+        for event in tf.compat.v1.train.summary_iterator(path):
+            for value in event.summary.value:
+                scalar = tf.make_ndarray(value.tensor)
+                if scalar.dtype.kind == "f" and scalar.ndim == 0:
+                    yield event.step, value.tag, float(scalar)
+    except tf.errors.DataLossError:
+        return  # The end of a file that a killed process wrote; what was before it counts.
+
+
+def _files(workdir: Workdir, split: str) -> list[str]:
+    folder = glob.escape(workdir.tensorboard(split))
+    return sorted(glob.glob(os.path.join(folder, "events.out.tfevents.*")))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str)) else str(value)

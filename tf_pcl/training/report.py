@@ -123,7 +123,7 @@ def results(
         "training_gflop": float(f"{gflop[0] + gflop[1] * last['step']:.6g}"),
         "images_per_second": _mean_speed(rows),
         "wall_seconds": round(last["wall_seconds"], 1),
-        "settings": _effective(options),
+        "settings": effective(options),
         "versions": versions(),
     }
 
@@ -243,7 +243,7 @@ def _mean_speed(rows: Sequence[Mapping[str, float]]) -> Any:
     return round(len(speeds) / sum(1 / s for s in speeds), 1) if speeds else None
 
 
-def _effective(options: Options) -> dict[str, Any]:
+def effective(options: Options) -> dict[str, Any]:
     """Returns the options that have a value, by name, and the method's own defaults."""
     defaults = METHODS[options.method].parameters()
     values = {

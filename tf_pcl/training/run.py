@@ -14,7 +14,7 @@ from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
 from tf_pcl.training import cluster as clusters
-from tf_pcl.training import export, report, selection
+from tf_pcl.training import export, report, selection, trackers
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
 from tf_pcl.training.stages import Trainer
@@ -38,6 +38,7 @@ def run(options: Options) -> dict[str, Any]:
       Stopped: if a signal, a bad loss or an error ended the run early.
     """
     _check_names(options)
+    trackers.check(options)
     together = clusters.find() if options.strategy == "multi_worker" else None
     with clusters.watched(together):
         workdir = _workdir(options, together.own if together else 0)

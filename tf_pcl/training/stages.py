@@ -18,7 +18,7 @@ from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped, UserError, one_line
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options, names
-from tf_pcl.training import events
+from tf_pcl.training import events, report, trackers
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.callbacks import Progress, Record, Row, Save, StopEarly
@@ -64,12 +64,24 @@ class Trainer:
                     options.learning_rate,
                     options.lr_decay_epochs,
                     options.weight_decay,
+                    optimizer=options.optimizer,
+                    schedule=options.schedule,
+                    warmup_epochs=options.warmup_epochs,
+                    clip_norm=options.clip_norm,
                 ),
                 epochs=options.epochs,
                 steps_per_epoch=self.steps_per_epoch,
+                label_smoothing=options.label_smoothing,
                 jit_compile=options.jit_compile,
             )
-            model.optimizer.build(model.trainable_weights)
+            getattr(model.optimizer, "build", model._inner_optimizer.build)(model.trainable_weights)
+        if options.optimizer == "lamb" and model.decay_exceptions:
+            raise UserError(
+                f"it does not go with `method={options.method}`, some of whose weights have a "
+                "weight decay of their own: take sgd or adamw",
+                parameter="optimizer",
+                value=options.optimizer,
+            )
         if options.sync_batch_norm:
             self._synchronize(model)
         # What cannot be deployed is to fail here, before the training.
@@ -136,15 +148,22 @@ class Trainer:
         _check_needed(checkpoints, start)
         total = model.steps_per_epoch * self.options.epochs
         ends = selection.ends if selection else lambda rows: False
-        _say_where(title, start, total, ends(rows))
-        told = functools.partial(describe, selection=selection)
+        ended = ends(rows)
+        _say_where(title, start, total, ended)
+        settings = self._settings(title)
         tested = "validation" if selection else "test"
-        record = Record(workdir, rows, self.options.batch_size, told, seconds, tested)
+        log = events.Events(workdir, rows, model.deployed_exit, settings, tested)
+        told = functools.partial(describe, selection=selection)
+        record = Record(workdir, rows, log, self.options.batch_size, told, seconds)
         record.show_views(next(iter(self._batches(model)))[0])
         every = self.options.checkpoint_steps(model.steps_per_epoch)
-        with Save(checkpoints, every, start, total, title, of_all) as save:
+        # Several workers are one run.
+        tracked = start < total and not ended and self.strategy.extended.should_save_summary
+        asked = [name for name in trackers.TRACKERS if tracked and getattr(self.options, name)]
+        tracking = trackers.tracked(asked, workdir, rows, settings)
+        with Save(checkpoints, every, start, total, title, of_all) as save, tracking as further:
             try:
-                callbacks = [Progress("steps"), record, StopEarly(ends, rows), save]
+                callbacks = [Progress("steps"), record, *further, StopEarly(ends, rows), save]
                 self._fit(model, start, callbacks, lambda: ends(rows))
             except (UserError, Stopped):
                 raise
@@ -155,8 +174,11 @@ class Trainer:
                     "goes on from there"
                 ) from e
         if selection is None:
-            return told(rows)
-        return self._test(model, workdir, checkpoints, selection, rows, told)
+            results = told(rows)
+        else:
+            results = self._test(model, workdir, checkpoints, selection, rows, told)
+        record.show_answers(int(rows[-1]["step"]), *self._answers(model), self.data.classes)
+        return results
 
     def _selection(self, model: Distiller) -> Optional[Selection]:
         """Returns what the validation images decide, None if there are none."""
@@ -210,6 +232,22 @@ class Trainer:
                 )
             start = checkpoints.restore(min(steps))
         return start
+
+    def _settings(self, title: str) -> dict[str, Any]:
+        """Returns the options that have a value and bear upon the result."""
+        free = self.options.run_only()
+        settings = {k: v for k, v in report.effective(self.options).items() if k not in free}
+        return {**settings, **({"stage": title} if title else {})}
+
+    def _answers(self, model: Distiller) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the labels and the deployed network's answers of all test images, int [N]."""
+        network = tf.function(model.deployed(), reduce_retracing=True)
+        pairs = [
+            (labels, tf.argmax(network(images), -1))
+            for images, labels in datasets.test_batches(self.data, 4 * self.options.batch_size)
+        ]
+        labels, answers = (np.concatenate(part) for part in zip(*pairs))
+        return labels, answers
 
     def _rows(self, model: Distiller, workdir: Workdir, start: int, of_all: OfAll) -> list[Row]:
         """Returns the rows of the epochs up to step `start`.
@@ -293,6 +331,8 @@ class Trainer:
             seed=options.seed,
             start=start,
             shard=shard,
+            mixup=options.mixup,
+            cutmix=options.cutmix,
             **{name: getattr(options, name) for name in datasets.AUGMENTATIONS if name in names()},
         )
 

@@ -5,6 +5,7 @@ data.json             what the data were
 versions.json         the versions of Python and the packages that it ran with, and its replicas
 train_images.txt, validation_images.txt, test_images.txt
                       the files of each, where the run divided them itself
+trackers.json         what W&B and MLflow call the run, where they are asked for
 lock                  which process works here; the lock itself ends with that process
 results.json          what came out; rewritten after every epoch that was tested
 metrics.csv           a row for every epoch
@@ -62,6 +63,7 @@ class Workdir:
         self.metrics = os.path.join(path, "metrics.csv")
         self.checkpoints = os.path.join(path, "checkpoints")
         self.export = os.path.join(path, "export")
+        self.trackers = os.path.join(path, "trackers.json")
 
     @classmethod
     def of_run(cls, options: Options, worker: int = 0) -> "Workdir":
@@ -114,7 +116,8 @@ class Workdir:
                 "the folder holds a run already: give another workdir, or `resume=auto` to go on"
             )
         given, free = options.as_flags(), options.run_only()
-        old = self._read_flags()
+        # An option that is newer than the run has its default there.
+        old = {**Options().as_flags(), **self._read_flags()}
         differ = [
             f"`{name}={given.get(name, '(unset)')}` here, {old.get(name, '(unset)')} there"
             for name in sorted({*given, *old})

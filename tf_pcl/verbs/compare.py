@@ -44,13 +44,6 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "with more than one method",
         flag_values=values,
     )
-    flags.DEFINE_enum(
-        "runner",
-        "here",
-        ("here", "ray"),
-        "train one run after another here, or on a Ray cluster: RAY_ADDRESS, else a local one",
-        flag_values=values,
-    )
     flags.DEFINE_boolean(
         "dry_run", False, "list the runs with their cost, and train nothing", flag_values=values
     )
@@ -105,17 +98,20 @@ def planned(values: flags.FlagValues, rest: Sequence[str] = ()) -> list[Any]:
 def _compare(rest: list[str]) -> None:
     values = flags.FLAGS
     cells = planned(values, rest)
-    from tf_pcl.study import grid, runner, summary
+    from tf_pcl.study import grid, listing, report, runner
 
     if values.print_commands:
         print(*map(grid.in_a_shell, cells), sep="\n")
         return
     runner.check(cells)
     if values.dry_run:
-        print(summary.costs(cells))
+        print(listing.costs(cells))
         return
-    failures = runner.run(cells, values.runner)
-    print(f"\n{summary.summary(cells)}")
+    failures = runner.run(cells)
+    if len(failures) < len(cells):
+        workdir = os.path.dirname(cells[0].options.workdir)
+        made = report.report([workdir], os.path.join(workdir, "report"))
+        print(f"\n{made.markdown}\n{made.files[0]}")
     if failures:
         named = "; ".join(f"{f.cell.title} with status {f.status}, see {f.log}" for f in failures)
         raise Stopped(
