@@ -27,6 +27,18 @@ def without_norm(input_shape, num_classes):
     )
 
 
+def with_norm(input_shape, num_classes, extra=()):
+    """A network with BatchNorm, and `extra` layers before its pooling."""
+    x = images = keras.Input(input_shape)
+    for i in (1, 2):
+        x = keras.layers.Conv2D(8 * i, 3, strides=2, padding="same", use_bias=False)(x)
+        x = keras.layers.ReLU(name=f"stage_{i}")(keras.layers.BatchNormalization(name=f"n{i}")(x))
+    for layer in extra:
+        x = layer(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(images, keras.layers.Dense(num_classes)(x))
+
+
 def other(input_shape, num_classes):
     """A network with one stage."""
     images = keras.Input(input_shape)
@@ -82,9 +94,9 @@ def last_stage(method, network, preprocess=None):
 
 
 def build(method, network, epochs=4, steps_per_epoch=5, optimizer=None, **kwargs):
-    """A method's last stage around the network of this name in TINY, compiled; always the same."""
+    """A method's last stage around a function or one of TINY, compiled; always the same."""
     keras.utils.set_random_seed(0)
-    model = last_stage(method, TINY[network], networks.standardise([78.0], [96.0]))
+    model = last_stage(method, TINY.get(network, network), networks.standardise([78.0], [96.0]))
     model.compile(optimizer, epochs=epochs, steps_per_epoch=steps_per_epoch, **kwargs)
     return model
 

@@ -49,6 +49,25 @@ def test_a_line_for_every_stage(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_replicas_and_two_workers_equal_one_device(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks/workers.py", "--methods=baseline"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    _, head, line = done.stdout.splitlines()
+    assert head.split() == ["method", "loss", *["losses", "errors", "weights"] * 2]
+    method, loss, *differences = line.split()
+    assert method == "baseline" and float(loss) > 0
+    for losses, errors, weights in (differences[:3], differences[3:]):
+        # An image of the 360 may change sides.
+        assert float(losses) < 1e-3 and float(errors) < 0.3 and float(weights) < 1e-2
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_is_compared(tmp_path):
     done = subprocess.run(
         [

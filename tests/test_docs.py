@@ -17,7 +17,7 @@ from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, 
 
 from tf_pcl import cli, methods, options
 from tf_pcl.methods import METHODS
-from tf_pcl.training import run
+from tf_pcl.training import cluster, run
 from tf_pcl.training.assemble import Assembly, method_arguments
 
 README = page("README.md")
@@ -59,12 +59,13 @@ def test_every_command_of_the_pages_parses(monkeypatch):
         assert method in METHODS_OF_PAPERS | {"mean_logits"}
 
 
-def test_every_command_of_the_benchmark_has_its_flags():
-    source = page("benchmarks/step.py")
+@pytest.mark.parametrize("name, least", [("step", 4), ("workers", 1)])
+def test_every_command_of_a_benchmark_has_its_flags(name, least):
+    source = page(f"benchmarks/{name}.py")
     defined = set(re.findall(r'DEFINE_\w+\("(\w+)"', source))
     defined |= {f"no{name}" for name in re.findall(r'DEFINE_bool\("(\w+)"', source)}
-    found = [a for path in PAGES for a in commands(page(path), r"python benchmarks/step\.py")]
-    assert len(found) > 3
+    found = [a for path in PAGES for a in commands(page(path), rf"python benchmarks/{name}\.py")]
+    assert len(found) >= least
     for arguments in found:
         assert {re.match(r"--(\w+)", a).group(1) for a in arguments} <= defined
 
@@ -184,6 +185,20 @@ def test_runs_are_listed_as_printed(tmp_path, monkeypatch, capsys):
         ["6.25", "%", "peer_1", "second"],
         ["7.50", "%", "peer_1", "first"],
     ]
+
+
+def test_the_job_of_kubernetes_makes_a_cluster(monkeypatch):
+    (source,) = blocks(page("docs/runs.md"), "yaml")
+    script = (
+        source[source.index("- |") :]
+        .split("\n", 1)[1]
+        .replace("exec tf-pcl", "printenv TF_CONFIG; exit #")
+    )
+    environment = {**os.environ, "JOB_COMPLETION_INDEX": "1"}
+    done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True)
+    monkeypatch.setenv("TF_CONFIG", done.stdout.strip())
+    found = cluster.find()
+    assert found.addresses == ["pcl-node-0-0.pcl:2222", "pcl-node-0-1.pcl:2222"] and found.own == 1
 
 
 @pytest.mark.slow

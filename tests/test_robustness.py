@@ -19,6 +19,7 @@ from tf_pcl.errors import Stopped, UserError
 from tf_pcl.methods import METHODS
 from tf_pcl.options import Options
 from tf_pcl.training import callbacks, export, report, run, strategy
+from tf_pcl.training import cluster as clusters
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.workdir import Workdir
@@ -117,7 +118,7 @@ def test_every_process_of_a_cluster_has_a_folder_of_its_own(monkeypatch):
     paths = []
     for task in ("chief", 0), ("worker", 0), ("worker", 1):
         monkeypatch.setenv("TF_CONFIG", cluster % '{"type": "%s", "index": %d}' % task)
-        paths.append(Workdir.of_run(Options(workdir="run"), strategy.worker()).path)
+        paths.append(Workdir.of_run(Options(workdir="run"), clusters.find().own).path)
     assert paths == ["run", "run/worker-1", "run/worker-2"]
 
 

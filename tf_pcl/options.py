@@ -364,9 +364,16 @@ class Options:
         "auto",
         "auto: all GPUs of this machine, else the CPU",
         ("auto", "mirrored", "multi_worker", "tpu", "one_device"),
+        # How many replicas that gives is checked by itself: see Workdir.check_replicas.
+        run_only=True,
     )
     precision: str = _flag(
         "float32", "Keras precision policy", ("float32", "mixed_bfloat16", "mixed_float16")
+    )
+    sync_batch_norm: bool = _flag(
+        False,
+        "with several replicas: BatchNorm's statistics are those of all replicas' images, as on "
+        "one device",
     )
     jit_compile: bool = _flag(False, "compile the step with XLA; for one GPU")
     deterministic: bool = _flag(

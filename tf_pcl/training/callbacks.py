@@ -173,12 +173,21 @@ class Save(keras.callbacks.Callback):
       step: the step at which the run begins.
       total: the run's last step.
       title: which stage of the run this is, for people; "" if there is one stage.
+      of_all: a function that gathers a number of all processes, where there are several. They all
+        stop at the same step, whichever of them has got the signal.
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, every: int, step: int, total: int, title: str = ""
+        self,
+        checkpoints: Checkpoints,
+        every: int,
+        step: int,
+        total: int,
+        title: str = "",
+        of_all: Optional[Callable[[int], set[int]]] = None,
     ):
         super().__init__()
+        self.of_all = of_all
         self.of = f"{total} ({title})" if title else str(total)
         self.checkpoints, self.every, self.step, self.total = checkpoints, every, step, total
         self.signal: Optional[str] = None
@@ -200,7 +209,7 @@ class Save(keras.callbacks.Callback):
         if self.step % self.model.steps_per_epoch:
             # The run goes on within an epoch, whose first part counts in the metrics, and `fit` has
             # just reset these.
-            self.checkpoints.restore()
+            self.checkpoints.restore(self.step)
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self.step += 1
@@ -230,8 +239,11 @@ class Save(keras.callbacks.Callback):
         return between and self.checkpoints.needed(self.step) == self.step
 
     def _save_if_due(self) -> None:
+        stops = bool(self.signal)
+        if self.of_all:
+            stops = 1 in self.of_all(int(stops))
         ends = self.step == self.total or self.model.stop_training
-        if not (self.signal or self.step % self.every == 0 or ends or self._needed()):
+        if not (stops or self.step % self.every == 0 or ends or self._needed()):
             return
         if wrong := self.checkpoints.not_finite():
             raise self._gone_wrong(
@@ -239,8 +251,9 @@ class Save(keras.callbacks.Callback):
             )
         path = self.checkpoints.save(self.step)
         self.saved = self.step
-        if self.signal and not ends:
+        if stops and not ends:
+            by = self.signal or "a signal to another worker"
             raise Stopped(
-                f"stopped by {self.signal} at step {self.step} of {self.of}; saved {path}. The "
-                "same command goes on from there."
+                f"stopped by {by} at step {self.step} of {self.of}; saved {path}. The same command "
+                "goes on from there."
             )

@@ -63,8 +63,11 @@ class Checkpoints:
         if step:
             self._keep_last(step)
 
-    def restore(self) -> int:
+    def restore(self, newest: Optional[int] = None) -> int:
         """Restores the newest checkpoint that can be read, with a warning of each that cannot.
+
+        Args:
+          newest: the last step that is looked at; default: all.
 
         Returns:
           The checkpoint's step, or 0 if there is no checkpoint.
@@ -72,7 +75,7 @@ class Checkpoints:
         Raises:
           UserError: if there are checkpoints and none of them can be read.
         """
-        steps = self._steps()
+        steps = [s for s in self._steps() if newest is None or s <= newest]
         for step in steps:
             path = self._path(step)
             try:

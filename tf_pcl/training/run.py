@@ -1,7 +1,10 @@
 """One run, from options to the SavedModel."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
+
+import tensorflow as tf
 
 from tf_pcl import data as datasets
 from tf_pcl import networks, surgery
@@ -10,6 +13,7 @@ from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
+from tf_pcl.training import cluster as clusters
 from tf_pcl.training import export, report, selection, trackers
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
@@ -35,33 +39,59 @@ def run(options: Options) -> dict[str, Any]:
     """
     _check_names(options)
     trackers.check(options)
-    multi_worker = options.strategy == "multi_worker"
-    workdir = Workdir.of_run(options, strategies.worker() if multi_worker else 0)
-    workdir.check(options)
-    versions = report.versions()
-    workdir.check_versions(versions)
-    strategy = strategies.start(options)
+    together = clusters.find() if options.strategy == "multi_worker" else None
+    with clusters.watched(together):
+        workdir = _workdir(options, together.own if together else 0)
+        versions = report.versions()
+        workdir.check_versions(versions)
+        strategy = strategies.start(options)
+        return _run(options, workdir, strategy, versions)
 
+
+def _run(
+    options: Options,
+    workdir: Workdir,
+    strategy: tf.distribute.Strategy,
+    versions: Mapping[str, str],
+) -> dict[str, Any]:
+    """Runs in a folder that has been checked, under a strategy; see `run`."""
     data = load_data(options)
     selection.check(options, data)
     facts = report.facts_of(data)
     trainer = Trainer(options, data, strategy)
-    steps = trainer.steps_per_epoch
+    steps, replicas = trainer.steps_per_epoch, strategy.num_replicas_in_sync
     workdir.check_data(facts)
 
     with strategy.scope():
         make, stages = assemble(options, data)
-    first = trainer.build_all(stages)[0]
+    models = trainer.build_all(stages)
+    bound = [b for m in models for b in surgery.replica_bound(m, options.sync_batch_norm)]
+    workdir.check_replicas(replicas, bound)
+    # Of the others, which are built again when it is their turn, nothing stays in memory.
+    first = models[0]
+    del models
 
     with workdir.locked():
-        workdir.begin(options, facts, versions)
+        workdir.begin(options, facts, {**versions, "replicas": replicas})
         workdir.write_lists(data.lists)
-        opening = report.opening(options, data, steps, strategy.num_replicas_in_sync)
+        opening = report.opening(options, data, steps, replicas)
         checked = (
             f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
         )
-        print(opening, *make.lines, checked, sep="\n", flush=True)
+        print(opening, *make.lines, *trainer.lines, checked, sep="\n", flush=True)
         return _train_all(trainer, stages, first, workdir)
+
+
+def _workdir(options: Options, worker: int) -> Workdir:
+    """Returns the workdir of this process among several, checked."""
+    first = Workdir.of_run(options)
+    first.check(options, alone=not worker)
+    if not worker:
+        return first
+    workdir = Workdir.of_run(options, worker)
+    workdir.follow(first)
+    workdir.check(options)
+    return workdir
 
 
 def assemble(options: Options, data: datasets.ImageData) -> tuple[Assembly, list[Stage]]:

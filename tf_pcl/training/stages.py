@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -12,7 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_pcl import data as datasets
-from tf_pcl import losses, optimizer
+from tf_pcl import losses, optimizer, surgery
 from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped, UserError, one_line
 from tf_pcl.methods.distiller import Distiller, Stage
@@ -25,6 +26,9 @@ from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.selection import Selection
 from tf_pcl.training.workdir import Workdir
 
+# A function that gathers a number of all processes, where there are several.
+OfAll = Optional[Callable[[int], set[int]]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
@@ -34,11 +38,13 @@ class Trainer:
       options: the run's options.
       data: the data set.
       strategy: where the training runs.
+      lines: what building said, for people: whole lines, each once, in order.
     """
 
     options: Options
     data: datasets.ImageData
     strategy: tf.distribute.Strategy
+    lines: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,11 +82,23 @@ class Trainer:
                 parameter="optimizer",
                 value=options.optimizer,
             )
+        if options.sync_batch_norm:
+            self._synchronize(model)
         # What cannot be deployed is to fail here, before the training.
         model.deployed()
         # TensorFlow's seed enters the shuffling of streams, which is to be the same in all stages.
         tf.random.set_seed(options.seed)
         return model
+
+    def _synchronize(self, model: Distiller) -> None:
+        if self.strategy.num_replicas_in_sync == 1:
+            line = "there is one replica, whose BatchNorm sees all images anyway"
+        elif left := surgery.synchronize(model):
+            line = f"{', '.join(left)} still see the images of their own replica alone"
+        else:
+            return
+        if f"`sync_batch_norm`: {line}" not in self.lines:
+            self.lines.append(f"`sync_batch_norm`: {line}")
 
     def build_all(self, stages: Sequence[Stage]) -> list[Distiller]:
         """Builds every stage once, untrained, so that what cannot be built fails at once."""
@@ -122,8 +140,10 @@ class Trainer:
             workdir.checkpoints,
             needed=lambda step: selection.step_needed(rows, step) if selection else None,
         )
-        start = checkpoints.restore()
-        rows += self._rows(model, workdir, start)
+        of_all = strategies.gatherer(self.strategy)
+        start = self._restore(checkpoints, of_all)
+        rows += self._rows(model, workdir, start, of_all)
+        _check_same(rows, selection, of_all)
         checkpoints.tidy(start)
         _check_needed(checkpoints, start)
         total = model.steps_per_epoch * self.options.epochs
@@ -141,7 +161,7 @@ class Trainer:
         tracked = start < total and not ended and self.strategy.extended.should_save_summary
         asked = [name for name in trackers.TRACKERS if tracked and getattr(self.options, name)]
         tracking = trackers.tracked(asked, workdir, rows, settings)
-        with Save(checkpoints, every, start, total, title) as save, tracking as further:
+        with Save(checkpoints, every, start, total, title, of_all) as save, tracking as further:
             try:
                 callbacks = [Progress("steps"), record, *further, StopEarly(ends, rows), save]
                 self._fit(model, start, callbacks, lambda: ends(rows))
@@ -200,6 +220,19 @@ class Trainer:
         workdirs.write_json(workdir.results, results)
         return results
 
+    def _restore(self, checkpoints: Checkpoints, of_all: OfAll) -> int:
+        """Restores the newest checkpoint that all processes have and returns its step."""
+        start = checkpoints.restore()
+        while of_all and len(steps := of_all(start)) > 1:
+            if not min(steps):
+                raise UserError(
+                    f"the checkpoints of the workers are of the steps {sorted(steps)}, 0 where "
+                    "there is none: copy `checkpoints` from the `workdir` of the first worker into "
+                    "those of the others"
+                )
+            start = checkpoints.restore(min(steps))
+        return start
+
     def _settings(self, title: str) -> dict[str, Any]:
         """Returns the options that have a value and bear upon the result."""
         free = self.options.run_only()
@@ -216,7 +249,7 @@ class Trainer:
         labels, answers = (np.concatenate(part) for part in zip(*pairs))
         return labels, answers
 
-    def _rows(self, model: Distiller, workdir: Workdir, start: int) -> list[Row]:
+    def _rows(self, model: Distiller, workdir: Workdir, start: int, of_all: OfAll) -> list[Row]:
         """Returns the rows of the epochs up to step `start`.
 
         Those that metrics.csv lacks are taken from TensorBoard's files, and the last one's errors
@@ -226,14 +259,16 @@ class Trainer:
         done = start // steps
         rows = {int(row["epoch"]): row for row in workdir.read_rows() if row["epoch"] <= done}
         lacking = [e for e in range(1, done + 1) if e not in rows]
-        if not lacking:
-            return list(rows.values())
-        found = events.read(workdir)
+        found = events.read(workdir) if lacking else {}
         rows.update({e: {"epoch": e, **found[e * steps]} for e in lacking if e * steps in found})
-        if last in lacking and f"val_error/{model.deployed_exit}" not in rows.get(last, {}):
+        tests = last in lacking and f"val_error/{model.deployed_exit}" not in rows.get(last, {})
+        # A test is of all processes together.
+        if 1 in of_all(int(tests)) if of_all else tests:
             tested = model.evaluate(self._every_epoch(), verbose=0, return_dict=True)
             known = {"epoch": last, "step": start, "wall_seconds": 0.0, **rows.get(last, {})}
             rows[last] = {**known, **{f"val_{name}": v for name, v in tested.items()}}
+        if not lacking:
+            return list(rows.values())
         lost = ", ".join(str(e) for e in lacking if e not in rows)
         logging.warning(
             "%s lacked the rows of %d epochs; %s",
@@ -306,6 +341,18 @@ class Trainer:
         if last:
             return self.options.seed
         return int(np.random.SeedSequence([self.options.seed, number]).generate_state(1)[0])
+
+
+def _check_same(rows: list[Row], selection: Optional[Selection], of_all: OfAll) -> None:
+    """Checks that the rows lead all processes to the same decisions; UserError if not."""
+    if not (selection and of_all):
+        return
+    decisive = [(row["epoch"], row.get(selection.column, -1)) for row in rows]
+    if len(of_all(zlib.crc32(np.array(decisive, np.float32).tobytes()))) > 1:
+        raise UserError(
+            "the validation errors in the `metrics.csv` of the workers differ: copy it from the "
+            "`workdir` of the first worker into those of the others"
+        )
 
 
 def _check_needed(checkpoints: Checkpoints, step: int) -> None:

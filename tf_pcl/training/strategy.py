@@ -1,16 +1,14 @@
 """Where the training runs."""
 
-import json
-import os
-import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Optional
 
 import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.options import Options
+from tf_pcl.training import cluster as clusters
 
 
 def start(options: Options) -> tf.distribute.Strategy:
@@ -45,7 +43,7 @@ def make(name: str) -> tf.distribute.Strategy:
 
     Args:
       name: auto (mirrored with several GPUs, else one device), mirrored, multi_worker (needs
-        TF_CONFIG), tpu or one_device.
+        TF_CONFIG, see cluster.find), tpu or one_device.
 
     Raises:
       UserError: if this machine has no such thing.
@@ -57,7 +55,7 @@ def make(name: str) -> tf.distribute.Strategy:
         devices = tf.config.list_logical_devices("GPU" if gpus else "CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     if name == "multi_worker":
-        worker()
+        clusters.find()
         return tf.distribute.MultiWorkerMirroredStrategy()
     if name == "tpu":
         try:
@@ -70,36 +68,6 @@ def make(name: str) -> tf.distribute.Strategy:
             ) from e
         return tf.distribute.TPUStrategy(resolver)
     return tf.distribute.get_strategy()
-
-
-def worker() -> int:
-    """Returns this process's number among those of the cluster in TF_CONFIG.
-
-    The chief, where there is one, has the number 0, and the workers follow.
-
-    Raises:
-      UserError: if TF_CONFIG does not say what the cluster is and which task this process has.
-    """
-    text = os.environ.get("TF_CONFIG") or "{}"
-    try:
-        config = json.loads(text)
-        cluster, task = config["cluster"], config["task"]
-        if other := set(cluster) - {"chief", "worker"}:
-            raise ValueError(f"a task is a chief or a worker, not {', '.join(sorted(other))}")
-        for address in [a for kind in cluster.values() for a in list(kind)]:
-            if not re.fullmatch(r".+:\d+", address):
-                raise ValueError(f"an address is HOST:PORT, not {address}")
-        kinds = [kind for kind in ("chief", "worker") if kind in cluster]
-        tasks = [(kind, i) for kind in kinds for i in range(len(cluster[kind]))]
-        return tasks.index((task["type"], task["index"]))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        raise UserError(
-            "it needs the environment variable TF_CONFIG with the cluster and this process's task, "
-            'such as {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": '
-            f'"worker", "index": 0}}}}; TF_CONFIG is {text[:200]} ({one_line(e)})',
-            parameter="strategy",
-            value="multi_worker",
-        ) from e
 
 
 def check(strategy: tf.distribute.Strategy, options: Options) -> None:
@@ -140,3 +108,24 @@ def distribute(strategy: tf.distribute.Strategy, batches: Callable[..., tf.data.
         return part.rebatch(size, drop_remainder=True)
 
     return strategy.distribute_datasets_from_function(of_worker)
+
+
+def gatherer(strategy: tf.distribute.Strategy) -> Optional[Callable[[int], set[int]]]:
+    """Returns a function number -> the numbers of all processes; all of them must call it.
+
+    It is None where one process trains alone.
+    """
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return None
+
+    @tf.function
+    def gathered(own: tf.Tensor) -> Any:
+        context = tf.distribute.get_replica_context
+        # The identity gives each replica's value a device, which the collective asks for.
+        return strategy.run(lambda one: context().all_gather(tf.identity(one), axis=0), (own,))
+
+    def of_all(number: int) -> set[int]:
+        given = gathered(tf.constant([number], tf.int64))
+        return set(strategy.experimental_local_results(given)[0].numpy().tolist())
+
+    return of_all

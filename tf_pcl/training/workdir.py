@@ -2,7 +2,7 @@
 
 flags.txt             the options of the run, as a flagfile
 data.json             what the data were
-versions.json         the versions of Python and the packages that it ran with
+versions.json         the versions of Python and the packages that it ran with, and its replicas
 train_images.txt, validation_images.txt, test_images.txt
                       the files of each, where the run divided them itself
 trackers.json         what W&B and MLflow call the run, where they are asked for
@@ -87,8 +87,12 @@ class Workdir:
         """Returns the folder of TensorBoard's logs of "train", "test" or "validation"."""
         return os.path.join(self.path, "tensorboard", split)
 
-    def check(self, options: Options) -> None:
+    def check(self, options: Options, alone: bool = True) -> None:
         """Checks that a run with these options can use this folder. Writes nothing.
+
+        Args:
+          options: the run's options.
+          alone: whether no other process may work in it.
 
         Raises:
           UserError: if the folder cannot be written, another process works in it, it holds a run
@@ -97,7 +101,7 @@ class Workdir:
         """
         self._check_name()
         self._check_writable()
-        if os.path.exists(self.lock):
+        if alone and os.path.exists(self.lock):
             with open(self.lock, "r+", encoding="utf-8") as f:
                 self._take(f)
         if not os.path.exists(self.flags):
@@ -170,8 +174,46 @@ class Workdir:
             f"go on with TensorFlow {_minor(old['tensorflow'])}, or give another workdir"
         )
 
+    def check_replicas(self, replicas: int, bound: Sequence[str]) -> None:
+        """Checks that a run in this folder can go on with this number of replicas.
+
+        Args:
+          replicas: how many devices share a batch.
+          bound: the layers whose work depends on that number.
+
+        Raises:
+          UserError: if it began on another number and there are such layers.
+        """
+        before = (_recorded(self.versions) or {}).get("replicas", replicas)
+        if before != replicas and bound:
+            raise self._refused(
+                f"the run began on {before} replicas, here are {replicas}, and the work of "
+                f"{len(bound)} layers depends on that ({', '.join(bound[:2])}"
+                f"{', …' * (len(bound) > 2)}): go on with {before}, or give another workdir"
+            )
+
+    def follow(self, first: "Workdir") -> None:
+        """Makes the checkpoints of a later worker those of the first worker's workdir.
+
+        Workers that were killed may have saved different steps, or there are more of them now.
+        Nothing is done where the first worker's workdir is not on this machine's disks, or holds no
+        run yet.
+        """
+        if not os.path.exists(first.flags):
+            return
+        stages = [n for n in os.listdir(first.path) if re.fullmatch(r"\d+-.+", n)]
+        for stage in ("", *stages):
+            its, own = (Workdir(os.path.join(w.path, stage)) for w in (first, self))
+            os.makedirs(own.path, exist_ok=True)
+            shutil.rmtree(own.checkpoints, ignore_errors=True)
+            if os.path.isdir(its.checkpoints):
+                shutil.copytree(its.checkpoints, own.checkpoints)
+            for name in ("flags.txt", "data.json", "versions.json", "metrics.csv"):
+                if os.path.exists(os.path.join(its.path, name)):
+                    shutil.copyfile(os.path.join(its.path, name), os.path.join(own.path, name))
+
     def begin(
-        self, options: Options, facts: Mapping[str, Any], versions: Mapping[str, str]
+        self, options: Options, facts: Mapping[str, Any], versions: Mapping[str, Any]
     ) -> None:
         """Makes the folder and writes what the run is: its options, data and versions."""
         os.makedirs(self.path, exist_ok=True)

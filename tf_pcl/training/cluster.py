@@ -1,0 +1,167 @@
+"""The processes that train together: which they are, and which of them do not answer any more."""
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, Optional
+
+import tensorflow as tf
+
+from tf_pcl.errors import Stopped, UserError, one_line
+
+# Under Slurm, the processes of a node listen on this port and those that follow it.
+SLURM_PORT = 12345
+# What collective operations end with when a process is lost; Keras wraps it at times.
+_LOST = (tf.errors.OpError, RuntimeError, ValueError)
+
+
+class Cluster(NamedTuple):
+    """The processes that train together.
+
+    Attributes:
+      names: what each is called, such as "worker 1". The chief, where there is one, or else the
+        first worker comes first.
+      addresses: HOST:PORT of each, in the same order.
+      own: the number of this process among them.
+    """
+
+    names: list[str]
+    addresses: list[str]
+    own: int
+
+
+def find() -> Cluster:
+    """Returns the cluster of TF_CONFIG, which is set from Slurm's variables where it is not.
+
+    Raises:
+      UserError: if the environment does not say what the cluster is and which task this process
+        has.
+    """
+    try:
+        if not os.environ.get("TF_CONFIG") and "SLURM_STEP_NODELIST" in os.environ:
+            os.environ["TF_CONFIG"] = json.dumps(of_slurm(os.environ))
+        config = json.loads(os.environ.get("TF_CONFIG") or "{}")
+        processes, task = config["cluster"], config["task"]
+        if other := set(processes) - {"chief", "worker"}:
+            raise ValueError(f"a task is a chief or a worker, not {', '.join(sorted(other))}")
+        for address in [a for kind in processes.values() for a in list(kind)]:
+            if not re.fullmatch(r".+:\d+", address):
+                raise ValueError(f"an address is HOST:PORT, not {address}")
+        kinds = [kind for kind in ("chief", "worker") if kind in processes]
+        tasks = [(kind, i) for kind in kinds for i in range(len(processes[kind]))]
+        return Cluster(
+            [f"{kind} {i}" for kind, i in tasks],
+            [processes[kind][i] for kind, i in tasks],
+            tasks.index((task["type"], task["index"])),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        text = os.environ.get("TF_CONFIG") or "{}"
+        raise UserError(
+            "it needs the environment variable TF_CONFIG with the cluster and this process's task, "
+            'such as {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": '
+            f'"worker", "index": 0}}}}; TF_CONFIG is {text[:200]} ({one_line(e)})',
+            parameter="strategy",
+            value="multi_worker",
+        ) from e
+
+
+def of_slurm(variables: Mapping[str, str]) -> dict[str, dict]:
+    """Returns the contents of TF_CONFIG for a process that srun has started.
+
+    TensorFlow's SlurmClusterResolver sorts the hosts by their names, n10 before n9, while Slurm
+    counts processes in the order of the nodes; and it knows no cluster without GPUs.
+
+    Args:
+      variables: the environment. SLURM_STEP_NODELIST, such as "n[9-10],m5", names the nodes;
+        SLURM_STEP_TASKS_PER_NODE, such as "2(x2),1", says how many processes each has;
+        SLURM_PROCID is this one's number.
+
+    Returns:
+      {"cluster": {"worker": [HOST:PORT]}, "task": {"type": "worker", "index": this one's number}}.
+
+    Raises:
+      ValueError: if a variable is missing or has another form.
+    """
+    names = ("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_PROCID")
+    if missing := [name for name in names if name not in variables]:
+        raise ValueError(f"Slurm's {missing[0]} is not set: start the processes with srun")
+    nodes, counts, number = (variables[name] for name in names)
+    hosts = [host for part in re.findall(r"(?:[^,[]|\[[^]]*\])+", nodes) for host in _hosts(part)]
+    tasks: list[int] = []
+    for count in counts.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", count)
+        if not match:
+            raise ValueError(f"SLURM_STEP_TASKS_PER_NODE is {counts}")
+        tasks += [int(match[1])] * int(match[2] or 1)
+    if len(hosts) != len(tasks):
+        raise ValueError(f"Slurm names {len(hosts)} nodes, {nodes}, and the tasks of {len(tasks)}")
+    addresses = [f"{h}:{SLURM_PORT + i}" for h, count in zip(hosts, tasks) for i in range(count)]
+    return {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": int(number)}}
+
+
+def _hosts(part: str) -> list[str]:
+    """Returns the hosts of one part of a node list, such as n[1-3,07]."""
+    match = re.fullmatch(r"([^[\]]*)(?:\[([^[\]]+)\])?", part)
+    if not match:
+        raise ValueError(f"SLURM_STEP_NODELIST has the part {part}")
+    if not match[2]:
+        return [part]
+    found = []
+    for numbers in match[2].split(","):
+        low, _, high = numbers.partition("-")
+        width = len(low)
+        found += [f"{match[1]}{n:0{width}}" for n in range(int(low), int(high or low) + 1)]
+    return found
+
+
+@contextlib.contextmanager
+def watched(cluster: Optional[Cluster]) -> Iterator[None]:
+    """Names the processes that have ended, where that ends what is done inside.
+
+    Args:
+      cluster: the processes that train together; None for one alone.
+
+    Raises:
+      Stopped: in place of an error of TensorFlow's, if another process does not answer any more.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        failure = e.__cause__ if isinstance(e, Stopped) else e
+        gone = silent(cluster) if cluster and isinstance(failure, _LOST) else []
+        if not gone:
+            raise
+        what = str(e) if isinstance(e, Stopped) else f"failed with {type(e).__name__}"
+        raise Stopped(f"{' and '.join(gone)} of the cluster does not answer: {what}") from None
+
+
+def silent(cluster: Cluster, seconds: float = 10.0) -> list[str]:
+    """Returns the other processes that take no connection, as "worker 1 (HOST:PORT)".
+
+    Args:
+      cluster: all processes.
+      seconds: how long to wait for one to be found, since a process that ends still listens for a
+        while.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        others = [i for i in range(len(cluster.names)) if i != cluster.own]
+        gone = [i for i in others if not _answers(cluster.addresses[i])]
+        if gone or time.monotonic() > end:
+            return [f"{cluster.names[i]} ({cluster.addresses[i]})" for i in gone]
+        time.sleep(0.5)
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except OSError:
+        return False
+    return True
