@@ -4,8 +4,9 @@ import functools
 
 import tensorflow as tf
 
+from tf_pcl.compat import keras
 from tf_pcl.methods.distiller import Distiller
-from tf_pcl.surgery.observe import flops_while
+from tf_pcl.surgery.observe import flops, flops_while
 
 # The backward pass of a layer computes two gradients, each as dear as its forward pass.
 FORWARD_AND_BACKWARD = 3
@@ -29,3 +30,8 @@ def training_flop(model: Distiller) -> float:
             for weight, exits in passes
         )
     )
+
+
+def alone_flop(network: keras.Model) -> float:
+    """Returns the FLOP that a step which trains a network alone takes for each image."""
+    return float(FORWARD_AND_BACKWARD * sum(flops(network).values()))

@@ -51,7 +51,14 @@ def _fingerprint(data: ImageData) -> str:
     return f"{number:08x}"
 
 
-def opening(options: Options, data: ImageData, steps: int, replicas: int) -> str:
+def opening(
+    options: Options,
+    data: ImageData,
+    steps: int,
+    replicas: int,
+    gflop: float,
+    alone: float,
+) -> str:
     """Returns the lines that say what is about to be trained.
 
     Args:
@@ -59,15 +66,20 @@ def opening(options: Options, data: ImageData, steps: int, replicas: int) -> str
       data: the data set.
       steps: steps an epoch.
       replicas: how many devices share a batch.
+      gflop: what a step costs, or a step of each stage together.
+      alone: what a step costs that trains the deployed network alone.
     """
     shape = "×".join(map(str, data.image_shape))
     device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
     held_out = "" if data.validation is None else f", {len(data.validation):,} validation"
+    total = gflop * steps * options.epochs
     return (
         f"{options.method} on {options.dataset}: {len(data.train):,} training{held_out} and "
         f"{len(data.test):,} test images {shape}, {len(data.classes)} classes\n"
         f"{options.epochs} epochs of {steps} steps, replicas: {replicas} ({device}), "
-        f"{options.precision}"
+        f"{options.precision}\n"
+        f"training costs {total:,.{0 if total >= 10 else 3}f} GFLOP, {gflop / alone:.1f} times "
+        "what it costs to train the deployed network alone"
     )
 
 
@@ -179,9 +191,11 @@ def table(results: dict[str, Any]) -> str:
         chosen = "the best of validation" if results["exported"] == "best" else "the last"
         when = f"and validation error, epoch {results['exported_epoch']}, {chosen}"
     lines = [f"{'exit':{width}}  test error {when}"]
-    for name, error in errors.items():
+    deployed = results["deployed"]
+    for name in [deployed, *(name for name in errors if name != deployed)]:
+        error = errors[name]
         mark = f"  {validated[name]:6.2f} %" if validated else ""
-        mark += "  (deployed)" if name == results["deployed"] else ""
+        mark += "  (deployed)" if name == deployed else ""
         lines.append(f"{name:{width}}  {error:6.2f} %{mark}")
     lines.append(
         f"{counts['deployed']:,} parameters are deployed, of {counts['training']:,} trained; "

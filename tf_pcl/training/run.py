@@ -10,7 +10,7 @@ from tf_pcl import data as datasets
 from tf_pcl import networks, surgery
 from tf_pcl.errors import choose
 from tf_pcl.methods import METHODS
-from tf_pcl.methods.cost import training_flop
+from tf_pcl.methods.cost import alone_flop, training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
 from tf_pcl.training import cluster as clusters
@@ -67,19 +67,22 @@ def _run(
     models = trainer.build_all(stages)
     bound = [b for m in models for b in surgery.replica_bound(m, options.sync_batch_norm)]
     workdir.check_replicas(replicas, bound)
-    # Of the others, which are built again when it is their turn, nothing stays in memory.
+    gflop = [options.batch_size * training_flop(model) / 1e9 for model in models]
+    alone = options.batch_size * alone_flop(models[-1].deployed()) / 1e9
+    # The others are built again when it is their turn: none of them stays in memory until then.
     first = models[0]
     del models
 
     with workdir.locked():
         workdir.begin(options, facts, {**versions, "replicas": replicas})
         workdir.write_lists(data.lists)
-        opening = report.opening(options, data, steps, replicas)
+        opening = report.opening(options, data, steps, replicas, sum(gflop), alone)
         checked = (
             f"networks checked in {surgery.trials.seconds:.1f} s: parts compute what the whole does"
         )
-        print(opening, *make.lines, *trainer.lines, checked, sep="\n", flush=True)
-        return _train_all(trainer, stages, first, workdir)
+        where = f"workdir: {workdir.path}"
+        print(opening, *make.lines, *trainer.lines, checked, where, sep="\n", flush=True)
+        return _train_all(trainer, stages, first, workdir, gflop)
 
 
 def _workdir(options: Options, worker: int) -> Workdir:
@@ -142,28 +145,35 @@ def load_data(options: Options) -> datasets.ImageData:
 
 
 def _train_all(
-    trainer: Trainer, stages: list[Stage], first: Distiller, workdir: Workdir
+    trainer: Trainer, stages: list[Stage], first: Distiller, workdir: Workdir, gflop: list[float]
 ) -> dict[str, Any]:
-    """Trains and exports every stage, the first of which is built; returns the last's results."""
+    """Trains and exports every stage, the first of which is built; returns the last's results.
+
+    Args:
+      trainer: what trains a stage.
+      stages: the stages.
+      first: the model of the first one.
+      workdir: the folder of the run.
+      gflop: what a step of each stage costs.
+    """
     folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(stages[:-1], 1)]
     models, results = [first], {"wall_seconds": 0.0}
-    gflop = 0.0
+    spent = 0.0
     for i, (stage, folder) in enumerate(zip(stages, [*folders, workdir])):
         if i:
             models.append(trainer.build(stages, models))
         deployed = models[i].deployed()
-        step_gflop = trainer.options.batch_size * training_flop(models[i]) / 1e9
         describe = functools.partial(
             report.results,
             options=trainer.options,
             stage=stage,
             model=models[i],
             deployed=deployed,
-            gflop=(gflop, step_gflop),
+            gflop=(spent, gflop[i]),
         )
         title = f"stage {i + 1} of {len(stages)}, {stage.name}" if folders else ""
         results = trainer.train(models[i], folder, describe, title, results["wall_seconds"])
-        gflop += step_gflop * results["steps"]
+        spent += gflop[i] * results["steps"]
         export.check_finite(deployed, trainer.data.test.first(32))
         saved_model = export.export(deployed, trainer.data.classes, folder.export)
         warning = report.warning(results, trainer.data)
