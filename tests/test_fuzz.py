@@ -127,7 +127,13 @@ def prepared(arguments):
     chosen = options.from_flags(values)
     run._check_names(chosen)
     Workdir.of_run(chosen).check(chosen)
-    datasets._checked(chosen.dataset, chosen.data_dir, chosen.on_bad_image)
+    datasets._checked(
+        chosen.dataset,
+        chosen.data_dir,
+        chosen.on_bad_image,
+        chosen.labels,
+        chosen.labels_columns,
+    )
 
 
 @pytest.mark.slow

@@ -314,6 +314,7 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
         "error",
         "diversity",
         "parameters",
+        "training_gflop",
         "images_per_second",
         "wall_seconds",
         "settings",
