@@ -69,6 +69,18 @@ def test_pictures_of_the_answers(count):
         assert (draw(labels, labels, names) != image).any()
 
 
+def test_pictures_of_classes_of_any_name():
+    names = [
+        "ni\udcf1o",
+        "two\nlines",
+        "$\\nothing$",
+        *(f"the same first letters, {i}" for i in "ab"),
+    ]
+    labels = np.arange(5)
+    for draw in (pictures.confusion_matrix, pictures.class_errors):
+        assert draw(labels, labels[::-1], names).ndim == 3
+
+
 @pytest.mark.slow
 def test_a_run_has_its_flags_and_pictures_once_whatever_happens(tmp_path):
     options = Options(

@@ -18,7 +18,9 @@ _MOST_NAMES, _MOST_COUNTS = 50, 20
 
 def _short(name: str, most: int = 16) -> str:
     name = escape(name)
-    return name if len(name) <= most else name[: most - 1] + "…"
+    cut = name if len(name) <= most else name[: most - 1] + "…"
+    # A dollar sign begins mathematics in matplotlib.
+    return cut.replace("$", r"\$")
 
 
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:

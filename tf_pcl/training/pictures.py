@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from tf_pcl.data.class_names import escape
+
 # With more classes, names or numbers would not be read.
 _MOST_NAMES, _MOST_NUMBERS, _MOST_BARS = 40, 15, 40
 
@@ -52,7 +54,9 @@ def class_errors(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[st
     worst = sorted(errors, key=lambda i: (-errors[i], i))[:_MOST_BARS]
     figure = _figure(6, 1.2 + 0.22 * len(worst))
     axes = figure.add_subplot()
-    bars = axes.barh(_short([classes[i] for i in worst]), [errors[i] for i in worst])
+    # At numbers and not at names, of which two may be alike when they are cut.
+    places, names = range(len(worst)), _short([classes[i] for i in worst])
+    bars = axes.barh(places, [errors[i] for i in worst], tick_label=names)
     axes.bar_label(bars, [f"{errors[i]:.1f} % of {count[i]}" for i in worst], padding=3, size=8)
     axes.invert_yaxis()
     axes.margins(x=0.25)
@@ -64,7 +68,8 @@ def class_errors(labels: np.ndarray, predicted: np.ndarray, classes: Sequence[st
 
 def _short(names: Sequence[str], length: int = 20) -> list[str]:
     # A dollar sign begins mathematics in matplotlib.
-    cut = [name if len(name) <= length else name[: length - 1] + "…" for name in names]
+    lines = [escape(name) for name in names]
+    cut = [name if len(name) <= length else name[: length - 1] + "…" for name in lines]
     return [name.replace("$", r"\$") for name in cut]
 
 
