@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -245,3 +246,35 @@ def test_a_run_is_exported_in_all_forms_with_a_card(tmp_path):
     asked = json.loads(sent)
     assert asked["signature_name"] == "serve_bytes"
     assert base64.b64decode(asked["instances"][0]["image_bytes"]["b64"]) == photo
+
+
+@pytest.mark.slow
+def test_each_exit_is_that_of_the_epoch_that_validation_chose(tmp_path):
+    path = str(tmp_path / "run")
+    results = run.run(
+        Options(
+            **{**SETTINGS, "network": "helpers:other", "epochs": 5},
+            method="pcl",
+            peers=2,
+            learning_rate=0.5,
+            validation_examples=200,
+            export="best",
+            workdir=path,
+        )
+    )
+    assert results["exported_epoch"] < results["epochs"]
+    finished, digits = Finished.of(path), data.load("digits")
+    images, labels = digits.test.first(360), digits.test.all_labels()
+    for name in ("mean_peer_1", "peer_2", "mean_ensemble"):
+        answers = finished.network(name, digits)(images).numpy().argmax(-1)
+        assert 100 * np.mean(answers != labels) == pytest.approx(results["error"][name], abs=0.01)
+    artifacts.export_run(path, ["tflite"], exit_name="ensemble")
+    card = open(os.path.join(path, "export", "mean_ensemble", "MODEL_CARD.md")).read()
+    chosen = (
+        f"after epoch {results['exported_epoch']} of 5, the one with the lowest validation error"
+    )
+    assert chosen in card and "after the last" not in card
+    shutil.rmtree(Workdir(path).checkpoints)
+    os.mkdir(Workdir(path).checkpoints)
+    with pytest.raises(UserError, match=f"no checkpoint of epoch {results['exported_epoch']}"):
+        finished.network("peer_2", digits)

@@ -121,12 +121,27 @@ class Finished:
         for stage in stages:
             models.append(stage.build(models))
         network = models[-1].network_of(exit_name)
-        if not Checkpoints(models[-1], Workdir(self.path).checkpoints).restore():
-            raise UserError(
-                f"{self.path} holds no checkpoint, and the network of `exit={exit_name}` is "
-                "nowhere else: train the run again with `deploy`, or export the deployed exit"
-            )
+        self._restore(models[-1], exit_name)
         return network
+
+    def _restore(self, model: Any, exit_name: str) -> None:
+        """Gives a method the weights of the epoch that the run has exported, of no other one."""
+        epochs = self.results["epochs"]
+        exported = self.results.get("exported_epoch", epochs)
+        step = self.results["steps"] // epochs * exported
+        checkpoints = Checkpoints(model, Workdir(self.path).checkpoints)
+        problem = "no checkpoint"
+        if checkpoints.has(step):
+            try:
+                checkpoints.read(step)
+                return
+            except Exception as e:  # A damaged file raises whatever its damage leads to.
+                problem = f"a damaged checkpoint ({one_line(e)})"
+        raise UserError(
+            f"{self.path} holds {problem} of epoch {exported}, and the network of "
+            f"`exit={exit_name}` is nowhere else: train the run again with `deploy`, or export the "
+            "deployed exit"
+        )
 
     def siblings(self) -> list["Finished"]:
         """Returns the runs beside this one that differ from it by nothing but the seed.
@@ -149,7 +164,7 @@ class Finished:
 
 
 def errors_by_exit(runs: Sequence[Finished]) -> dict[str, list[float]]:
-    """Returns {exit: test errors in percent after the last epoch, one of each run}."""
+    """Returns {exit: test errors in percent of what was exported, one of each run}."""
     return {name: [one.results["error"][name] for one in runs] for name in runs[0].results["error"]}
 
 

@@ -62,6 +62,7 @@ def write(
         machine=f"{platform.machine()}, {os.cpu_count()} CPU cores",
         served=os.path.exists(os.path.join(folder, workdirs.SAVED_MODEL)),
         dataset=_dataset(options),
+        when=_when(results),
         name=re.sub(r"\W+", "_", f"{options.dataset}_{options.network}"),
     )
     workdirs.write(os.path.join(folder, NAME), text)
@@ -73,6 +74,15 @@ def _dataset(options: Options) -> str:
     if row is None or not row.needs_folder or not options.data_dir:
         return options.dataset
     return f"{options.dataset} ({_plain(os.path.basename(os.path.abspath(options.data_dir)))})"
+
+
+def _when(results: Mapping[str, Any]) -> str:
+    """Returns after which epoch a network was exported, and by what that one was chosen."""
+    epochs = results["epochs"]
+    if results.get("exported") == "best":
+        exported = results["exported_epoch"]
+        return f"after epoch {exported} of {epochs}, the one with the lowest validation error"
+    return f"after the last of {epochs} epochs"
 
 
 def _spread(errors: list[float]) -> str:
