@@ -1,6 +1,7 @@
 """The forms of a run's network, each loaded by its own runtime, and the model card."""
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -263,11 +264,17 @@ def test_each_exit_is_that_of_the_epoch_that_validation_chose(tmp_path):
         )
     )
     assert results["exported_epoch"] < results["epochs"]
-    finished, digits = Finished.of(path), data.load("digits")
+    finished = Finished.of(path)
+    digits = finished.load_data()
     images, labels = digits.test.first(360), digits.test.all_labels()
     for name in ("mean_peer_1", "peer_2", "mean_ensemble"):
         answers = finished.network(name, digits)(images).numpy().argmax(-1)
         assert 100 * np.mean(answers != labels) == pytest.approx(results["error"][name], abs=0.01)
+    # As after training in mixed precision: built anew, in float32.
+    mixed = dataclasses.replace(finished.options, precision="mixed_bfloat16")
+    anew = dataclasses.replace(finished, options=mixed).network("mean_peer_1", digits)
+    exported = finished.network("mean_peer_1", digits)
+    np.testing.assert_allclose(anew(images), exported(images), rtol=1e-4, atol=1e-5)
     artifacts.export_run(path, ["tflite"], exit_name="ensemble")
     card = open(os.path.join(path, "export", "mean_ensemble", "MODEL_CARD.md")).read()
     chosen = (
