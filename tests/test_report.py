@@ -96,6 +96,17 @@ def written(folder, *paths):
     return page, text, rows(errors), rows(differences)
 
 
+def test_a_run_that_was_not_tested_is_not_done_and_one_may_end_early(tmp_path):
+    """With validation images, the errors in results.json are theirs until the test at the end."""
+    for seed, epochs_done, tested in ((0, EPOCHS, None), (1, 7, {"peer_1": 5.0})):
+        path = make_run(tmp_path / f"b{seed}", "baseline", seed, 5.0, epochs_done=epochs_done)
+        results = json.loads((path / "results.json").read_text())
+        write_json(str(path / "results.json"), {**results, "test_error": tested})
+    study = runs.read([str(tmp_path)])
+    assert list(study.sections[0].groups[0].runs) == [1]
+    assert any("b0 is not finished" in note for note in study.notes)
+
+
 def test_runs_that_differ_by_the_seed_alone_belong_together(folder):
     # A machine's options and the default of the method are no difference.
     make_run(folder / "p3", "pcl", 3, 4.0, peers=3, strategy="one_device", temperature=3.0)

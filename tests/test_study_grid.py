@@ -8,7 +8,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.study import grid, listing, runner
 from tf_pcl.study.grid import Cell, Line
-from tf_pcl.training.workdir import Workdir
+from tf_pcl.training.workdir import Workdir, write_json
 
 SMALL = dict(train_examples=200, batch_size=50, epochs=6)
 
@@ -151,7 +151,14 @@ def test_a_run_of_fewer_epochs_than_are_asked_for_is_not_done(tmp_path):
     exec(TRAIN, {"path": cell.path, "epochs": cell.options.epochs, "error": 6.0})
     assert runner.results_of(cell)
     other = dict(SMALL, epochs=7)
-    assert not runner.results_of(grid.plan([line("baseline")], str(tmp_path), other)[0])
+    (longer,) = grid.plan([line("baseline")], str(tmp_path), other)
+    assert not runner.results_of(longer)
+    # But with validation images it may have ended early.
+    results = os.path.join(cell.path, "results.json")
+    write_json(results, {"epochs": 6, "deployed_error": 6.0, "test_error": {"peer_1": 6.0}})
+    assert runner.results_of(longer)
+    write_json(results, {"epochs": 7, "deployed_error": 6.0, "test_error": None})
+    assert not runner.results_of(longer)
 
 
 def test_a_run_that_fails_is_named_the_others_go_on_and_what_is_done_stays(

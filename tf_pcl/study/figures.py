@@ -180,8 +180,8 @@ def _diversity(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     limits = (-0.02 * top, top)
     svg = _curves(drawn, draw, "diversity", limits, "Diversity of the peers over epochs")
     note = (
-        "The mean distance between the class probabilities of two peers on the test images: 0 "
-        "where peers are alike, √2 where they are sure of different classes."
+        "The mean distance between the class probabilities of two peers, on the images of the "
+        "errors above: 0 where peers are alike, √2 where they are sure of different classes."
     )
     return Chart("Diversity of the peers", note, svg, _legend(drawn, look))
 

@@ -21,7 +21,7 @@ from rich.progress import (
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.study import process
 from tf_pcl.study.grid import Cell, shared_stages
-from tf_pcl.training.report import versions
+from tf_pcl.training.report import ended, versions
 from tf_pcl.training.workdir import Workdir, saved_model
 
 
@@ -54,10 +54,9 @@ def results_of(cell: Cell) -> Optional[dict[str, Any]]:
     try:
         with open(Workdir(cell.path).results, encoding="utf-8") as f:
             results: dict[str, Any] = json.load(f)
-    except (OSError, ValueError):
+        return results if ended(results, cell.options) and saved_model(cell.path) else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    done = results.get("epochs") == cell.options.epochs and saved_model(cell.path)
-    return results if done else None
 
 
 def run(cells: Sequence[Cell]) -> list[Failure]:

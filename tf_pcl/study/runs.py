@@ -13,7 +13,8 @@ from tf_pcl import options
 from tf_pcl.errors import UserError
 from tf_pcl.methods import BASELINE, METHODS
 from tf_pcl.options import Options
-from tf_pcl.training.workdir import Workdir, saved_model
+from tf_pcl.training.report import ended
+from tf_pcl.training.workdir import Workdir
 
 # Options of the machine and of how often to look, which leave the result as it is but for rounding.
 _MACHINE = {"strategy", "jit_compile", "deterministic", "test_every"}
@@ -44,9 +45,7 @@ class Run:
     @property
     def done(self) -> bool:
         """Whether its training has come to its end."""
-        if self.results is None:
-            return False
-        return self.results["epochs"] >= self.options.epochs or bool(saved_model(self.path))
+        return self.results is not None and ended(self.results, self.options)
 
     def predictions(self) -> Optional[tuple[np.ndarray, np.ndarray]]:
         """Returns labels int64 [N] and logits float32 [N, K] of the test images, if kept."""

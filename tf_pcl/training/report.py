@@ -167,6 +167,19 @@ def _validated(
     }
 
 
+def ended(results: Mapping[str, Any], options: Options) -> bool:
+    """Returns whether the training that results.json tells of has come to its end.
+
+    Args:
+      results: the contents of results.json.
+      options: what the run was asked for.
+    """
+    if "test_error" in results:
+        # Until the test, the errors are those of the validation images; a run may end early.
+        return results["test_error"] is not None
+    return bool(results["epochs"] >= options.epochs)
+
+
 def _rounded(errors: Mapping[str, float]) -> dict[str, float]:
     return {name: round(error, 4) for name, error in errors.items()}
 
@@ -240,10 +253,9 @@ def alike(results: Mapping[str, Any]) -> Optional[str]:
     if diversity is None or diversity > max(ALIKE * rate, _EQUAL):
         return None
     return (
-        f"the peers have become alike: their diversity on the test images is {diversity:.2g}, less "
-        f"than {ALIKE:g} times the error rate of {rate:.2g}, so that they can teach each other "
-        "little. Look at diversity in metrics.csv, and try views of their own, an earlier cut or "
-        "another seed."
+        f"the peers have become alike: their diversity is {diversity:.2g}, less than {ALIKE:g} "
+        f"times the error rate of {rate:.2g}, so that they can teach each other little. Look at "
+        "diversity in metrics.csv, and try views of their own, an earlier cut or another seed."
     )
 
 
