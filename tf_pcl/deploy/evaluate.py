@@ -18,6 +18,7 @@ from tf_pcl.deploy import metrics
 from tf_pcl.deploy.corruptions import CORRUPTIONS, STRENGTHS, corrupted
 from tf_pcl.deploy.runtimes import BATCH, Runtime
 from tf_pcl.errors import UserError, choose
+from tf_pcl.training import pictures
 from tf_pcl.training import workdir as workdirs
 
 SPLITS = ("train", "validation", "test")
@@ -257,7 +258,8 @@ def write(evaluation: Evaluation, folder: str, about: Optional[dict[str, Any]] =
         np.savez_compressed(at(PREDICTIONS), labels=evaluation.labels, logits=evaluation.logits)
         for name, rows in _tables(evaluation).items():
             workdirs.write(at(name), _as_csv(rows))
-        figures.confusion(evaluation.confusion, evaluation.classes).savefig(at("confusion.png"))
+        matrix = pictures.confusion_matrix(evaluation.confusion, evaluation.classes)
+        matrix.savefig(at("confusion.png"))
         figures.worst(evaluation.worst, evaluation.classes).savefig(at("worst.png"))
         if evaluation.corruptions:
             figure = figures.corruptions(evaluation.corruptions, evaluation.summary()["error"])

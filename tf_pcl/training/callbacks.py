@@ -115,16 +115,16 @@ class Record(keras.callbacks.Callback):
         grid = views.transpose(0, 2, 1, 3, 4).reshape(rows * h, columns * w, channels)
         self.events.write_image("views", grid)
 
-    def show_answers(self, step: int, labels: Any, predicted: Any, classes: Sequence[str]) -> None:
+    def show_answers(self, step: int, counts: Any, classes: Sequence[str]) -> None:
         """Writes pictures of how the trained network answers on the test images.
 
         Args:
           step: the last one.
-          labels, predicted: class numbers int [N].
+          counts: how many images of class i are taken for class j, int [K, K].
           classes: the names of the classes.
         """
         for draw in (pictures.confusion_matrix, pictures.class_errors):
-            image = draw(labels, predicted, classes)
+            image = pictures.pixels(draw(counts, classes))
             # By this name they stand after the errors, on TensorBoard's first page too.
             self.events.write_image(f"test_images/{draw.__name__}", image, "test", step)
         self.events.flush()

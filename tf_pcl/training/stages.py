@@ -177,7 +177,7 @@ class Trainer:
             results = told(rows)
         else:
             results = self._test(model, workdir, checkpoints, selection, rows, told)
-        record.show_answers(int(rows[-1]["step"]), *self._answers(model), self.data.classes)
+        record.show_answers(int(rows[-1]["step"]), self._answers(model), self.data.classes)
         return results
 
     def _selection(self, model: Distiller) -> Optional[Selection]:
@@ -239,15 +239,15 @@ class Trainer:
         settings = {k: v for k, v in report.effective(self.options).items() if k not in free}
         return {**settings, **({"stage": title} if title else {})}
 
-    def _answers(self, model: Distiller) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the labels and the deployed network's answers of all test images, int [N]."""
+    def _answers(self, model: Distiller) -> np.ndarray:
+        """Returns how many test images of class i the deployed network takes for j, int [K, K]."""
         network = tf.function(model.deployed(), reduce_retracing=True)
-        pairs = [
-            (labels, tf.argmax(network(images), -1))
-            for images, labels in datasets.test_batches(self.data, 4 * self.options.batch_size)
-        ]
-        labels, answers = (np.concatenate(part) for part in zip(*pairs))
-        return labels, answers
+        classes = len(self.data.classes)
+        counts = np.zeros([classes, classes], int)
+        for images, labels in datasets.test_batches(self.data, 4 * self.options.batch_size):
+            answers = tf.argmax(network(images), -1)
+            counts += tf.math.confusion_matrix(labels, answers, classes).numpy()
+        return counts
 
     def _rows(self, model: Distiller, workdir: Workdir, start: int, of_all: OfAll) -> list[Row]:
         """Returns the rows of the epochs up to step `start`.
