@@ -84,6 +84,21 @@ def test_a_teacher_is_built_of_keras_s_own_layers(tmp_path):
     assert [layer.name for layer in again.layers] == [layer.name for layer in deployed.layers]
 
 
+def test_weights_that_belong_to_another_layer_are_refused(tmp_path, monkeypatch):
+    """Two layers of one shape: the weights of each would fit the other too."""
+    images = keras.Input((4, 4, 3), dtype="uint8")
+    x = keras.layers.Rescaling(1 / 255)(images)
+    for name in ("first", "second"):
+        x = keras.layers.Conv2D(3, 1, name=name)(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    model = keras.Model(images, keras.layers.Dense(5)(x))
+    folder = export.export(model, "abcde", str(tmp_path / "export"))
+    read = files.read_layers
+    monkeypatch.setattr(files, "read_layers", lambda path: [*read(path)[1::-1], *read(path)[2:]])
+    with pytest.raises(UserError, match="of layer 'second' come where 'first' is described"):
+        export.load(folder, "abcde")
+
+
 def test_a_teacher_with_code_is_refused_unless_trusted(tmp_path):
     marker = tmp_path / "marker"
     end = keras.layers.Lambda(lambda x, path=str(marker): (open(path, "w").close(), x)[1])

@@ -110,7 +110,12 @@ def read_network(folder: str) -> keras.Model:
     values = read_layers(folder)
     if len(targets) != len(values):
         raise ValueError(f"{len(values)} layers have weights, where {len(targets)} are described")
-    for layer, (_, weights) in zip(targets, values):
+    for layer, (name, weights) in zip(targets, values):
+        # Weights of one shape would fit a wrong layer too.
+        if layer.name != name:
+            raise ValueError(
+                f"the weights of layer {name!r} come where {layer.name!r} is described"
+            )
         layer.set_weights(weights)
     finalize(network)
     return network
