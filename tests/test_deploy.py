@@ -343,6 +343,25 @@ def test_predictions_are_those_of_the_served_network(photos, tmp_path, shape):
         np.testing.assert_allclose(one.probabilities, np.sort(p)[::-1], rtol=1e-4)
 
 
+@pytest.mark.parametrize("channels", [3, 1])
+def test_webp_and_tiff_are_predicted_as_they_are_trained_on(channels, tmp_path):
+    plain, turned = noise(8, 8, 3), Image.Exif()
+    turned[0x0112] = 6
+    Image.fromarray(np.rot90(plain)).save(tmp_path / "a.webp", lossless=True, exif=turned)
+    Image.fromarray(plain).save(tmp_path / "b.TIF", format="TIFF")
+    (tmp_path / "c.png").write_bytes(png(plain))
+    images = []
+    run = lambda part: images.extend(part) or np.zeros([len(part), 2], np.float32)
+    runtime = runtimes.Runtime(str(tmp_path), [None, 8, 8, channels], 2, run)
+    paths = predict.find([str(tmp_path)])
+    assert [os.path.basename(path) for path in paths] == ["a.webp", "b.TIF", "c.png"]
+    assert [one.problem for one in predict.predict(runtime, paths)] == [None] * 3
+    for image in images:
+        # Grey may be rounded otherwise.
+        np.testing.assert_allclose(image, images[2], atol=0 if channels == 3 else 1)
+    assert channels == 1 or np.array_equal(images[0], plain)
+
+
 def test_bad_files_are_named_and_the_rest_is_done(photos, tmp_path):
     whole = (photos / "a.jpg").read_bytes()
     (tmp_path / "short.jpg").write_bytes(whole[: len(whole) // 3])

@@ -274,15 +274,29 @@ def decode(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     return image
 
 
-def _decode_any(encoded: tf.Tensor) -> tf.Tensor:
-    """Decodes what `decode` does and, by Pillow, WebP and TIFF files, uint8 [H, W, 3]."""
+def decode_any(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
+    """Decodes what `decode` does and, by Pillow, WebP and TIFF files.
+
+    Args:
+      encoded: the bytes of the file, a string tensor [].
+      channels: 1 or 3.
+
+    Returns:
+      uint8 [H, W, channels].
+    """
+
+    def by_pillow() -> tf.Tensor:
+        image = tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8)
+        image.set_shape([None, None, 3])
+        return image if channels == 3 else tf.image.rgb_to_grayscale(image)
+
     start = tf.strings.substr(encoded, 0, 4)
     image = tf.cond(
         tf.reduce_any(start == tf.constant(_PILLOW_STARTS)),
-        lambda: tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8),
-        lambda: decode(encoded),
+        by_pillow,
+        lambda: decode(encoded, channels),
     )
-    image.set_shape([None, None, 3])
+    image.set_shape([None, None, channels])
     return image
 
 
@@ -360,7 +374,7 @@ def load(
     files = {split: _Files(split, examples) for split, examples in splits.items()}
     shape = (image_size, image_size, 3) if image_size else _one_shape([*files.values()])
     any_turned = any((part.turns > 1).any() for part in files.values())
-    reader = _decode_any if any(part.by_pillow for part in files.values()) else decode
+    reader = decode_any if any(part.by_pillow for part in files.values()) else decode
 
     def prepare(encoded, turn):
         image = reader(encoded)

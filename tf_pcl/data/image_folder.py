@@ -98,8 +98,8 @@ def _classes(folder: str, others: collections.Counter) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for label in _folders(folder):
         entries = _visible(os.path.join(folder, label))
-        found[label] = [entry.path for entry in entries if _is_image(entry.name)]
-        others.update(_kind(e.name) for e in entries if not _is_image(e.name))
+        found[label] = [entry.path for entry in entries if is_image(entry.name)]
+        others.update(_kind(e.name) for e in entries if not is_image(e.name))
     return found
 
 
@@ -112,7 +112,7 @@ def _labelled(request: Request) -> tuple[Files, collections.Counter]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(name for name in names if not name.startswith(".")):
             path = os.path.join(folder, name)
-            if _is_image(name):
+            if is_image(name):
                 below.append(os.path.relpath(path, request.data_dir))
             elif os.path.realpath(path) != os.path.realpath(request.labels):
                 others[_kind(name)] += 1
@@ -155,8 +155,14 @@ def _check_classes(classes, files, used, data_dir):
             print(f"No image of {named} in {split}")
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES + (PILLOW_SUFFIXES if image_files.pillow() else ()))
+def suffixes() -> tuple[str, ...]:
+    """Returns the suffixes of the image files that can be read here, in lower case."""
+    return SUFFIXES + (PILLOW_SUFFIXES if image_files.pillow() else ())
+
+
+def is_image(name: str) -> bool:
+    """Returns whether a file is an image that can be read here, by its suffix."""
+    return name.lower().endswith(suffixes())
 
 
 def _visible(path: str) -> list[os.DirEntry]:

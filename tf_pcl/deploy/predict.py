@@ -55,7 +55,7 @@ def find(names: Iterable[str]) -> list[str]:
             found.update(dict.fromkeys(files))
             any_there |= any(map(os.path.exists, files))
     if not any_there:
-        suffixes = ", ".join(image_folder.SUFFIXES)
+        suffixes = ", ".join(image_folder.suffixes())
         raise UserError(
             f"no image is found ({', '.join(names)}): give files, patterns, or folders that have "
             f"{suffixes} files in them"
@@ -68,7 +68,7 @@ def _below(folder: str) -> Iterator[str]:
     for path, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if name.lower().endswith(image_folder.SUFFIXES) and not name.startswith("."):
+            if image_folder.is_image(name) and not name.startswith("."):
                 yield os.path.join(path, name)
 
 
@@ -113,16 +113,17 @@ def _reader(
 ) -> Callable[[str], tuple[Optional[np.ndarray], Optional[str]]]:
     """Returns a function from a path to (image uint8 of that shape, None) or (None, problem)."""
 
-    @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
-    def decode(encoded: tf.Tensor) -> tf.Tensor:
-        return image_files.fit(image_files.decode_upright(encoded, shape[-1]), shape)
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32)])
+    def decode(encoded: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
+        image = image_files.upright(image_files.decode_any(encoded, shape[-1]), turn)
+        return image_files.fit(image, shape)
 
     def read(path: str) -> tuple[Optional[np.ndarray], Optional[str]]:
         try:
             with open(path, "rb") as f:
                 encoded = f.read()
-            image_files.header(encoded)
-            return decode(tf.constant(encoded)).numpy(), None
+            turn = image_files.header(encoded).orientation
+            return decode(tf.constant(encoded), turn).numpy(), None
         except OSError as e:
             return None, (e.strerror or "it cannot be read").lower()
         except ValueError as e:
