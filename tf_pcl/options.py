@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional, Union
 
 from absl import flags
@@ -476,6 +476,15 @@ class Options:
         """Returns {flag's name: text} of all that is not None."""
         given = {name: getattr(self, name) for name in names()}
         return {name: _text(value) for name, value in given.items() if value is not None}
+
+    def told(self, always: Sequence[str] = ("method", "network", "dataset")) -> dict[str, str]:
+        """Returns {flag's name: text} of what is not as by default, and of those in `always`."""
+        usual = Options().as_flags()
+        return {
+            name: text
+            for name, text in self.as_flags().items()
+            if name in always or usual.get(name) != text
+        }
 
     def run_only(self) -> set[str]:
         """Returns the names of the options that leave the result as it is."""

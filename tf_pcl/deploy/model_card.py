@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shlex
 import statistics
 from collections.abc import Mapping
 from importlib import resources
@@ -93,19 +94,9 @@ def _spread(errors: list[float]) -> str:
 
 def _command(options: Options) -> str:
     """Returns the command that repeats the training: the flags that are not at their defaults."""
-    defaults = Options().as_flags()
-    given = {
-        name: value
-        for name, value in options.as_flags().items()
-        if name not in options.run_only() and defaults.get(name) != value
-    }
-    for name in ("method", "network", "dataset"):
-        given.setdefault(name, options.as_flags()[name])
-    return " \\\n    ".join(["tf-pcl train", *(f"--{n}={_quoted(v)}" for n, v in given.items())])
-
-
-def _quoted(value: str) -> str:
-    return value if re.fullmatch(r"[\w./:,+-]+", value) else "'" + value.replace("'", "'\\''") + "'"
+    given = {n: v for n, v in options.told().items() if n not in options.run_only()}
+    flags = [f"--{name}={shlex.quote(value)}" for name, value in given.items()]
+    return " \\\n    ".join(["tf-pcl train", *flags])
 
 
 def _plain(name: str) -> str:

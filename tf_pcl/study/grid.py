@@ -81,14 +81,8 @@ class Cell:
 
     def command(self, python: str = "python") -> list[str]:
         """Returns the command that trains it: what has its default value is left out."""
-        usual = Options().as_flags()
-        always = ("method", "network", "dataset", "seed")
-        values = {
-            name: value
-            for name, value in self.options.as_flags().items()
-            if name in always or usual.get(name) != value
-        }
-        flags = [f"--{name}={value}" for name, value in values.items()]
+        told = self.options.told(always=("method", "network", "dataset", "seed"))
+        flags = [f"--{name}={value}" for name, value in told.items()]
         return [python, "-m", "tf_pcl", "train", *flags]
 
 
