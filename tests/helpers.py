@@ -101,6 +101,14 @@ def build(method, network, epochs=4, steps_per_epoch=5, optimizer=None, **kwargs
     return model
 
 
+def tiny_model():
+    """A compiled baseline on the smallest network here, whose optimizer has its variables."""
+    model = METHODS["baseline"](other(SHAPE, CLASSES))
+    model.compile(epochs=4, steps_per_epoch=3)
+    model.optimizer.build(model.trainable_weights)
+    return model
+
+
 def batch(model, digits, size=32):
     """The first training batch of a method: (views, labels)."""
     return next(iter(data.train_batches(digits, size, 1, views=model.num_views)))

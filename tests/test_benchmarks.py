@@ -14,26 +14,31 @@ from tf_pcl.training.workdir import Workdir, write_json
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-@pytest.mark.slow
-def test_a_line_for_every_stage(tmp_path):
+def printed(folder, name, *flags):
+    """The lines that a benchmark prints when it is called in a folder."""
     done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "benchmarks/step.py",
-            "--networks=resnet8",
-            "--teacher_network=resnet8",
-            "--methods=kd",
-            "--precisions=float32",
-            "--batch_size=16",
-            "--steps=2",
-            "--rounds=1",
-        ],
-        cwd=tmp_path,
+        [sys.executable, ROOT / f"benchmarks/{name}.py", *flags],
+        cwd=folder,
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    head, *lines = done.stdout.splitlines()
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+def test_a_line_for_every_stage(tmp_path):
+    head, *lines = printed(
+        tmp_path,
+        "step",
+        "--networks=resnet8",
+        "--teacher_network=resnet8",
+        "--methods=kd",
+        "--precisions=float32",
+        "--batch_size=16",
+        "--steps=2",
+        "--rounds=1",
+    )
     assert head.split() == (
         "network precision method first step images/s × kd in fit memory".split()
     )
@@ -50,14 +55,7 @@ def test_a_line_for_every_stage(tmp_path):
 
 @pytest.mark.slow
 def test_two_replicas_and_two_workers_equal_one_device(tmp_path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks/workers.py", "--methods=baseline"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    _, head, line = done.stdout.splitlines()
+    _, head, line = printed(tmp_path, "workers", "--methods=baseline")
     assert head.split() == ["method", "loss", *["losses", "errors", "weights"] * 2]
     method, loss, *differences = line.split()
     assert method == "baseline" and float(loss) > 0
@@ -69,25 +67,19 @@ def test_two_replicas_and_two_workers_equal_one_device(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_is_compared(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "benchmarks/crash.py",
-            "--kills=2",
-            f"--keep_in={tmp_path}",
-            "--",
-            "--method=baseline",
-            "--dataset=digits",
-            "--network=resnet8",
-            "--train_examples=100",
-            "--batch_size=50",
-            "--epochs=3",
-        ],
-        capture_output=True,
-        text=True,
+    first, *kills, run, last = printed(
+        tmp_path,
+        "crash",
+        "--kills=2",
+        f"--keep_in={tmp_path}",
+        "--",
+        "--method=baseline",
+        "--dataset=digits",
+        "--network=resnet8",
+        "--train_examples=100",
+        "--batch_size=50",
+        "--epochs=3",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    first, *kills, run, last = done.stdout.splitlines()
     assert first.startswith("undisturbed: ") and run == "run-1: equal"
     assert [line.split(": ")[0] for line in kills] == ["run-1, kill 1", "run-1, kill 2"]
     assert last == (
@@ -97,22 +89,15 @@ def test_a_run_that_is_killed_is_compared(tmp_path):
 
 @pytest.mark.slow
 def test_the_cost_of_checks_is_told_as_ratios(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "benchmarks/checks.py",
-            "--networks=resnet8",
-            "--methods=baseline",
-            "--batch_size=16",
-            "--steps=2",
-            "--rounds=1",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+    _, line = printed(
+        tmp_path,
+        "checks",
+        "--networks=resnet8",
+        "--methods=baseline",
+        "--batch_size=16",
+        "--steps=2",
+        "--rounds=1",
     )
-    assert done.returncode == 0, done.stderr
-    _, line = done.stdout.splitlines()
     number = r"(\d+\.?\d*)"
     found = re.fullmatch(
         rf"resnet8 +baseline +{number} +× {number} +× {number} +{number} ms, {number} % of a "

@@ -6,9 +6,8 @@ import os
 import pytest
 import tensorflow as tf
 from faults import failing_renames, full_disk, no_file_beyond
-from helpers import CLASSES, SHAPE, noise, other
+from helpers import SHAPE, noise, tiny_model
 
-from tf_pcl.methods import METHODS
 from tf_pcl.training import export
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
@@ -17,13 +16,6 @@ from tf_pcl.training.workdir import Workdir
 
 FAULTS = [lambda: no_file_beyond(40), full_disk, failing_renames]
 ROWS = [{"epoch": e, "step": 7 * e, "loss": 1 / 3**e} for e in range(1, 9)]
-
-
-def tiny_model():
-    model = METHODS["baseline"](other(SHAPE, CLASSES))
-    model.compile(epochs=4, steps_per_epoch=3)
-    model.optimizer.build(model.trainable_weights)
-    return model
 
 
 def test_the_faults_are_what_they_say(tmp_path):

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from faults import BrokenPipe, failing
-from helpers import CLASSES, SHAPE, noise, other, with_labels
+from helpers import SHAPE, noise, tiny_model, with_labels
 
 from tf_pcl import console
 from tf_pcl.data import datasets
 from tf_pcl.errors import Stopped, UserError
-from tf_pcl.methods import METHODS
 from tf_pcl.options import Options
 from tf_pcl.training import callbacks, export, report, run, strategy
 from tf_pcl.training import cluster as clusters
@@ -223,13 +222,6 @@ def test_foreign_lines_of_the_metrics_are_left_out(tmp_path, caplog):
     for damage in (b"", b"\n", b"\xff\xff", b"what,is,this\n1,2,3\n"):
         (tmp_path / "metrics.csv").write_bytes(damage)
         assert workdir.read_rows() == []
-
-
-def tiny_model():
-    model = METHODS["baseline"](other(SHAPE, CLASSES))
-    model.compile(epochs=4, steps_per_epoch=3)
-    model.optimizer.build(model.trainable_weights)
-    return model
 
 
 def test_checkpoints_do_without_tensorflow_s_list_of_them(tmp_path):
