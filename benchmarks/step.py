@@ -8,12 +8,21 @@ It prints a line for every network, precision and method (each of its stages):
 - the images/s (augmented views not counted) of the bare step, which takes one batch of real views
   over and over;
 - the time of a step as a multiple of the first method's in that precision;
-- what part of that speed `fit` reaches on the real input pipeline, with a record and TensorBoard's
-  logs written as in a run;
+- the arithmetic of an image, in GFLOP: three forward passes of what is trained, and one of each
+  teacher;
+- what part the step reaches of the FLOP/s at which this machine multiplies matrices of that
+  precision, and of the bytes/s at which it adds large vectors;
+- what part of the step's time its own convolutions and matrix products take, alone in one graph;
+- what part of the step's speed `fit` reaches on the real input pipeline, with a record and
+  TensorBoard's logs written as in a run;
 - the memory that training takes at its peak, over that of a process that has only loaded TensorFlow
   and the images. It is taken in a process of its own.
 
-Speeds are taken in turns, in rounds, so that a noisy machine disturbs all alike. The medians count.
+Everything is measured in turns, in rounds, so that a noisy machine disturbs all alike. Medians
+count, those of ratios within a round where two measures are compared; the smallest and the largest
+value stand in brackets. docs/speed.md says how to read the figures.
+
+With --profile, a table follows that says which operations the time goes to.
 """
 
 import contextlib
@@ -23,18 +32,22 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
+import profiles
 import tensorflow as tf
+import yardsticks
 from absl import app, flags
 
 from tf_pcl import data
 from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
+from tf_pcl.methods.cost import training_flop
 from tf_pcl.training.assemble import Assembly
 from tf_pcl.training.callbacks import Record
 from tf_pcl.training.events import Events
@@ -53,6 +66,8 @@ flags.DEFINE_integer("steps", 20, "steps a round")
 flags.DEFINE_integer("rounds", 3, "rounds")
 flags.DEFINE_bool("in_fit", True, "measure within training too")
 flags.DEFINE_bool("memory", True, "measure memory too; on Linux")
+flags.DEFINE_bool("yardsticks", True, "measure what the machine and the convolutions alone do too")
+flags.DEFINE_bool("profile", False, "say which kinds of operation the time of a step goes to")
 
 
 class Clock(keras.callbacks.Callback):
@@ -107,12 +122,12 @@ class Trained:
         self.alone: list[float] = []
         self.in_fit: list[float] = []
 
+        self.convolutions: Optional[yardsticks.Convolutions] = None
+
     def take_turn(self, folder: Optional[str]) -> None:
         """Takes the seconds of a step, alone and, with a folder for a run's records, in `fit`."""
         began = time.perf_counter()
-        for _ in range(self.steps):
-            logs = self.step(self.batch)
-        logs["loss"].numpy()
+        self.take_steps()
         self.alone.append((time.perf_counter() - began) / self.steps)
         if folder:
             record = self.record(folder)
@@ -121,6 +136,27 @@ class Trained:
                 self.stream, steps_per_epoch=self.steps + 1, verbose=0, callbacks=[record, clock]
             )
             self.in_fit.append(clock.seconds)
+        if self.convolutions:
+            self.convolutions.take_turn()
+
+    def take_steps(self) -> None:
+        """Takes as many steps as a round has, and waits for the last."""
+        for _ in range(self.steps):
+            logs = self.step(self.batch)
+        logs["loss"].numpy()
+
+    def add_yardsticks(self) -> None:
+        """Counts the arithmetic and the memory traffic, and measures the convolutions from now on.
+
+        Attributes that it sets:
+          flop: of a step.
+          moved: the bytes that a step reads and writes, as yardsticks.moved_bytes counts them.
+          convolutions: those of the step.
+        """
+        function = self.step.get_concrete_function(self.batch)
+        self.flop = self.batch_size * training_flop(self.model)
+        self.moved = yardsticks.moved_bytes(function)
+        self.convolutions = yardsticks.Convolutions(function)
 
     def record(self, folder: str) -> Record:
         """Returns a run's callback that writes its records into a folder."""
@@ -160,37 +196,86 @@ def most_memory() -> float:
     return int(kib) / 2**20
 
 
-def measure(network: str, loaded: data.ImageData) -> dict[Case, Trained]:
-    """Measures the speed of every precision, method and stage with one network."""
-    trained = {}
+def measure(network: str, loaded: data.ImageData) -> tuple[dict, dict]:
+    """Measures the speed of every precision, method and stage with one network.
+
+    Returns:
+      {Case: Trained}, {precision: Machine}; the second is empty without yardsticks.
+    """
+    trained, machines = {}, {}
     for precision in FLAGS.precisions:
         for method in FLAGS.methods:
             first = Case(network, FLAGS.teacher_network, precision, method, 0)
             for i in range(len(stages_of(first, loaded))):
                 case = first._replace(stage=i)
                 trained[case] = Trained(case, loaded, FLAGS.batch_size, FLAGS.steps)
+                if FLAGS.yardsticks:
+                    trained[case].add_yardsticks()
+        if FLAGS.yardsticks:
+            computed_in = keras.mixed_precision.Policy(precision).compute_dtype
+            machines[precision] = yardsticks.Machine(tf.as_dtype(computed_in))
     for _ in range(FLAGS.rounds):
-        for one in trained.values():
+        for one in (*machines.values(), *trained.values()):
+            if isinstance(one, yardsticks.Machine):
+                one.take_turn()
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 one.take_turn(folder if FLAGS.in_fit else None)
-    return trained
+    return trained, machines
 
 
-def line(case: Case, one: Trained, yardstick: Trained, source: tuple) -> str:
-    """Returns the line of a case, whose times are compared to the yardstick's."""
-    seconds = np.median(one.alone)
-    text = (
-        f"{case.network:24} {case.precision:15} {' '.join([case.method, one.name]):24} "
-        f"{one.first:8.1f} s {FLAGS.batch_size / seconds:9.1f}  "
-        f"{seconds / np.median(yardstick.alone):8.2f}    "
-    )
+def columns() -> dict[str, int]:
+    """Returns {heading: width} of what is printed of a case."""
+    widths = {"network": 24, "precision": 15, "method": 20, "first step": 11, "images/s": 21}
+    widths[f"× {FLAGS.methods[0]}"] = 11
+    if FLAGS.yardsticks:
+        widths |= {"GFLOP": 7, "of products": 12, "of memory": 10, "convolutions": 22}
     if FLAGS.in_fit:
-        text += f"{100 * np.median(np.divide(one.alone, one.in_fit)):8.1f} %"
+        widths["in fit"] = 9
+    if FLAGS.memory:
+        widths["memory"] = 10
+    return widths
+
+
+def printed(cells: Sequence[str]) -> str:
+    """Returns a line of a table of `columns`."""
+    widths = columns().values()
+    return " ".join(
+        f"{cell:{'<' if i < 3 else '>'}{width}}"
+        for i, (cell, width) in enumerate(zip(cells, widths))
+    )
+
+
+def cells(
+    case: Case,
+    one: Trained,
+    base: Trained,
+    machine: Optional[yardsticks.Machine],
+    source: tuple,
+) -> list[str]:
+    """Returns what is printed of a case, whose times are compared to those of `base`."""
+    found = [case.network, case.precision, f"{case.method} {one.name}", f"{one.first:.1f} s"]
+    found.append(spread(FLAGS.batch_size / np.array(one.alone)))
+    found.append(f"{np.median(one.alone) / np.median(base.alone):.2f}")
+    if machine and one.convolutions:
+        products = one.flop / np.multiply(one.alone, machine.flop_per_second)
+        memory = one.moved / np.multiply(one.alone, machine.bytes_per_second)
+        share = 100 * np.divide(one.convolutions.seconds, one.alone)
+        found.append(f"{one.flop / FLAGS.batch_size / 1e9:.3g}")
+        found += [f"{100 * np.median(x):.1f} %" for x in (products, memory)]
+        found.append(f"{spread(share)} %")
+    if FLAGS.in_fit:
+        found.append(f"{100 * np.median(np.divide(one.alone, one.in_fit)):.1f} %")
     if FLAGS.memory:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             gib = pool.apply(peak_memory, (source, case, FLAGS.batch_size))
-        text += f"{gib:6.2f} GiB"
-    return text
+        found.append(f"{gib:.2f} GiB")
+    return found
+
+
+def spread(values: Any) -> str:
+    """Returns the median of values, with the smallest and the largest."""
+    return f"{np.median(values):.1f} ({min(values):.1f}–{max(values):.1f})"
 
 
 def main(argv: list[str]) -> None:
@@ -198,17 +283,21 @@ def main(argv: list[str]) -> None:
     tf.get_logger().setLevel("ERROR")
     source = FLAGS.dataset, FLAGS.data_dir, FLAGS.image_size
     loaded = data.load(*source)
-    print(
-        f"{'network':24} {'precision':15} {'method':24} first step  images/s  "
-        f"× {FLAGS.methods[0]:10}"
-        f"{'in fit' if FLAGS.in_fit else '':>8}{'memory' if FLAGS.memory else '':>10}",
-        flush=True,
-    )
+    print(printed(list(columns())), flush=True)
     for network in FLAGS.networks:
-        trained = measure(network, loaded)
+        trained, machines = measure(network, loaded)
         for case, one in trained.items():
-            yardstick = trained[case._replace(method=FLAGS.methods[0], stage=0)]
-            print(line(case, one, yardstick, source), flush=True)
+            base = trained[case._replace(method=FLAGS.methods[0], stage=0)]
+            row = cells(case, one, base, machines.get(case.precision), source)
+            print(printed(row), flush=True)
+        for precision, machine in machines.items():
+            products = spread(np.divide(machine.flop_per_second, 1e9))
+            memory = spread(np.divide(machine.bytes_per_second, 1e9))
+            print(f"The machine, {precision}: {products} GFLOP/s, {memory} GB/s", flush=True)
+        for case, one in trained.items() if FLAGS.profile else ():
+            title = f"{case.network} {case.precision} {case.method} {one.name}".rstrip()
+            kinds = profiles.kinds(one.take_steps, one.steps)
+            print("", f"{title}, operations:", *profiles.table(kinds), sep="\n", flush=True)
         del trained
         keras.backend.clear_session()
 

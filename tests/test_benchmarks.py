@@ -1,5 +1,6 @@
 """The benchmarks run and print what they say they measure."""
 
+import importlib
 import pathlib
 import re
 import subprocess
@@ -26,6 +27,15 @@ def printed(folder, name, *flags):
     return done.stdout.splitlines()
 
 
+def benchmark(name):
+    """The module of this name among the benchmarks."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.pop(0)
+
+
 @pytest.mark.slow
 def test_a_line_for_every_stage(tmp_path):
     head, *lines = printed(
@@ -38,19 +48,80 @@ def test_a_line_for_every_stage(tmp_path):
         "--batch_size=16",
         "--steps=2",
         "--rounds=1",
+        "--profile",
     )
     assert head.split() == (
-        "network precision method first step images/s × kd in fit memory".split()
+        "network precision method first step images/s × kd GFLOP of products of memory "
+        "convolutions in fit memory".split()
     )
-    cells = [line.split() for line in lines]
-    stages = [["kd", "teacher"], ["kd", "student"]]
-    assert [row[2 : -len("1 s 2 3 4 % 5 GiB".split())] for row in cells] == stages
-    for row in cells:
-        first, s, speed, times, share, percent, memory, gib = row[-8:]
-        assert row[:2] == ["resnet8", "float32"] and (s, percent, gib) == ("s", "%", "GiB")
-        assert min(map(float, (first, speed, times, share, memory))) > 0
-    assert float(cells[0][-5]) == 1.0
+    number = r"(\d+\.?\d*)"
+    spread = rf"{number} \({number}–{number}\)"
+    row = re.compile(
+        rf"resnet8 +float32 +kd (teacher|student) +{number} s +{spread} +{number} +{number} +"
+        rf"{number} % +{number} % +{spread} % +{number} % +{number} GiB"
+    )
+    found = [row.fullmatch(line) for line in lines[:2]]
+    assert [match[1] for match in found] == ["teacher", "student"]
+    assert all(float(value) > 0 for match in found for value in match.groups()[1:])
+    assert float(found[0][6]) == 1.0
+    # The student's step has a pass of the teacher more: 4 forward passes where that has 3.
+    teacher, student = (float(match[7]) for match in found)
+    assert student / teacher == pytest.approx(4 / 3, rel=0.02)
+    assert re.fullmatch(rf"The machine, float32: {spread} GFLOP/s, {spread} GB/s", lines[2])
+    titles = [i for i, line in enumerate(lines) if line.endswith(", operations:")]
+    assert len(titles) == 2
+    for i in titles:
+        assert lines[i + 1].split() == "kind a step ms share".split()
+        shares = [float(line.split()[-2]) for line in lines[i + 2 : i + 18]]
+        assert sum(shares) == pytest.approx(100, abs=1)
     assert not list(tmp_path.iterdir())
+
+
+def test_all_convolutions_of_a_step_are_computed_alone():
+    """Those of called functions and of gradients too, but none that the step does not need."""
+    yardsticks, profiles = benchmark("yardsticks"), benchmark("profiles")
+    first, second = (tf.keras.layers.Conv2D(2, 3, padding="same") for _ in range(2))
+    third = tf.keras.layers.DepthwiseConv2D(3)
+    called = tf.function(second)
+
+    @tf.function
+    def step(images):
+        third(images)
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(third(called(first(images))))
+        weights = [*first.weights, *second.weights, *third.weights]
+        for w, g in zip(weights, tape.gradient(loss, weights)):
+            w.assign_sub(g)
+        return loss
+
+    for layer in (first, second, third):
+        layer.build([None, 8, 8, 2])
+    alone = yardsticks.Convolutions(step.get_concrete_function(tf.zeros([4, 8, 8, 2])))
+    alone.take_turn()
+    assert len(alone.seconds) == 1 and alone.seconds[0] > 0
+    found = {k.name: k.count for k in profiles.kinds(alone.take_turn, 3)}
+    # Each layer once, forward; backward no gradient of the images.
+    assert {name: count for name, count in found.items() if "Conv" in name} == {
+        "Conv2D": 2,
+        "Conv2DBackpropInput": 1,
+        "Conv2DBackpropFilter": 2,
+        "DepthwiseConv2dNative": 1,
+        "DepthwiseConv2dNativeBackpropInput": 1,
+        "DepthwiseConv2dNativeBackpropFilter": 1,
+    }
+
+
+def test_the_traffic_of_a_step_is_what_its_operations_read_and_write():
+    yardsticks = benchmark("yardsticks")
+    total = tf.Variable(tf.zeros([100]))
+
+    @tf.function
+    def step(x):
+        total.assign_add(tf.reshape(x, [100]) * 2.0)
+
+    function = step.get_concrete_function(tf.zeros([10, 10]))
+    # The product reads 100 numbers and one more and writes 100, which the sum reads.
+    assert yardsticks.moved_bytes(function) == 4 * (100 + 1 + 100 + 100)
 
 
 @pytest.mark.slow
@@ -110,11 +181,7 @@ def test_the_cost_of_checks_is_told_as_ratios(tmp_path):
 
 def test_what_a_run_left_is_compared_bit_for_bit(tmp_path):
     """Every difference counts but times: the benchmark cannot find all runs equal."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    try:
-        import crash
-    finally:
-        sys.path.pop(0)
+    crash = benchmark("crash")
     for name, loss, seconds in ("a", 0.5, 1.0), ("b", 0.5, 2.0), ("c", 0.25, 1.0):
         leave(tmp_path / name, loss, seconds)
     (tmp_path / "b/results.json.part").write_text("")

@@ -30,6 +30,7 @@ OTHER_FLAGS |= {"equal_cost", "noequal_cost", "dry_run", "print_commands", "outp
 OTHER_FLAGS |= {"format", "exit", "folder", "calibration_images"}  # tf-pcl export
 # Those of tf-pcl evaluate and tf-pcl predict.
 OTHER_FLAGS |= {"corruptions", "json", "output", "split", "top_k", "worst"}
+OTHER_FLAGS |= {"profile"}  # benchmarks/step.py
 IN_A_COPY = "TF_PCL_TESTS_IN_A_COPY"
 
 
