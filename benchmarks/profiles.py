@@ -30,17 +30,16 @@ class Kind(NamedTuple):
     seconds: float
 
 
-def kinds(run: Callable[[], Any], times: int) -> list[Kind]:
-    """Runs something under the profiler and returns the Kinds of one run of it, slowest first.
+def kinds(run: Callable[[], Any], steps: int) -> list[Kind]:
+    """Runs something under the profiler and returns the Kinds of one step of it, slowest first.
 
     Args:
-      run: a function that waits for its results.
-      times: how often to run it.
+      run: a function that takes some equal steps and waits for their results.
+      steps: how many.
     """
     with tempfile.TemporaryDirectory() as folder:
         tf.profiler.experimental.start(folder)
-        for _ in range(times):
-            run()
+        run()
         tf.profiler.experimental.stop()
         (path,) = glob.glob(os.path.join(folder, "**", "*.xplane.pb"), recursive=True)
         with open(path, "rb") as f:
@@ -56,20 +55,22 @@ def kinds(run: Callable[[], Any], times: int) -> list[Kind]:
                         counts[found[1]] += 1
                         seconds[found[1]] += event.duration_ps / 1e12
     return [
-        Kind(name, counts[name] / times, total / times) for name, total in seconds.most_common()
+        Kind(name, counts[name] / steps, total / steps) for name, total in seconds.most_common()
     ]
 
 
 def table(found: list[Kind], most: int = 15) -> list[str]:
-    """Returns lines that show Kinds, the first of them by name and all others as one."""
-    total = sum(kind.seconds for kind in found)
-    rest = found[most:]
-    rows = found[:most]
+    """Returns lines that show Kinds, the first of them by name, all others as one, and the sum."""
+    rows, rest = found[:most], found[most:]
     if rest:
-        named = f"{len(rest)} other kinds"
-        rows = [*rows, Kind(named, sum(k.count for k in rest), sum(k.seconds for k in rest))]
-    return [f"{'kind':32}{'a step':>8}{'ms':>10}{'share':>10}"] + [
+        rows.append(_together(f"{len(rest)} other kinds", rest))
+    rows.append(_together("all", found))
+    return [f"{'kind':32}{'count':>8}{'ms':>10}{'share':>10}"] + [
         f"{kind.name:32}{kind.count:8.0f}{1000 * kind.seconds:10.2f}"
-        f"{100 * kind.seconds / total:8.1f} %"
+        f"{100 * kind.seconds / rows[-1].seconds:8.1f} %"
         for kind in rows
     ]
+
+
+def _together(name: str, several: list[Kind]) -> Kind:
+    return Kind(name, sum(kind.count for kind in several), sum(kind.seconds for kind in several))

@@ -296,8 +296,8 @@ def main(argv: list[str]) -> None:
             print(f"The machine, {precision}: {products} GFLOP/s, {memory} GB/s", flush=True)
         for case, one in trained.items() if FLAGS.profile else ():
             title = f"{case.network} {case.precision} {case.method} {one.name}".rstrip()
-            kinds = profiles.kinds(one.take_steps, one.steps)
-            print("", f"{title}, operations:", *profiles.table(kinds), sep="\n", flush=True)
+            table = profiles.table(profiles.kinds(one.take_steps, one.steps))
+            print("", f"{title}, operations of a step:", *table, sep="\n", flush=True)
         del trained
         keras.backend.clear_session()
 

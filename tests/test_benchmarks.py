@@ -68,12 +68,15 @@ def test_a_line_for_every_stage(tmp_path):
     teacher, student = (float(match[7]) for match in found)
     assert student / teacher == pytest.approx(4 / 3, rel=0.02)
     assert re.fullmatch(rf"The machine, float32: {spread} GFLOP/s, {spread} GB/s", lines[2])
-    titles = [i for i, line in enumerate(lines) if line.endswith(", operations:")]
+    titles = [i for i, line in enumerate(lines) if line.endswith(", operations of a step:")]
     assert len(titles) == 2
     for i in titles:
-        assert lines[i + 1].split() == "kind a step ms share".split()
-        shares = [float(line.split()[-2]) for line in lines[i + 2 : i + 18]]
-        assert sum(shares) == pytest.approx(100, abs=1)
+        assert lines[i + 1].split() == "kind count ms share".split()
+        *kinds, total = (line.split() for line in lines[i + 2 : i + 19])
+        assert total[0] == "all" and total[-2:] == ["100.0", "%"]
+        for column in (-2, -3):
+            parts = sum(float(kind[column]) for kind in kinds)
+            assert parts == pytest.approx(float(total[column]), rel=0.02)
     assert not list(tmp_path.iterdir())
 
 
@@ -99,7 +102,7 @@ def test_all_convolutions_of_a_step_are_computed_alone():
     alone = yardsticks.Convolutions(step.get_concrete_function(tf.zeros([4, 8, 8, 2])))
     alone.take_turn()
     assert len(alone.seconds) == 1 and alone.seconds[0] > 0
-    found = {k.name: k.count for k in profiles.kinds(alone.take_turn, 3)}
+    found = {k.name: k.count for k in profiles.kinds(alone.take_turn, steps=1)}
     # Each layer once, forward; backward no gradient of the images.
     assert {name: count for name, count in found.items() if "Conv" in name} == {
         "Conv2D": 2,
