@@ -139,6 +139,7 @@ def test_the_step_beside_pytorchs(variants, tmp_path):
         assert line.startswith(f"float32: tf_pcl is {best:.2f} times as fast as the best of")
 
 
+@pytest.mark.slow
 def test_losses_that_differ_end_the_comparison_with_pytorch():
     program = "import versus_torch; versus_torch.check('losses of x', [1.0, 2.0], [1.0, 2.1], 1e-2)"
     done = subprocess.run(
