@@ -1,6 +1,7 @@
 """The benchmarks run and print what they say they measure."""
 
 import importlib
+import importlib.util
 import pathlib
 import re
 import subprocess
@@ -13,6 +14,8 @@ from tf_pcl.training.events import Events
 from tf_pcl.training.workdir import Workdir, write_json
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Where the extra `bench` is not installed, tf_pcl alone is compared to the equations and timed.
+VARIANTS = [[], ["eager", "eager_channels_last"]][: 2 if importlib.util.find_spec("torch") else 1]
 
 
 def printed(folder, name, *flags):
@@ -180,6 +183,43 @@ def test_the_cost_of_checks_is_told_as_ratios(tmp_path):
     )
     assert found and min(map(float, found.groups())) > 0
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variants", VARIANTS, ids=["alone", "pytorch"][: len(VARIANTS)])
+def test_the_step_beside_pytorchs(variants, tmp_path):
+    """The program itself ends with an error where losses differ."""
+    compared, head, *lines = printed(
+        tmp_path,
+        "versus_torch",
+        "--network=resnet8",
+        "--batch_size=8",
+        "--image_size=16",
+        "--precisions=float32",
+        f"--variants={','.join(variants)}",
+        "--steps=1",
+        "--rounds=1",
+    )[-3 - bool(variants) - len(variants) :]
+    names = "tf_pcl and PyTorch equal" if variants else "tf_pcl equal"
+    assert compared.startswith("float32: loss terms on given logits: " + names)
+    assert head.split() == "precision step loss images/s range tf_pcl's multiple".split()
+    rows = [line.split() for line in lines[: 1 + len(variants)]]
+    assert [row[:2] for row in rows] == [["float32", name] for name in ["tf_pcl", *variants]]
+    for _, _, loss, speed, _, multiple in rows:
+        assert float(loss) == pytest.approx(float(rows[0][2]), rel=1e-2)
+        assert float(multiple) == pytest.approx(float(rows[0][3]) / float(speed), rel=0.05)
+    for line in lines[len(rows) :]:
+        best = min(float(row[-1]) for row in rows[1:])
+        assert line.startswith(f"float32: tf_pcl is {best:.2f} times as fast as the best of")
+
+
+@pytest.mark.slow
+def test_losses_that_differ_end_the_comparison_with_pytorch():
+    program = "import versus_torch; versus_torch.check('losses of x', [1.0, 2.0], [1.0, 2.1], 1e-2)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT / "benchmarks", capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "losses of x are [1. 2.] and should be [1.  2.1]" in done.stderr
 
 
 def test_what_a_run_left_is_compared_bit_for_bit(tmp_path):
