@@ -74,6 +74,7 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 label_smoothing=options.label_smoothing,
                 jit_compile=options.jit_compile,
+                recompute=options.recompute,
             )
             getattr(model.optimizer, "build", model._inner_optimizer.build)(model.trainable_weights)
         if options.optimizer == "lamb" and model.decay_exceptions:
