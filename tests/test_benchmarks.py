@@ -2,11 +2,13 @@
 
 import importlib
 import importlib.util
+import json
 import pathlib
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -140,6 +142,61 @@ def test_two_replicas_and_two_workers_equal_one_device(tmp_path):
         # An image of the 360 may change sides.
         assert float(losses) < 1e-3 and float(errors) < 0.3 and float(weights) < 1e-2
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_input_pipeline_is_compared_with_images_one_by_one(tmp_path):
+    head, *lines = printed(
+        tmp_path,
+        "input",
+        "--sources=memory-8,files-8,records-8",
+        "--images=32",
+        "--views=2",
+        "--batch_size=8",
+        "--seconds=0.1",
+        "--rounds=1",
+        "--networks=resnet8",
+        "--method=baseline",
+    )
+    assert head.split() == "source views/s one by one ratio decoding alone".split()
+    for source, line, feeds in zip(("memory", "files", "records"), lines[::2], lines[1::2]):
+        name, *cells = line.replace(" ± 0.00", "").replace(" ± 0", "").replace(",", "").split()
+        ours, others, ratio, *alone = map(float, cells)
+        assert name == f"{source}-8" and len(alone) == (source != "memory")
+        assert ratio == pytest.approx(ours / others, abs=0.01) and min(ours, *alone, 1) > 0
+        told = re.fullmatch(
+            r" +feeds ([\d.,]+) steps/s of 8 images; baseline resnet8 takes ([\d.,]+) ± 0\.00 "
+            r"steps/s, (\d+) % of it",
+            feeds,
+        )
+        feeds, takes, share = (float(n.replace(",", "")) for n in told.groups())
+        assert feeds == pytest.approx(ours / 2 / 8, rel=0.01)
+        assert share == pytest.approx(100 * takes / feeds, abs=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_growth_is_fitted_judged_and_drawn(tmp_path):
+    _, head, first, second, time, memory, verdict = printed(
+        tmp_path,
+        "growth",
+        "--axes=replicas",
+        "--standard=2,8,8,8,1",
+        "--seconds=0.1",
+        "--rounds=1",
+        "--results=growth.json",
+        "--figure=growth.png",
+    )
+    assert head.split() == "replicas s/step GFLOP GFLOP/s peak GiB outputs GiB".split()
+    one, two = ([*map(float, line.split())] for line in (first, second))
+    assert [one[0], two[0]] == [1, 2] and min(one[1:]) > 0 and one[2] == two[2]
+    power = np.log2(two[1] / one[1])
+    assert float(re.search(r"time ∝ x\^(-?[\d.]+)", time)[1]) == pytest.approx(power, abs=0.05)
+    assert "memory ∝ x^" in memory
+    more = two[1] / one[1] - 1
+    assert ("holds" if more <= 0.05 else "MISSED") in verdict or abs(more - 0.05) < 0.02
+    assert json.loads((tmp_path / "growth.json").read_text())["replicas"][1][0] == 2
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -375,6 +375,12 @@ class Options:
         "with several replicas: BatchNorm's statistics are those of all replicas' images, as on "
         "one device",
     )
+    recompute: bool = _flag(
+        False,
+        "keep few outputs of layers for the backward pass and compute them again in it: less "
+        "memory, a slower step, the same numbers",
+        run_only=True,
+    )
     jit_compile: bool = _flag(False, "compile the step with XLA; for one GPU")
     deterministic: bool = _flag(
         False, "bit for bit the same result at each run on one device; slower"

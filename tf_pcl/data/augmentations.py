@@ -137,7 +137,13 @@ def resized_windows(images: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
 def flip(images: tf.Tensor, draws: Draws, value: bool = True) -> tf.Tensor:
     """Mirrors half of the images left-right."""
     del value
-    return tf.where(draws.uniform(1, 1, 1) < 0.5, images[:, :, ::-1], images)
+    # TensorFlow reverses rows of pixels, and selects whole images, many times faster than it does
+    # images[:, :, ::-1] and tf.where along the batch.
+    rows = tf.reshape(images, [-1, *images.shape[2:]])
+    mirrored = tf.reshape(tf.reverse(rows, [1]), tf.shape(images))
+    chosen = tf.reshape(draws.uniform(1, 1, 1) < 0.5, [-1])
+    flipped = tf.raw_ops.Select(condition=chosen, x=mirrored, y=images)
+    return tf.ensure_shape(flipped, images.shape)
 
 
 def color_jitter(images: tf.Tensor, draws: Draws, strength: float) -> tf.Tensor:

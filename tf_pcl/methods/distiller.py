@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
-from tf_pcl import losses, schedules
+from tf_pcl import losses, schedules, surgery
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.methods import batches
@@ -233,7 +233,8 @@ class Distiller(Fitting):
             _ = self.epochs, self.steps_per_epoch  # Its schedule scales with them.
         teacher = self.teachers(views, True)
         with tf.GradientTape() as tape:
-            student = self.students(views, True)
+            with surgery.recomputing(self._recomputed):
+                student = self.students(views, True)
             labels = batches.as_labels(labels, _classes(student))
             weights = batches.as_weights(weights, labels, self._class_weights)
             with losses.weighted(weights), losses.smoothed(self._label_smoothing):

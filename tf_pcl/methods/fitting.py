@@ -14,7 +14,7 @@ from typing import Any, Optional
 import numpy as np
 import tensorflow as tf
 
-from tf_pcl import losses
+from tf_pcl import losses, surgery
 from tf_pcl import optimizer as optimizers
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
@@ -48,8 +48,9 @@ class Fitting(keras.Model):
 
     def __init__(self, name: Optional[str] = None):
         super().__init__(name=name)
-        # Past Keras, which would make it a part of checkpoints.
+        # Past Keras, which would make them a part of checkpoints.
         self.__dict__["_forms"] = {}
+        self.__dict__["_recomputed"] = []
 
     def compile(
         self,
@@ -58,6 +59,7 @@ class Fitting(keras.Model):
         epochs: Optional[int] = None,
         steps_per_epoch: Optional[int] = None,
         label_smoothing: float = 0.0,
+        recompute: bool = False,
         **kwargs: Any,
     ) -> None:
         """Configures training as Keras does, without losses and metrics: a method has its own.
@@ -74,6 +76,8 @@ class Fitting(keras.Model):
           label_smoothing: ε in [0, 1]: in training, a label y counts as (1 − ε) y + ε / C in each
             cross-entropy with the labels. What peers and teachers teach stays as it is, and so do
             tests.
+          recompute: whether outputs of layers are computed again in the backward pass, instead of
+            being kept. This leaves every number as it is; a step takes less memory and more time.
           **kwargs: jit_compile, run_eagerly, steps_per_execution.
 
         Raises:
@@ -91,6 +95,8 @@ class Fitting(keras.Model):
                 "out of range", parameter="label_smoothing", value=label_smoothing, allowed="0 to 1"
             )
         self._label_smoothing = label_smoothing
+        # Past Keras, as above.
+        self.__dict__["_recomputed"] = surgery.recomputed(self, self.untrained) if recompute else []
         self._given_length = self._length = (epochs, steps_per_epoch)
         self._own_recipe = not optimizer
         optimizer = optimizer or optimizers.recipe(epochs or 1, steps_per_epoch or 1)

@@ -23,6 +23,7 @@ from tf_pcl.training import strategy as strategies
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.callbacks import Progress, Record, Row, Save, StopEarly
 from tf_pcl.training.checkpoints import Checkpoints
+from tf_pcl.training.feeding import Feeding
 from tf_pcl.training.selection import Selection
 from tf_pcl.training.workdir import Workdir
 
@@ -73,6 +74,7 @@ class Trainer:
                 steps_per_epoch=self.steps_per_epoch,
                 label_smoothing=options.label_smoothing,
                 jit_compile=options.jit_compile,
+                recompute=options.recompute,
             )
             getattr(model.optimizer, "build", model._inner_optimizer.build)(model.trainable_weights)
         if options.optimizer == "lamb" and model.decay_exceptions:
@@ -163,8 +165,10 @@ class Trainer:
         tracking = trackers.tracked(asked, workdir, rows, settings)
         with Save(checkpoints, every, start, total, title, of_all) as save, tracking as further:
             try:
-                callbacks = [Progress("steps"), record, *further, StopEarly(ends, rows), save]
-                self._fit(model, start, callbacks, lambda: ends(rows))
+                feeding = Feeding(self.data)
+                stop = StopEarly(ends, rows)
+                callbacks = [Progress("steps"), record, feeding, *further, stop, save]
+                self._fit(model, start, callbacks, feeding, lambda: ends(rows))
             except (UserError, Stopped):
                 raise
             except Exception as e:
@@ -286,7 +290,12 @@ class Trainer:
         return datasets.test_batches(self.data, 4 * self.options.batch_size, split)
 
     def _fit(
-        self, model: Distiller, start: int, callbacks: list[Any], ended: Callable[[], bool]
+        self,
+        model: Distiller,
+        start: int,
+        callbacks: list[Any],
+        feeding: Feeding,
+        ended: Callable[[], bool],
     ) -> None:
         """Trains from step `start` to the end: the rest of an epoch first, then whole epochs."""
         steps, epochs = model.steps_per_epoch, self.options.epochs
@@ -301,7 +310,8 @@ class Trainer:
                 return
             model.fit(
                 strategies.distribute(
-                    self.strategy, functools.partial(self._batches, model, start=first_step)
+                    self.strategy,
+                    functools.partial(self._noted, feeding, model=model, start=first_step),
                 ),
                 initial_epoch=first_epoch,
                 epochs=last_epoch,
@@ -318,6 +328,13 @@ class Trainer:
             return None
         labels = self.data.train.all_labels()
         return losses.balanced_class_weights(labels, len(self.data.classes))
+
+    def _noted(self, feeding: Feeding, **arguments: Any) -> tf.data.Dataset:
+        """Returns _batches that note when they are made, where this process can be told of it."""
+        batches = self._batches(**arguments)
+        # A TPU's host has no Python of this process.
+        elsewhere = isinstance(self.strategy, tf.distribute.TPUStrategy)
+        return batches if elsewhere else feeding.noted(batches)
 
     def _batches(
         self, model: Distiller, *, start: int = 0, shard: tuple[int, int] = (0, 1)

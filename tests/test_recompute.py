@@ -1,0 +1,79 @@
+"""Outputs that are computed again instead of being kept: the same numbers, other operations."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from helpers import CLASSES, SHAPE, batch, build, noise, slow_but, with_norm
+from tensorflow import keras
+
+from tf_pcl import networks
+from tf_pcl.methods import METHODS
+from tf_pcl.surgery import recompute
+
+
+def trained(model, digits, steps=3):
+    """Losses of a few steps, the weights after them, and how many convolutions a step has."""
+    data = batch(model, digits)
+    step = tf.function(model.train_step)
+    losses = [float(step(data)["loss"]) for _ in range(steps)]
+    graph = step.get_concrete_function(data).graph.as_graph_def()
+    convolutions = sum(node.op == "Conv2D" for node in graph.node)
+    return losses, [w.numpy() for w in model.weights], convolutions
+
+
+def with_and_without(method, digits, **kwargs):
+    """What `trained` gives of a method, as usual and with outputs that are computed again."""
+    models = (build(method, with_norm, recompute=on) for on in (False, True))
+    return [trained(model, digits, **kwargs) for model in models]
+
+
+@pytest.mark.parametrize("method", slow_but(METHODS, "baseline"))
+def test_no_number_changes(method, digits):
+    usual, again = with_and_without(method, digits)
+    np.testing.assert_allclose(again[0], usual[0], rtol=1e-6)
+    for a, b in zip(again[1], usual[1]):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert again[2] > usual[2]
+
+
+def test_teachers_are_computed_once(digits):
+    """Twice: the trunk's convolution and those of three branches; once: those of their means."""
+    usual, again = with_and_without("pcl", digits, steps=1)
+    assert again[2] - usual[2] == 4
+
+
+@pytest.mark.slow
+def test_in_half_precision(digits):
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    usual, again = with_and_without("pcl", digits)
+    np.testing.assert_allclose(again[0], usual[0], rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_on_two_replicas(digits, two_replicas):
+    losses = []
+    for on in (False, True):
+        with two_replicas.scope():
+            model = build("pcl", with_norm, recompute=on)
+        one = tf.data.Dataset.from_tensors(batch(model, digits)).repeat()
+        losses.append(model.fit(one, epochs=2, steps_per_epoch=2, verbose=0).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet14", "vgg16", "densenet40_12"])
+def test_parts_together_are_the_network(name):
+    network = networks.build(name, (32, 32, 3), 10)
+    chain = recompute.parts(network)
+    assert len(chain) > 2 and chain[-1].made == {0: 0}
+    x = images = tf.constant(noise(2, 32, 32, 3), tf.float32)
+    for part in chain:
+        x = tf.nest.flatten(part.model(x))[0]
+    np.testing.assert_array_equal(x, network(images))
+
+
+def test_what_may_give_something_else_again_is_not_repeated():
+    dropped = with_norm(SHAPE, CLASSES, [keras.layers.Dropout(0.5)])
+    own = with_norm(SHAPE, CLASSES, [keras.layers.Lambda(tf.identity)])
+    plain = with_norm(SHAPE, CLASSES)
+    for network, repeatable in (dropped, False), (own, False), (plain, True):
+        assert all(part.repeatable for part in recompute.parts(network)) == repeatable
