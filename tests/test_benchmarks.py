@@ -108,6 +108,30 @@ def test_the_cost_of_checks_is_told_as_ratios(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_where_the_time_before_the_first_step_goes(tmp_path):
+    *helps, head, line = printed(
+        tmp_path,
+        "start",
+        "--networks=resnet8",
+        "--methods=baseline",
+        "--batch_size=16",
+        "--steps=2",
+    )
+    assert [one.split("--help")[0] for one in helps] == [
+        "python train.py ",
+        "python -m tf_pcl ",
+        "python -m tf_pcl export ",
+    ]
+    assert head.split() == (
+        "network method import data build check trace first step steps export to first step".split()
+    )
+    network, method, *stages, total, s, _, apart = line.split()
+    assert (network, method, s, len(stages)) == ("resnet8", "baseline", "s", 8)
+    assert min(map(float, stages)) >= 0 and float(apart) == 0
+    assert float(total) == pytest.approx(sum(map(float, stages[:6])), abs=0.2)
+
+
 def test_what_a_run_left_is_compared_bit_for_bit(tmp_path):
     """Every difference counts but times: the benchmark cannot find all runs equal."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
