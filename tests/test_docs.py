@@ -60,7 +60,7 @@ def test_every_command_of_the_pages_parses(monkeypatch):
         assert method in METHODS_OF_PAPERS | {"mean_logits"}
 
 
-@pytest.mark.parametrize("name, least", [("step", 4), ("workers", 1)])
+@pytest.mark.parametrize("name, least", [("step", 4), ("workers", 1), ("deployed", 1)])
 def test_every_command_of_a_benchmark_has_its_flags(name, least):
     source = page(f"benchmarks/{name}.py")
     defined = set(re.findall(r'DEFINE_\w+\("(\w+)"', source))
