@@ -143,6 +143,7 @@ def fake_run(folder, seed, error=10.0, **changes):
         ({"path": "begun"}, "the run in begun has not ended, since it has no SavedModel yet"),
         ({"path": "odd"}, "odd/results.json is damaged"),
         ({"folder": "done/export", "exit_name": "peer_1"}, "`folder=done/export`: there lies"),
+        ({"folder": "done/export", "fold_batch_norm": True}, "`folder=done/export`: there lies"),
         ({"folder": "done/flags.txt"}, "`folder=done/flags.txt`: the folder cannot be written"),
     ],
 )
@@ -198,7 +199,7 @@ def test_a_run_is_exported_in_all_forms_with_a_card(tmp_path):
     """One run gives both its deployed network and its ensemble (PCL-E)."""
     path = str(tmp_path / "run")
     results = run.run(Options(**SETTINGS, workdir=path))
-    ((_, formats),) = commands(page("docs/deploy.md"), "tf-pcl export")
+    (_, formats), (_, *folding) = commands(page("docs/deploy.md"), "tf-pcl export")
     assert formats == f"--format={','.join(artifacts.FORMATS)}"
     command = [sys.executable, "-m", "tf_pcl", "export", path, f"--format={','.join(FORMATS)}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -220,7 +221,20 @@ def test_a_run_is_exported_in_all_forms_with_a_card(tmp_path):
     assert ensemble["original"]["error"] == pytest.approx(error, abs=0.01)
     assert ensemble["artifacts"]["tflite"]["error"] == pytest.approx(error, abs=0.01)
 
+    done = subprocess.run([*command[:-1], *folding], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "BatchNorm: 9 layers folded; logits differ by up to " in done.stdout
+    folded = os.path.join(path, "export", artifacts.FOLDED)
+    with open(os.path.join(folded, "artifacts.json")) as f:
+        told = json.load(f)
+    assert told["artifacts"]["saved_model"]["same_class"] == 100
+    assert told["artifacts"]["saved_model"]["error"] == told["original"]["error"]
+    assert told["batch_norm"]["folded"] == 9 and told["batch_norm"]["left"] == []
+    card = open(os.path.join(folded, "MODEL_CARD.md")).read()
+    assert "9 BatchNorm layers are folded into the layers before them. The trained" in card
+
     card = open(os.path.join(path, "export", "MODEL_CARD.md")).read()
+    assert "folded" not in card
     shown = {name.split("**")[1] if "**" in name else name: error for name, error in rows(card, 2)}
     for name, error in results["error"].items():
         assert shown[name] == f"{error:.2f}"

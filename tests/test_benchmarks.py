@@ -279,6 +279,103 @@ def test_losses_that_differ_end_the_comparison_with_pytorch():
     assert done.returncode == 1 and "losses of x are [1. 2.] and should be [1.  2.1]" in done.stderr
 
 
+@pytest.mark.slow
+def test_where_the_time_before_the_first_step_goes(tmp_path):
+    *helps, head, line = printed(
+        tmp_path,
+        "start",
+        "--networks=resnet8",
+        "--methods=baseline",
+        "--batch_size=16",
+        "--steps=2",
+    )
+    assert [one.split("--help")[0] for one in helps] == [
+        "python train.py ",
+        "python -m tf_pcl ",
+        "python -m tf_pcl export ",
+    ]
+    assert head.split() == (
+        "network method import data build check trace first step steps export to first step".split()
+    )
+    network, method, *stages, total, s, _, apart = line.split()
+    assert (network, method, s, len(stages)) == ("resnet8", "baseline", "s", 8)
+    assert min(map(float, stages)) >= 0 and float(apart) == 0
+    assert float(total) == pytest.approx(sum(map(float, stages[:6])), abs=0.2)
+
+
+@pytest.mark.slow
+def test_the_forms_of_a_network_are_compared_with_it(tmp_path):
+    head, *lines = printed(
+        tmp_path,
+        "deployed",
+        "--networks=resnet8",
+        "--image_size=8",
+        "--batch_sizes=1,16",
+        "--images=32",
+        "--rounds=2",
+    )
+    assert head.split() == ("network form batch ms middle half images/s × keras differ".split())
+    row = r"resnet8 +(keras|saved_model|saved_model folded) +(1|16) +[\d.]+  [\d.]+ to [\d.]+ +\d+ "
+    found = [re.fullmatch(row + r" +([\d.]+)  (\d\.\de-\d\d|0\.0e\+00)", line) for line in lines]
+    forms = ["keras", "saved_model", "saved_model folded"]
+    assert [one[1] for one in found] == 2 * forms
+    assert [one[2] for one in found] == [*3 * ["1"], *3 * ["16"]]
+    for one in found:
+        assert float(one[4]) < 1e-3
+        assert float(one[3]) == 1 if one[1] == "keras" else float(one[3]) > 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_xla_makes_of_a_step_has_no_transfers(tmp_path):
+    head, *lines = printed(
+        tmp_path, "hlo", "--methods=baseline", "--precisions=float32", "--batch_size=4"
+    )
+    kinds = "operations fusion convolution dot transpose copy conditional".split()
+    assert head.split() == [
+        "network",
+        "precision",
+        "method",
+        "compiled",
+        "stage",
+        *kinds,
+        "transfers",
+    ]
+    for line, stage in zip(lines, ["hlo", "optimized_hlo"]):
+        cells = line.split()
+        assert cells[:3] == ["resnet8", "float32", "baseline"] and cells[5] == stage
+        count = dict(zip(kinds, map(int, cells[6:13])))
+        # 9 convolutions and two gradients of each, of which that of the images is not needed.
+        assert count["convolution"] in (3 * 9 - 1, 3 * 9) and count["dot"] >= 2
+        assert cells[13:] == ["none"]
+    assert count["operations"] > count["fusion"] > 20
+
+
+def test_operations_within_a_fusion_do_not_count():
+    hlo = benchmark("hlo")
+    text = """
+%added (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add.1 = f32[] add(f32[] %a, f32[] %b)
+}
+
+%part (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %negate.1 = f32[4]{0} negate(f32[4]{0} %p)
+  ROOT %copy.1 = f32[4]{0} copy(f32[4]{0} %negate.1)
+}
+
+ENTRY %main (x: f32[4]) -> f32[] {
+  %x = f32[4]{0} parameter(0)
+  %fusion = f32[4]{0} fusion(f32[4]{0} %x), kind=kLoop, calls=%part
+  %zero = f32[] constant(0)
+  %call = f32[4]{0} custom-call(f32[4]{0} %fusion), custom_call_target="xla_to_host"
+  ROOT %reduce.1 = f32[] reduce(f32[4]{0} %call, f32[] %zero), dimensions={0}, to_apply=%added
+}
+"""
+    assert hlo.counts(text) == {"fusion": 1, "xla_to_host": 1, "reduce": 1}
+    assert re.fullmatch(hlo.TRANSFERS, "xla_to_host") and not re.fullmatch(hlo.TRANSFERS, "fusion")
+
+
 def test_what_a_run_left_is_compared_bit_for_bit(tmp_path):
     """Every difference counts but times: the benchmark cannot find all runs equal."""
     crash = benchmark("crash")

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tf_pcl import cli
+from tf_pcl.verbs import further_help
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -26,6 +27,20 @@ def test_verbs_are_listed(arguments):
     for verb, row in cli.VERBS.items():
         line = rf"^  {verb} +{re.escape(row.summary)}$"
         assert re.search(line, done.stdout, re.M) and row.summary.endswith(".")
+
+
+def test_the_help_of_training_is_there_without_tensorflow():
+    """It names all methods, networks and data sets, as a file has them that fits to the tables."""
+    assert further_help.written() == further_help.found(), "further_help.write() makes the file"
+    code = "import sys; sys.modules['tensorflow'] = None; from tf_pcl import cli; cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and not done.stderr
+    # Lines may be cut within a word that has a hyphen.
+    said = "".join(done.stdout.split())
+    for text in further_help.written().values():
+        assert "".join(text.split()) in said
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ TRAIN = r"(?:python train\.py|tf-pcl train|python -m tf_pcl train)"
 OTHER_FLAGS = {"help", "flagfile", "with", "strict", "noflip"}
 OTHER_FLAGS |= {"methods", "networks", "datasets", "seeds", "grid", "table"}
 OTHER_FLAGS |= {"equal_cost", "noequal_cost", "dry_run", "print_commands", "output"}
-OTHER_FLAGS |= {"format", "exit", "folder", "calibration_images"}  # tf-pcl export
+# Those of tf-pcl export.
+OTHER_FLAGS |= {"format", "exit", "folder", "calibration_images", "fold_batch_norm"}
 # Those of tf-pcl evaluate and tf-pcl predict.
 OTHER_FLAGS |= {"corruptions", "json", "output", "split", "top_k", "worst"}
 OTHER_FLAGS |= {"profile"}  # benchmarks/step.py
@@ -62,7 +63,14 @@ def test_every_command_of_the_pages_parses(monkeypatch):
 
 @pytest.mark.parametrize(
     "name, least",
-    [("step", 4), ("workers", 1), ("versus_torch", 1), ("input", 1), ("growth", 1)],
+    [
+        ("step", 4),
+        ("workers", 1),
+        ("versus_torch", 1),
+        ("input", 1),
+        ("growth", 1),
+        ("deployed", 1),
+    ],
 )
 def test_every_command_of_a_benchmark_has_its_flags(name, least):
     source = page(f"benchmarks/{name}.py")

@@ -27,6 +27,29 @@ def test_steps_with_coupled_decay_through_a_drop_of_the_rate(nesterov):
         np.testing.assert_allclose(w.numpy(), want, atol=1e-6)
 
 
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_vectors_together_take_the_steps_that_each_takes_alone(nesterov):
+    shapes = [(3,), (2, 3), (5,), (1,), ()]
+    values = [np.asarray(rng.randn(*shape), np.float32) for shape in shapes]
+    together, alone = ([tf.Variable(v) for v in values] for _ in range(2))
+    half = [tf.Variable(tf.ones([2], tf.float16)) for _ in range(2)]
+    steps = []
+    for held in (together, alone):
+        held.append(half.pop())
+        one = CoupledSGD(0.1, nesterov=nesterov, coupled_decay=0.05)
+        one.set_decay(held[2:3], 0.3)
+        one.build(held)
+        steps.append(one)
+    assert steps[0].weight_decay is None
+    for _ in range(3):
+        gradients = [tf.cast(rng.randn(*w.shape), w.dtype) for w in together]
+        steps[0].apply_gradients(zip(gradients, together))
+        for g, w in zip(gradients, alone):
+            steps[1].update_step(g, w)
+    for a, b in zip(together + steps[0].velocities, alone + steps[1].velocities):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_recipe_scales_with_the_length_of_training():
     optimizer = recipe(epochs=20, steps_per_epoch=10)
     assert optimizer.coupled_decay == 5e-4 and optimizer.momentum == 0.9 and optimizer.nesterov

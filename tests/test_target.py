@@ -10,6 +10,7 @@ from tensorflow.keras import layers as L
 from tf_pcl import data, methods, networks, surgery
 from tf_pcl.errors import UserError
 from tf_pcl.surgery import proof
+from tf_pcl.surgery.described import described
 from tf_pcl.surgery.features import kind_of_outputs
 
 X = noise(12, 8, 8, 3).astype("float32") / 64
@@ -545,3 +546,74 @@ def test_a_run_is_checked_in_seconds_that_it_says(digits):
     methods.PCL(lambda: networks.resnet8(digits.image_shape, 10), peers=2)
     assert 0 < surgery.trials.seconds - before
     assert data.load  # The digits fixture is what the network is built for.
+
+
+def plain(inner=False, again=False, phase=None, order=1, names="", **norm):
+    """A network that differs from another one in what is given."""
+    images = keras.Input((8, 8, 3))
+    x = L.Conv2D(4, 3, padding="same", name=f"conv{names}")(images)
+    x = L.BatchNormalization(name=f"norm{names}", **norm)(x, training=phase)
+    x = keras.Model(images, x)(images) if inner else x
+    first, second = L.Conv2D(4, 1), L.Conv2D(4, 1)
+    x = L.Add()([x, tf.nn.relu(first(x))][::order])
+    return keras.Model(images, ends((first if again else second)(x)))
+
+
+def test_builds_of_one_graph_are_described_alike_and_of_others_apart():
+    assert described(networks.resnet8(SHAPE, CLASSES)) == described(
+        networks.resnet8(SHAPE, CLASSES)
+    )
+    assert described(plain()) == described(plain(names="_of_another_name"))
+    frozen = plain()
+    frozen.layers[1].trainable = False
+    others = [
+        plain(),
+        plain(inner=True),
+        plain(again=True),
+        plain(phase=False),
+        plain(order=-1),
+        plain(epsilon=0.1),
+        frozen,
+        networks.resnet8(SHAPE, CLASSES),
+        networks.resnet8(SHAPE, CLASSES + 1),
+        networks.resnet14(SHAPE, CLASSES),
+    ]
+    texts = [described(one) for one in others]
+    assert all(texts) and len(set(texts)) == len(texts)
+
+
+@pytest.mark.parametrize(
+    "build", [layer_object, without_argument, attribute_set_later, inner_in_inference_mode]
+)
+def test_a_graph_with_the_users_own_code_is_not_described(build):
+    assert described(build()) is None
+
+
+def test_a_graph_with_the_users_own_function_is_not_described():
+    def own(x):
+        return tf.nn.relu(x) + 1
+
+    for layer in (L.Lambda(own), L.Activation(own), L.Conv2D(3, 3, activation=own)):
+        images = keras.Input((8, 8, 3))
+        assert described(keras.Model(images, ends(layer(images)))) is None
+
+
+def test_what_was_proven_of_a_graph_is_not_proven_again(monkeypatch):
+    runs = []
+    usual = proof.run
+    monkeypatch.setattr(proof, "run", lambda *a, **k: runs.append(1) or usual(*a, **k))
+
+    def counted(*builds):
+        runs.clear()
+        several = iter(builds)
+        around(lambda: next(several))
+        return len(runs)
+
+    def build(activation=None):
+        images = keras.Input((8, 8, 3))
+        x = L.Conv2D(4, 3, name="cut")(images)
+        return keras.Model(images, ends(L.Conv2D(4, 3, activation=activation)(x)))
+
+    alike = counted(*(build() for _ in range(4)))
+    # The one that differs is proven too: two passes for its features, two for its parts.
+    assert counted(build(), build("relu"), build(), build()) == alike + 4

@@ -39,5 +39,6 @@ class Shadow:
             same way. They are needed where an update moves the weights far between two passes, so
             that those of the passes before no longer fit.
         """
+        share = 1.0 - decay
         for source, shadow in self.trained + (self.statistics if statistics else []):
-            shadow.assign_add((1.0 - decay) * (source - shadow))
+            shadow.assign_add(share * (source - shadow))

@@ -570,13 +570,10 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             define[kind](f.name, default, text, flag_values=values)
 
 
-def complete_help(
-    methods: Mapping[str, Any],
-    networks: Iterable[str],
-    datasets: Mapping[str, Any],
-    values: flags.FlagValues = flags.FLAGS,
-) -> None:
-    """Adds to the flags' help what the tables of methods, networks and data sets say.
+def further_help(
+    methods: Mapping[str, Any], networks: Iterable[str], datasets: Mapping[str, Any]
+) -> dict[str, str]:
+    """Returns what the tables of methods, networks and data sets add to the help of flags.
 
     A flag that only some of the methods take names these, with their defaults.
 
@@ -584,21 +581,21 @@ def complete_help(
       methods: {name: Distiller}.
       networks: names.
       datasets: {name: data.datasets.Dataset}, as data.datasets.described() gives them.
-      values: absl FlagValues in which the flags are defined.
+
+    Returns:
+      {name of the flag: text that follows its own}.
     """
-    values["method"].help += (
-        f": {', '.join(methods)}. Flags that not all of them take name those that do, with their "
-        "defaults, in brackets"
-    )
-    values["network"].help += ". Names: " + ", ".join(networks)
-    values["dataset"].help += ": " + "; ".join(
-        f"{name} ({row.summary})" for name, row in datasets.items()
-    )
-    values["data_dir"].help += ": " + "; ".join(
-        f"{name}: {row.folder}" for name, row in datasets.items() if row.folder
-    )
-    readers = ", ".join(name for name, row in datasets.items() if row.reads_files)
-    values["on_bad_image"].help += f" ({readers})"
+    folders = [f"{name}: {row.folder}" for name, row in datasets.items() if row.folder]
+    readers = [name for name, row in datasets.items() if row.reads_files]
+    summaries = [f"{name} ({row.summary})" for name, row in datasets.items()]
+    texts = {
+        "method": f": {', '.join(methods)}. Flags that not all of them take name those that do, "
+        "with their defaults, in brackets",
+        "network": ". Names: " + ", ".join(networks),
+        "dataset": ": " + "; ".join(summaries),
+        "data_dir": ": " + "; ".join(folders),
+        "on_bad_image": f" ({', '.join(readers)})",
+    }
     taken = {method: cls.parameters() for method, cls in methods.items()}
     for name in sorted(set(names()) - {"network", "preprocess"}):
         takers = [
@@ -607,7 +604,8 @@ def complete_help(
             if name in own
         ]
         if takers:
-            values[name].help += f" ({', '.join(takers)})"
+            texts[name] = texts.get(name, "") + f" ({', '.join(takers)})"
+    return texts
 
 
 def from_flags(values: flags.FlagValues = flags.FLAGS) -> Options:

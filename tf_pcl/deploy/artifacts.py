@@ -7,6 +7,7 @@ image files by operations that neither TFLite nor ONNX has; the other forms do w
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import os
 import sys
@@ -19,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_pcl import data as datasets
+from tf_pcl import surgery
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData
 from tf_pcl.data.storage import Split, Stream
@@ -34,6 +36,9 @@ from tf_pcl.training.workdir import Workdir
 OPSET = 17
 # Of how many training images the value ranges of an integer network are taken.
 CALIBRATION_IMAGES = 200
+# The folder of artifacts with folded BatchNorm, and how far logits may then be apart, as a part of
+# the largest one, which counts as 1 at least: float32 sums in another order.
+FOLDED, FOLDING_TOLERANCE = "folded", 1e-4
 # How often a single image is asked for, to measure latency; the first calls are not counted.
 CALLS, WARM_UP_CALLS = 50, 5
 TABLE = "artifacts.json"
@@ -65,6 +70,7 @@ def export_run(
     data_dir: Optional[str] = None,
     folder: Optional[str] = None,
     calibration_images: int = CALIBRATION_IMAGES,
+    fold_batch_norm: bool = False,
 ) -> dict[str, Any]:
     """Writes the network of a run in other forms, with a table that compares them and a model card.
 
@@ -74,8 +80,10 @@ def export_run(
       exit_name: whose network; see Finished.exit_name.
       data_dir: where the data set lies now, if it was moved.
       folder: where the artifacts go; by default the run's export folder, and for another exit than
-        the deployed one a folder of its name there.
+        the deployed one a folder of its name there. Those with folded BatchNorm go into a folder
+        FOLDED of it.
       calibration_images: how many training images calibrate an integer network, at least 1.
+      fold_batch_norm: whether BatchNorm is folded into the layers before it; see surgery.fold.
 
     Returns:
       The contents of artifacts.json.
@@ -94,22 +102,20 @@ def export_run(
     for name in formats:
         FORMATS[name].check_packages(name)
     own, is_deployed = Workdir(finished.path).export, exit_name == finished.results["deployed"]
-    folder = os.path.expanduser(folder or (own if is_deployed else os.path.join(own, exit_name)))
-    if not is_deployed and os.path.realpath(folder) == os.path.realpath(own):
+    usual = own if is_deployed else os.path.join(own, exit_name)
+    folder = os.path.expanduser(folder or os.path.join(usual, *[FOLDED] * fold_batch_norm))
+    is_own = os.path.realpath(folder) == os.path.realpath(own)
+    if is_own and (fold_batch_norm or not is_deployed):
         raise UserError(
-            "there lies the SavedModel of the deployed exit: give another",
+            "there lies the SavedModel of the deployed exit as it was trained: give another",
             parameter="folder",
             value=folder,
         )
     data = finished.load_data(data_dir)
     network = finished.network(exit_name, data)
-    source = Source(
-        network,
-        data,
-        folder,
-        min(calibration_images, len(data.train)),
-        has_saved_model=os.path.realpath(folder) == os.path.realpath(own),
-    )
+    written, facts = folded(network, data) if fold_batch_norm else (network, {})
+    calibration = min(calibration_images, len(data.train))
+    source = Source(written, data, folder, calibration, has_saved_model=is_own)
     _make_folder(folder)
     workdirs.write_labels(folder, data.classes)
     paths = {name: _written(name, source) for name in dict.fromkeys(formats)}
@@ -119,6 +125,7 @@ def export_run(
         "run": os.path.abspath(finished.path),
         "folder": os.path.abspath(folder),
         "exit": exit_name,
+        **facts,
         **compare(network, loaded, data),
     }
     for name, row in table["artifacts"].items():
@@ -129,6 +136,56 @@ def export_run(
     workdirs.write_json(os.path.join(folder, TABLE), table)
     model_card.write(folder, finished, data, network, table)
     return table
+
+
+def folded(network: keras.Model, data: ImageData) -> tuple[keras.Model, dict[str, Any]]:
+    """Folds a network's BatchNorm, and proves on all test images that it answers the same.
+
+    Args:
+      network: a keras.Model from raw images uint8 to logits.
+      data: the data set.
+
+    Returns:
+      The folded network, and {"batch_norm": {"folded": how many, "left": names of those that stay,
+      "largest_difference": of logits}}.
+
+    Raises:
+      UserError: if there is nothing to fold, or the network cannot be rebuilt.
+      Stopped: if an answer differs by more than FOLDING_TOLERANCE of the largest logit, or the
+        number of errors does.
+    """
+    refused = functools.partial(UserError, parameter="fold_batch_norm", value="True")
+    try:
+        made = surgery.fold_batch_norm(network)
+    except Exception as e:  # Layers of the user's own, in a copy that they were not made for.
+        raise refused(
+            f"the network cannot be rebuilt with folded BatchNorm ({one_line(e)}): leave it out"
+        ) from e
+    if not made.folded:
+        raise refused(
+            f"of the network's {len(made.left)} BatchNorm layers none follows a convolution or a "
+            "dense layer directly: leave it out"
+        )
+    one, other = (_in_graph(model) for model in (network, made.network))
+    wrong, apart, largest = np.zeros(2, int), 0.0, 1.0
+    for images, labels in datasets.test_batches(data, runtimes.BATCH):
+        a, b = one(images).numpy(), other(images).numpy()
+        wrong += [int((z.argmax(-1) != labels.numpy()).sum()) for z in (a, b)]
+        # A value that is no number is the largest difference of all.
+        apart = float(np.maximum(apart, np.abs(a - b).max()))
+        largest = max(largest, float(np.abs(a).max()))
+    if not apart <= FOLDING_TOLERANCE * largest or wrong[0] != wrong[1]:
+        raise Stopped(
+            f"with folded BatchNorm, logits differ by up to {apart:.2g} and {wrong[1]} test images "
+            f"are wrong instead of {wrong[0]}: nothing was written; leave `fold_batch_norm` out"
+        )
+    difference = float(f"{apart:.3g}")
+    facts = {"folded": len(made.folded), "left": made.left, "largest_difference": difference}
+    return made.network, {"batch_norm": facts}
+
+
+def _in_graph(network: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
+    return tf.function(lambda images: network(images, training=False), reduce_retracing=True)
 
 
 def compare(
@@ -147,7 +204,7 @@ def compare(
       of artifacts have "largest_difference" (of logits) and "same_class" (percent of the images
       that get the same class as by the network).
     """
-    graph = tf.function(lambda images: network(images, training=False))
+    graph = _in_graph(network)
     answers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
         "": lambda images: graph(tf.constant(images)).numpy(),
         **{name: runtime.logits for name, runtime in loaded.items()},

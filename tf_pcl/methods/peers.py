@@ -10,6 +10,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.methods.distiller import Exit
 from tf_pcl.surgery import Target, deployable, proof, slice_at, with_features
 from tf_pcl.surgery.cuts import Cut, find_cut
+from tf_pcl.surgery.described import described
 from tf_pcl.surgery.target import start_apart
 
 
@@ -47,7 +48,7 @@ class Peers(keras.Model):
         branches: list = []
         for _ in names:
             network = target.new()
-            whole = with_features(network)
+            whole = with_features(network, target.proven)
             if not branches:
                 self.cut = split_at if isinstance(split_at, Cut) else find_cut(whole, split_at)
             trunk, branch = slice_at(whole, self.cut.path)
@@ -57,6 +58,7 @@ class Peers(keras.Model):
                 trunk,
                 branch,
                 training=network is target.first,
+                known=_case(target, network, self.cut),
             )
             if branches:
                 start_apart(branches, branch)
@@ -96,7 +98,13 @@ class Peers(keras.Model):
         return deployable(self.preprocess, self.trunk, self.branches[j])
 
 
-def _prove(network, whole, trunk, branch, training):
+def _case(target, network, cut):
+    """Returns what proof.same takes as `known` for a network that is cut."""
+    text = described(network)
+    return None if text is None else (target.proven, ("cut", cut.path, text))
+
+
+def _prove(network, whole, trunk, branch, training, known):
     """Proves that trunk and branch together compute what `whole`, the network's graph, does."""
 
     def joined(images, training):
@@ -107,7 +115,7 @@ def _prove(network, whole, trunk, branch, training):
         return {key: outputs[key] for key in branch.output}
 
     what = f"network {network.name!r}, cut after {trunk.output_names[0]!r},"
-    proof.same(network, joined, what, reference=reference, training=training)
+    proof.same(network, joined, what, reference=reference, training=training, known=known)
 
 
 def target_of(networks: Any) -> list:

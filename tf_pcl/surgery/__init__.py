@@ -4,6 +4,7 @@ from tf_pcl.surgery.convert import functional
 from tf_pcl.surgery.cuts import costs, cut_points, propose_cut, section_names
 from tf_pcl.surgery.features import with_features, with_logits
 from tf_pcl.surgery.files import read_network
+from tf_pcl.surgery.fold import fold_batch_norm
 from tf_pcl.surgery.recompute import recomputed, recomputing
 from tf_pcl.surgery.replicas import replica_bound, synchronize
 from tf_pcl.surgery.slices import deployable, slice_at, split

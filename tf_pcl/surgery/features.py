@@ -10,6 +10,7 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.surgery import proof
 from tf_pcl.surgery.convert import functional
+from tf_pcl.surgery.described import described
 from tf_pcl.surgery.graph import Place, calls, continued, is_inner_model, phase, sublayers
 from tf_pcl.surgery.trial import trials
 
@@ -68,7 +69,7 @@ def with_logits(network: keras.Model) -> keras.Model:
     return _made(network, classifier, {"logits": _logits(network, classifier)})
 
 
-def with_features(network: keras.Model) -> keras.Model:
+def with_features(network: keras.Model, proven: Optional[set] = None) -> keras.Model:
     """Gives a network its logits, its feature and its last feature map as outputs.
 
     The *feature* is the vector that pooling, or flattening, makes of the last feature map; where
@@ -78,6 +79,7 @@ def with_features(network: keras.Model) -> keras.Model:
       network: a keras.Model from images to logits or probabilities; a softmax at the end is left
         out. A Dense layer gives the logits, or a 1×1 Conv2D on a map that is 1×1 or averaged
         afterwards.
+      proven: of what graphs the result was proven before; it is not proven again for an equal one.
 
     Returns:
       A functional keras.Model of the network's own layers, with outputs {"features": [B, d],
@@ -94,7 +96,7 @@ def with_features(network: keras.Model) -> keras.Model:
     wanted = {"logits": _logits(network, classifier), "features": _vector(network, pooled)}
     if feature_map is not None:
         wanted["feature_map"] = feature_map
-    return _made(network, classifier, wanted)
+    return _made(network, classifier, wanted, proven)
 
 
 def _one(network):
@@ -108,17 +110,19 @@ def _has_logits(network):
     return isinstance(output, dict) and "logits" in output
 
 
-def _made(network, classifier, wanted):
+def _made(network, classifier, wanted, proven=None):
     """Returns a model of the places `wanted`, {key: Place}, proven to say what the network says."""
     exposed = _exposed(network, wanted)
     made = keras.Model(exposed.input, exposed.output, name=network.name)
     # Elsewhere the graph is the network's own, and what it does in training is, too.
     rebuilt = classifier.fused or any(place.around for place in wanted.values())
-    _prove(network, made, classifier.normalised, training=rebuilt)
+    text = None if proven is None else described(network)
+    known = (proven, ("features", text)) if text else None
+    _prove(network, made, classifier.normalised, training=rebuilt, known=known)
     return made
 
 
-def _prove(network, made, normalised="", training=False):
+def _prove(network, made, normalised="", training=False, known=None):
     """Proves that a model's logits are those of a network, or belong to its probabilities."""
 
     def reference(images, training):
@@ -133,7 +137,15 @@ def _prove(network, made, normalised="", training=False):
     # A softmax in half precision keeps two or three digits.
     tolerance = 0.05 if normalised and not exact else proof.TOLERANCE
     what = f"what was made of network {network.name!r} to have its logits"
-    proof.same(network, answer, what, reference=reference, training=training, tolerance=tolerance)
+    proof.same(
+        network,
+        answer,
+        what,
+        reference=reference,
+        training=training,
+        tolerance=tolerance,
+        known=known,
+    )
 
 
 def _exposed(model, wanted):

@@ -39,6 +39,7 @@ class Target:
 
     Attributes:
       name: of the network.
+      proven: what was proven of graphs that instances have; see proof.same.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Target:
         )
         self._shape, self._load = input_shape, load
         self._loaded = getattr(network, "loaded_weights", False)
+        self.proven: set = set()
         self._held: dict = {}
         self._copies = 0
         self._made: Optional[keras.Model] = None

@@ -25,7 +25,13 @@ def _define_flags() -> None:
         "folder",
         None,
         "where the files go; default: RUN/export, for another exit than the deployed one "
-        "RUN/export/EXIT",
+        "RUN/export/EXIT; with --fold_batch_norm a folder `folded` of that",
+    )
+    flags.DEFINE_bool(
+        "fold_batch_norm",
+        False,
+        "fold BatchNorm into the convolution or dense layer before it, for faster answers; all "
+        "test images must get the same ones",
     )
     flags.DEFINE_integer(
         "calibration_images",
@@ -51,8 +57,16 @@ def _export(rest: list[str]) -> None:
         data_dir=values.data_dir,
         folder=values.folder,
         calibration_images=values.calibration_images,
+        fold_batch_norm=values.fold_batch_norm,
     )
     print(artifacts.table(made))
+    if "batch_norm" in made:
+        found = made["batch_norm"]
+        left = f", not {', '.join(found['left'])}" if found["left"] else ""
+        print(
+            f"BatchNorm: {found['folded']} layers folded{left}; logits differ by up to "
+            f"{found['largest_difference']:.1e}"
+        )
     print(f"Folder: {made['folder']}, with artifacts.json and MODEL_CARD.md")
 
 

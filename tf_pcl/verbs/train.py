@@ -2,16 +2,8 @@
 
 from tf_pcl import compat, options
 from tf_pcl.errors import UserError
+from tf_pcl.verbs import further_help
 from tf_pcl.verbs.verb import Verb
-
-
-def _complete_help() -> None:
-    compat.import_tensorflow()
-    from tf_pcl.data import datasets
-    from tf_pcl.methods import METHODS
-    from tf_pcl.networks import NETWORKS
-
-    options.complete_help(METHODS, NETWORKS, datasets.described())
 
 
 def _refuse_words(rest: list[str]) -> None:
@@ -33,5 +25,5 @@ VERB = Verb(
     "Trains a network with a method of online knowledge distillation.",
     options.define_flags,
     _train,
-    complete_help=_complete_help,
+    complete_help=further_help.complete,
 )

@@ -17,7 +17,7 @@ class Verb(NamedTuple):
       run: does it, given the arguments that are not flags. UserError and Stopped end it in one
         line.
       arguments: what `run` takes beside flags, as --help writes it, such as "RUN…".
-      complete_help: adds to the help of its flags what takes seconds to find out.
+      complete_help: adds to the help of its flags what is not known where they are defined.
     """
 
     summary: str
