@@ -9,23 +9,30 @@ call that changes the workdir (open, rename, remove, mkdir, …), at once or sho
 run comes to its end before it is killed, it is compared, and another run begins in a new workdir,
 until all kills are done and the last run has ended.
 
-Compared are, for every stage and bit for bit: the variables of the last checkpoint and of the
-exported network, metrics.csv, results.json and TensorBoard's values, where each tag may have each
-step once. Times and speeds are left out. No other file may be left than an undisturbed run leaves.
+With --workers=2 the run is that of two processes on this machine's loopback. One of them, now this
+and now that, is killed; the other ends by itself, and both are started again.
+
+Compared are, for every stage and every worker, bit for bit: the variables of the last checkpoint
+and of the exported network, metrics.csv, results.json and TensorBoard's values, where each tag may
+have each step once. Times and speeds are left out. No other file may be left than an undisturbed
+run leaves.
 
 It prints a line for each kill and each run. The exit status is 1 if a run differs or fails.
 """
 
+import contextlib
 import csv
 import json
 import os
 import pathlib
 import random
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,6 +41,7 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("kills", 50, "how often the process is killed", lower_bound=1)
+flags.DEFINE_integer("workers", 1, "how many processes train together", lower_bound=1)
 flags.DEFINE_integer("draw", 0, "seed of the moments and calls")
 flags.DEFINE_float("reach", 0.35, "a process is killed within this share of the undisturbed run")
 flags.DEFINE_string("keep_in", None, "folder in which the workdirs stay; default: none stays")
@@ -123,25 +131,103 @@ class End(NamedTuple):
     problem: Optional[str] = None
 
 
-def start(
-    command: list[str], workdir: pathlib.Path, kind: str = "none", which: int = 0, wait: float = 0.0
-) -> End:
-    """Runs the command in a process, which may kill itself, and says how that ended."""
-    with tempfile.NamedTemporaryFile("r") as notes:
-        place = [str(TRAIN), str(workdir.resolve()), notes.name, kind, str(which), str(wait)]
-        done = subprocess.run(
-            [sys.executable, "-c", _CHILD, *place, *command, f"--workdir={workdir}"],
-            stdout=subprocess.PIPE,
+class Place(NamedTuple):
+    """Where a process is killed.
+
+    Attributes:
+      kind: "none", "moment" or "call".
+      which: at which call.
+      wait: seconds after that call or, at a moment, after the start of the training.
+      worker: the number of the process.
+    """
+
+    kind: str = "none"
+    which: int = 0
+    wait: float = 0.0
+    worker: int = 0
+
+
+NOWHERE = Place()
+
+
+class Process:
+    """A process of the run.
+
+    Args:
+      command: the flags of train.py.
+      workdir: the folder of the run.
+      place: where it kills itself.
+      number: its number among the processes that train together.
+      addresses: the HOST:PORT of each of these; none where it trains alone.
+    """
+
+    def __init__(
+        self,
+        command: list[str],
+        workdir: pathlib.Path,
+        place: Place,
+        number: int = 0,
+        addresses: Sequence[str] = (),
+    ):
+        own = workdir / f"worker-{number}" if number else workdir
+        self.notes, self.output = tempfile.NamedTemporaryFile("r"), tempfile.TemporaryFile("w+")
+        what = [str(TRAIN), str(own.resolve()), self.notes.name, place.kind, str(place.which)]
+        environment = dict(os.environ)
+        if addresses:
+            task = {"type": "worker", "index": number}
+            config = {"cluster": {"worker": list(addresses)}, "task": task}
+            environment["TF_CONFIG"] = json.dumps(config)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, *what, str(place.wait), *command]
+            + [f"--workdir={workdir}"],
+            env=environment,
+            stdout=self.output,
             stderr=subprocess.STDOUT,
-            text=True,
         )
-        noted = notes.read().strip()
-    if done.returncode == -9:
-        return End(killed=noted)
-    if done.returncode or not noted.startswith("done"):
-        return End(problem=done.stdout[-2000:] or f"status {done.returncode}")
-    _, calls, seconds = noted.split()
-    return End(calls=int(calls), seconds=float(seconds))
+
+    def end(self) -> End:
+        """Waits for its end and says how that was."""
+        status = self.process.wait()
+        noted = self.notes.read().strip()
+        self.output.seek(0)
+        printed = self.output.read()
+        self.notes.close()
+        self.output.close()
+        if status == -9:
+            return End(killed=noted)
+        if status or not noted.startswith("done"):
+            return End(problem=printed[-2000:] or f"status {status}")
+        _, calls, seconds = noted.split()
+        return End(calls=int(calls), seconds=float(seconds))
+
+
+def start(
+    command: list[str],
+    workdir: pathlib.Path,
+    place: Place = NOWHERE,
+    addresses: Sequence[str] = (),
+) -> End:
+    """Runs the command in one process, or in one for each address, and says how that ended.
+
+    Where the one that is to kill itself has done so, the others end as they can.
+    """
+    processes = [
+        Process(command, workdir, place if number == place.worker else NOWHERE, number, addresses)
+        for number in range(len(addresses) or 1)
+    ]
+    ends = [process.end() for process in processes]
+    if ends[place.worker].killed is not None:
+        return ends[place.worker]
+    return next((end for end in ends if end.problem or end.killed), ends[place.worker])
+
+
+def free_addresses(count: int) -> list[str]:
+    """Returns addresses of this machine whose ports are free."""
+    with contextlib.ExitStack() as stack:
+        sockets = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)
+        ]
+        return [f"127.0.0.1:{s.getsockname()[1]}" for s in sockets]
 
 
 def contents(workdir: pathlib.Path) -> dict[str, Any]:
@@ -200,13 +286,13 @@ class Killer:
 
     Args:
       command: the flags of train.py.
-      folder: where the workdirs are made.
+      addresses: those of the processes, where there are several.
       whole: how the undisturbed run ended.
       kills: how many kills there are in all.
     """
 
-    def __init__(self, command: list[str], folder: pathlib.Path, whole: End, kills: int):
-        self.command, self.folder, self.whole, self.kills = command, folder, whole, kills
+    def __init__(self, command: list[str], addresses: Sequence[str], whole: End, kills: int):
+        self.command, self.addresses, self.whole, self.kills = command, addresses, whole, kills
         self.done = {"moment": 0, "call": 0}
         self.random = random.Random(FLAGS.draw)
 
@@ -214,29 +300,33 @@ class Killer:
         """Runs to the end in a workdir; returns the output of a process that failed, else None."""
         while True:
             began = time.perf_counter()
-            end = start(self.command, workdir, *self._next())
+            place = self._next()
+            end = start(self.command, workdir, place, self.addresses)
             if end.killed is None:
                 return end.problem
             kind = "call" if end.killed.startswith("at call") else "moment"
             self.done[kind] += 1
             print(
-                f"{workdir.name}, kill {sum(self.done.values())}: {end.killed} "
+                f"{workdir.name}, kill {sum(self.done.values())}: "
+                f"{f'worker {place.worker} ' * bool(self.addresses)}{end.killed} "
                 f"({time.perf_counter() - began:.0f} s with imports)",
                 flush=True,
             )
 
-    def _next(self) -> tuple[str, int, float]:
+    def _next(self) -> Place:
         """Draws the next place to kill at."""
         number = sum(self.done.values())
         if number >= self.kills:
-            return "none", 0, 0.0
+            return NOWHERE
+        worker = self.random.randrange(len(self.addresses)) if self.addresses else 0
         if number % 2:
             reach = self.random.uniform(0, FLAGS.reach * self.whole.seconds)
-            return "moment", 0, reach
+            return Place("moment", 0, reach, worker)
         which = self.random.randint(1, max(1, int(FLAGS.reach * self.whole.calls)))
         # At once, or 0.1 ms to 0.3 s later: within what TensorFlow writes after the call.
         later = self.random.random() < 0.5
-        return "call", which, 10 ** self.random.uniform(-4, -0.5) if later else 0.0
+        wait = 10 ** self.random.uniform(-4, -0.5) if later else 0.0
+        return Place("call", which, wait, worker)
 
 
 def _difference(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
@@ -245,7 +335,10 @@ def _difference(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
 
 def compare(command: list[str], folder: pathlib.Path) -> int:
     """Does all that the module says and returns the exit status."""
-    whole = start(command, folder / "undisturbed")
+    addresses = free_addresses(FLAGS.workers) if FLAGS.workers > 1 else []
+    if addresses:
+        command = [*command, "--strategy=multi_worker"]
+    whole = start(command, folder / "undisturbed", addresses=addresses)
     if whole.problem:
         print(f"the undisturbed run failed:\n{whole.problem}")
         return 1
@@ -255,7 +348,7 @@ def compare(command: list[str], folder: pathlib.Path) -> int:
     )
     expected = contents(folder / "undisturbed")
     repeated = [k for k, v in expected.items() if "Tensor" in k for e in v.values() if len(e) > 1]
-    killer, runs, bad = Killer(command, folder, whole, FLAGS.kills), 0, len(repeated)
+    killer, runs, bad = Killer(command, addresses, whole, FLAGS.kills), 0, len(repeated)
     while sum(killer.done.values()) < FLAGS.kills:
         runs += 1
         workdir = folder / f"run-{runs}"

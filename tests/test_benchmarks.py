@@ -389,6 +389,32 @@ def test_what_a_run_left_is_compared_bit_for_bit(tmp_path):
     ]
 
 
+WORKER = """
+import json, os, sys
+(workdir,) = [a.split("=")[1] for a in sys.argv if a.startswith("--workdir=")]
+number = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+own = os.path.join(workdir, f"worker-{number}") if number else workdir
+os.makedirs(own, exist_ok=True)
+open(os.path.join(own, "lock"), "a+")
+open(os.path.join(own, "metrics.csv"), "w")
+"""
+
+
+def test_one_of_two_workers_is_killed(tmp_path, monkeypatch):
+    crash = benchmark("crash")
+    (tmp_path / "train.py").write_text(WORKER)
+    monkeypatch.setattr(crash, "TRAIN", tmp_path / "train.py")
+    addresses = crash.free_addresses(2)
+    for worker in 0, 1:
+        run = tmp_path / f"killed-{worker}"
+        end = crash.start([], run, crash.Place("call", 2, 0.0, worker), addresses)
+        assert end.killed == "at call 2, open metrics.csv" and end.problem is None
+        written = [(folder / "metrics.csv").exists() for folder in (run, run / "worker-1")]
+        assert written == [bool(worker), not worker]
+    end = crash.start([], tmp_path / "whole", addresses=addresses)
+    assert (end.killed, end.calls, end.problem) == (None, 2, None)
+
+
 def leave(folder, loss, seconds):
     """Writes what a run of one step leaves."""
     workdir = Workdir(str(folder))

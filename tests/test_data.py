@@ -15,7 +15,7 @@ from helpers import noise, with_labels
 
 from tf_pcl import data
 from tf_pcl.data import augmentations, class_names, datasets, from_tfds, image_files, storage
-from tf_pcl.errors import UserError
+from tf_pcl.errors import Stopped, UserError
 from tf_pcl.options import Options
 from tf_pcl.training import report
 from tf_pcl.training.workdir import Workdir
@@ -642,26 +642,143 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
     assert sorted(d.train.fetch(tf.range(3))[1].numpy()) == [0, 1, 1]
 
 
-def test_files_that_broke_since_are_left_out_alike_and_no_run_goes_on_without_them(
-    make_folder, monkeypatch, tmp_path
-):
+@pytest.fixture
+def streamed(make_folder, monkeypatch):
+    """A folder of two classes of four images, too large for memory, and a test image of each."""
     monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
     several = [noise(8, 8, 3, seed=i) for i in range(4)]
-    folder = make_folder({"train": {"a": several, "b": several}, "test": ONE})
+    return pathlib.Path(make_folder({"train": {"a": several, "b": several}, "test": ONE}))
+
+
+def of_folder(folder, **how):
+    return data.load("image_folder", str(folder), **{"on_bad_image": "skip", **how})
+
+
+BREAKING = {
+    "vanishes": lambda path: path.unlink(),
+    "is empty": lambda path: path.write_bytes(b""),
+    "is truncated": lambda path: path.write_bytes(path.read_bytes()[:60]),
+    "has another size": lambda path: path.write_bytes(tf.io.encode_png(noise(9, 8, 3)).numpy()),
+}
+
+
+def images_of(d):
+    return d.train.fetch(tf.range(len(d.train)))[0].numpy()
+
+
+@pytest.mark.parametrize("how", BREAKING)
+def test_images_whose_files_break_under_a_run_are_replaced_alike(streamed, how, caplog):
+    """The next image of the class stands for one that is lost."""
+    d = of_folder(streamed)
+    paths, labels = list(d.train.paths.numpy()), d.train.all_labels()
+    index = paths.index(os.fsencode(streamed / "train/a/1.png"))
+    members = list(np.flatnonzero(labels == 0))
+    following = members[(members.index(index) + 1) % 4]
+    images = images_of(d)
+    BREAKING[how](streamed / "train/a/1.png")
+    expected = images.copy()
+    expected[index] = images[following]
+    for _ in range(2):
+        np.testing.assert_array_equal(images_of(d), expected)
+    # Each file is told once.
+    name, other = os.fsdecode(paths[index]), os.fsdecode(paths[following])
+    told = f"{name} cannot be read any more: {other}, of its class, stands for it"
+    back = "; put it, or an empty file of its name, back" * (how == "vanishes")
+    assert caplog.messages == [told + back]
+    count = "cannot be read any more: 1 training images, for which others of their classes stood"
+    assert count in datasets.reading_of(d).summary()
+
+
+def test_batches_with_lost_images_are_the_same_wherever_a_run_goes_on(streamed):
+    d = of_folder(streamed)
+    (streamed / "train/a/1.png").unlink()
+    lacking = batches(d, 4, 2, views=2)
+    assert same(lacking[1:], batches(d, 4, 2, views=2, start=1))
+    assert same(lacking, joined(d, 4, 2, views=2, n=2))
+
+
+def test_lost_test_images_are_missing_and_lost_classes_end_the_run(streamed, caplog):
+    d = of_folder(streamed)
+    (streamed / "test/b/0.png").unlink()
+    assert [list(y) for _, y in data.test_batches(d, 1)] == [[0]]
+    assert (
+        len(d.test.first(9)) == 1 and "test/b/0.png cannot be read any more: it is" in caplog.text
+    )
+    assert "0 training images, for which others of their classes stood, and 1 others" in (
+        datasets.reading_of(d).summary()
+    )
+    for path in streamed.glob("train/a/*"):
+        path.write_bytes(b"")
+    with pytest.raises(Stopped, match="in its class cannot be read any more.*goes on where"):
+        with storage.watched(datasets.reading_of(d)):
+            batches(d, 4, 1)
+
+
+def named(d):
+    """The line that ends what reads the images."""
+    with pytest.raises(Stopped) as stopped, storage.watched(datasets.reading_of(d)):
+        batches(d, 8, 1)
+    return str(stopped.value)
+
+
+def test_files_that_change_or_break_under_a_run_are_named(streamed):
+    strict, skips = (of_folder(streamed, on_bad_image=how) for how in ("fail", "skip"))
+    path = streamed / "train/b/2.png"
+    good = path.read_bytes()
+    path.write_bytes(tf.io.encode_png(noise(8, 8, 3, seed=9)).numpy())
+    # Another image is no bad image: it could not be left out alike when the run goes on.
+    for d in strict, skips:
+        assert named(d).startswith(f"{path} changed since it was read first: put back what it was")
+    path.unlink()
+    line = f"{path} cannot be read any more: mend it, or leave out whatever cannot be read with"
+    assert named(strict).startswith(line) and "`on_bad_image=skip`" in named(strict)
+    path.write_bytes(good)
+    with storage.watched(datasets.reading_of(strict)):
+        assert len(batches(strict, 8, 1)) == 1
+    # What has nothing to do with files stays as it is.
+    with pytest.raises(ValueError, match="^other$"), storage.watched(datasets.reading_of(strict)):
+        raise ValueError("other")
+
+
+def test_a_run_goes_on_with_the_files_that_it_began_with(streamed, tmp_path):
     workdir = Workdir(str(tmp_path / "run"))
-    whole = data.load("image_folder", folder, on_bad_image="skip")
-    workdir.begin(Options(), report.facts_of(whole), {})
-    good = pathlib.Path(folder, "train/a/1.png").read_bytes()
-    pathlib.Path(folder, "train/a/1.png").write_bytes(good[:60])
-    lacking = [data.load("image_folder", folder, on_bad_image="skip") for _ in range(2)]
-    assert [len(d.train) for d in (whole, *lacking)] == [8, 7, 7]
-    assert same(*(batches(d, 3, 2) for d in lacking))
+    bad, breaks = streamed / "train/b/9.png", streamed / "train/a/1.png"
+    bad.write_bytes(b"")
+    began = of_folder(streamed)
+    assert len(began.train) == 8 and workdir.read_images() is None
+    workdir.begin(Options(), report.facts_of(began), {})
+    workdir.write_images(datasets.record(began))
+    whole, good = images_of(began), breaks.read_bytes()
+
+    breaks.write_bytes(good[:60])
+    lacking = images_of(began)
+    # Without a run, what cannot be read is no image of the data set.
+    fresh = [of_folder(streamed) for _ in range(2)]
+    assert [len(d.train) for d in fresh] == [7, 7]
+    np.testing.assert_array_equal(*map(images_of, fresh))
     with pytest.raises(UserError, match="training images 7 here, 8 there"):
-        workdir.check_data(report.facts_of(lacking[0]))
-    pathlib.Path(folder, "train/a/1.png").write_bytes(good)
-    mended = data.load("image_folder", folder, on_bad_image="skip")
-    workdir.check_data(report.facts_of(mended))
-    assert same(batches(mended, 3, 2), batches(whole, 3, 2))
+        workdir.check_data(report.facts_of(fresh[0]))
+
+    again = lambda **how: of_folder(streamed, began=workdir.read_images(), **how)
+    bad.write_bytes(good)  # What was left out at first stays so, mended or not.
+    resumed = again()
+    workdir.check_data(report.facts_of(resumed))
+    assert (resumed.mean, resumed.std) == (began.mean, began.std)
+    np.testing.assert_array_equal(images_of(resumed), lacking)
+    assert not np.array_equal(lacking, whole)
+    assert datasets.record(resumed) == datasets.record(began) == workdir.read_images()
+    assert len(images_of(again(train_examples=6))) == 6
+
+    breaks.write_bytes(good)
+    mended = again()
+    np.testing.assert_array_equal(images_of(mended), whole)
+    assert mended.mean == began.mean
+    # A file whose name is gone leaves no place: an empty one of its name does.
+    breaks.unlink()
+    with pytest.raises(UserError, match="training images 7 here, 8 there"):
+        workdir.check_data(report.facts_of(again()))
+    breaks.touch()
+    np.testing.assert_array_equal(images_of(again()), lacking)
 
 
 def test_a_class_without_a_readable_image_is_refused(make_folder):

@@ -1,14 +1,15 @@
 """A disk that fails within a write: what was there stays whole, and the same call works later."""
 
+import errno
 import json
 import os
 
 import pytest
 import tensorflow as tf
-from faults import failing_renames, full_disk, no_file_beyond
+from faults import failing, failing_renames, full_disk, no_file_beyond
 from helpers import SHAPE, noise, tiny_model
 
-from tf_pcl.training import export
+from tf_pcl.training import callbacks, export
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.events import Events, read
@@ -80,18 +81,79 @@ def test_a_checkpoint_that_fails_leaves_those_before(fault, tmp_path):
     assert not left
 
 
-def test_points_of_tensorboard_that_could_not_be_written_are_made_good(tmp_path):
+def values(workdir):
+    return {step: row["loss"] for step, row in read(workdir).items()}
+
+
+def told(caplog):
+    """What was said of TensorBoard's files."""
+    return [line for line in caplog.messages if "TensorBoard's files" in line]
+
+
+def expected(rows):
+    return pytest.approx({row["step"]: row["loss"] for row in rows})
+
+
+def test_tensorboard_s_points_that_could_not_be_written_are_made_good(tmp_path, caplog):
     workdir = Workdir(str(tmp_path))
     events = Events(workdir, ROWS[:1], "peer_1", {})
-    with no_file_beyond(max(p.stat().st_size for p in tmp_path.glob("tensorboard/train/*"))):
-        with pytest.raises(tf.errors.OpError, match="flush"):
-            events.write(ROWS[1])
-    assert set(read(workdir)) == {7}
+    events.write_image("views", noise(4, 4, 3))
+    events.flush()
+    with no_file_beyond(100):
+        for row in ROWS[1:4]:
+            events.write(row)
+            events.flush()
+    (line,) = told(caplog)
+    assert "cannot be written (" in line and "\n" not in line
+    assert set(values(workdir)) == {7}
+    # The next epoch writes what was lacking, and each point stands once.
+    events.write(ROWS[4])
+    events.flush()
+    assert values(workdir) == expected(ROWS[:5])
+    (path,) = tmp_path.glob("tensorboard/train/*")
+    written = [
+        v.tag for e in tf.compat.v1.train.summary_iterator(str(path)) for v in e.summary.value
+    ]
+    assert written.count("loss") == 5 and written.count("views") == 1
+    assert len(told(caplog)) == 2 and "are whole again" in told(caplog)[1]
+
+
+def test_a_run_outlives_tensorboard_s_disk_and_its_next_start_writes_all(tmp_path, caplog):
+    workdir = Workdir(str(tmp_path))
+    with no_file_beyond(0):
+        events = Events(workdir, ROWS[:1], "peer_1", {})
+        events.write(ROWS[1])
+        events.flush()
+    assert len(told(caplog)) == 1 and not values(workdir)
     Events(workdir, ROWS, "peer_1", {})
-    found = read(workdir)
-    assert {step: row["loss"] for step, row in found.items()} == pytest.approx(
-        {row["step"]: row["loss"] for row in ROWS}
+    assert values(workdir) == expected(ROWS)
+
+
+def test_a_training_outlives_tensorboard_s_disk_alone(tmp_path, caplog):
+    """Of what an epoch writes, TensorBoard's files may be lacking, and nothing else."""
+    model = tiny_model()
+    record = lambda: callbacks.Record(
+        workdir,
+        [],
+        Events(workdir, [], model.deployed_exit, {}),
+        8,
+        lambda rows: {"rows": len(rows)},
     )
+    workdir = Workdir(str(tmp_path))
+    with failing(tf.summary, "scalar", errno.EIO) as failed:
+        one = record()
+        one.set_model(model)
+        one.on_epoch_begin(0)
+        one.on_epoch_end(0, {"loss": 0.5, "val_error/exit_1": 50.0})
+    assert failed and len(told(caplog)) == 1
+    assert [row["loss"] for row in workdir.read_rows()] == [0.5] and not read(workdir)
+    assert json.loads((tmp_path / "results.json").read_text()) == {"rows": 1}
+    for name in "metrics.csv", "results.json":
+        with failing_renames(name), pytest.raises(OSError):
+            two = record()
+            two.set_model(model)
+            two.on_epoch_begin(0)
+            two.on_epoch_end(0, {"loss": 0.5, "val_error/exit_1": 50.0})
 
 
 @pytest.mark.parametrize("fault", [lambda: no_file_beyond(2000), failing_renames])

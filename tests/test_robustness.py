@@ -1,5 +1,6 @@
 """What must not end or falsify a run: odd paths and values, streams, damaged files, bad numbers."""
 
+import dataclasses
 import errno
 import io
 import os
@@ -14,7 +15,7 @@ from faults import BrokenPipe, failing
 from helpers import SHAPE, noise, tiny_model, with_labels
 
 from tf_pcl import console
-from tf_pcl.data import datasets
+from tf_pcl.data import datasets, storage
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.options import Options
 from tf_pcl.training import callbacks, export, report, run, strategy
@@ -309,6 +310,46 @@ def events(workdir):
                 tensor = tf.make_ndarray(value.tensor)
                 steps[event.step] = float(tensor) if tensor.ndim == 0 else list(tensor)
     return found
+
+
+@pytest.mark.slow
+def test_a_run_outlives_image_files_that_break(make_folder, tmp_path, monkeypatch, capsys, caplog):
+    """It ends in a line that names the file and goes on with it mended, or without it."""
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
+    several = [noise(8, 8, 3, seed=i) for i in range(8)]
+    folder = make_folder({s: {"a": several, "b": several} for s in ("train", "test")})
+    images = dict(dataset="image_folder", data_dir=folder, epochs=6, batch_size=4)
+    options = Options(
+        **{**QUICK, **images}, checkpoint_every="1steps", workdir=str(tmp_path / "run")
+    )
+    broken, save = pathlib.Path(folder, "train/a/3.png"), Checkpoints.save
+
+    def breaks(checkpoints, step):
+        if step == 1:
+            broken.unlink()
+        return save(checkpoints, step)
+
+    monkeypatch.setattr(Checkpoints, "save", breaks)
+    line = (
+        rf"^{broken} cannot be read any more: mend it, .*failed at step \d+ of 24: .* goes on from"
+    )
+    with pytest.raises(Stopped, match=line):
+        run.run(options)
+    with pytest.raises(UserError, match="training images 15 here, 16 there"):
+        run.run(options)
+    broken.write_bytes(b"")
+    with pytest.raises(UserError, match="a/3.png cannot be read as a JPEG or PNG image"):
+        run.run(options)
+    capsys.readouterr()
+    # What began without skip goes on with it, and a test image breaks now, too.
+    pathlib.Path(folder, "test/b/0.png").write_bytes(b"")
+    found = run.run(dataclasses.replace(options, on_bad_image="skip"))
+    out = capsys.readouterr().out
+    assert f"Broken since the run began: {broken}, {folder}/test/b/0.png. In training" in out
+    assert "Left out, since their files cannot be read any more: 1 training images" in out
+    assert "and 1 others" in out.splitlines()[-1] and found["epochs"] == 6
+    assert f"{broken} cannot be read any more: {folder}/train/a/" in caplog.text
+    assert f"{folder}/test/b/0.png cannot be read any more: it is left out" in caplog.text
 
 
 # Numbers that are wrong.

@@ -1,5 +1,6 @@
 """Several processes that train together, on this machine's loopback."""
 
+import concurrent.futures
 import csv
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -229,7 +231,7 @@ def test_a_process_that_does_not_listen_is_named():
         (closed,) = free_addresses(1)
         addresses = ["127.0.0.1:1", f"127.0.0.1:{here.getsockname()[1]}", closed]
         three = cluster.Cluster(["chief 0", "worker 0", "worker 1"], addresses, 0)
-        assert cluster.silent(three) == [f"worker 1 ({closed})"]
+        assert cluster.silent(three) == f"worker 1 ({closed})"
         lost = Stopped("failed at step 3")
         lost.__cause__ = tf.errors.UnavailableError(None, None, "")
         with pytest.raises(Stopped, match=r"^worker 1 .*: failed at step 3$") as e:
@@ -238,6 +240,62 @@ def test_a_process_that_does_not_listen_is_named():
         assert e.value.__cause__ is None
         with pytest.raises(UserError), cluster.watched(three):
             raise UserError("as it was")
+
+
+def test_processes_that_have_not_begun_are_waited_for_and_named(capsys):
+    addresses = free_addresses(3)
+    names = ["chief 0", "worker 0", "worker 1"]
+    of = lambda own: cluster.Cluster(names, addresses, own)
+    cluster.gather(cluster.Cluster(names[:1], addresses[:1], 0))
+    all_went_on = threading.Barrier(3)
+
+    def begins(own, after):
+        time.sleep(after)
+        cluster.gather(of(own), patience=2, limit=30)
+        # TensorFlow's server takes the port over.
+        with cluster._listening(of(own)):
+            all_went_on.wait(30)
+
+    # Processes that see each other go on, and nothing is said of those that come in time.
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        list(pool.map(begins, range(3), (0, 0.1, 0.1)))
+    assert capsys.readouterr().err == ""
+
+    with cluster._listening(of(1)):
+        with pytest.raises(
+            Stopped, match=r"^worker 1 \(127.0.0.1:\d+\) of the cluster did not begin"
+        ):
+            cluster.gather(of(0), patience=0.2, limit=1)
+        line = f"Waiting for worker 1 ({addresses[2]}) of the cluster, 1 s in all …\n"
+        assert capsys.readouterr().err == line
+        with pytest.raises(
+            UserError, match=r"`strategy=multi_worker`: worker 0, this process, cannot"
+        ):
+            cluster.gather(of(1))
+
+
+@pytest.mark.slow
+def test_a_worker_that_never_begins_ends_the_others_in_a_line(tmp_path):
+    impatient = (
+        "import sys; from tf_pcl import cli; from tf_pcl.training import cluster;"
+        "cluster.PATIENCE, cluster.LIMIT = 0.4, 1.0;"
+        "cli.run_verb('train', 'train.py', sys.argv[1:])"
+    )
+    addresses = free_addresses(2)
+    task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+    flags = ["--dataset=digits", "--network=resnet8", "--method=baseline", "--workdir=run"]
+    done = subprocess.run(
+        [sys.executable, "-c", impatient, *flags, "--strategy=multi_worker"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    waiting, ended = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and waiting.startswith(f"Waiting for worker 1 ({addresses[1]})")
+    assert ended.startswith(f"train.py: worker 1 ({addresses[1]}) of the cluster did not begin")
+    assert not (tmp_path / "run").exists()
 
 
 def test_layers_that_depend_on_the_number_of_replicas(tmp_path):

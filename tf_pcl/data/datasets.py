@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Callable, Optional, Union
+from typing import Any, Callable, Optional, Union
 
 import numpy as np
 
-from tf_pcl.data import digits, from_tfds, image_files, image_folder, tiny_imagenet
+from tf_pcl.data import digits, from_tfds, image_files, image_folder, storage, tiny_imagenet
 from tf_pcl.data.class_names import escape
 from tf_pcl.data.splits import Loaded, Request, hold_out
-from tf_pcl.data.storage import Arrays, Origin, Split, Stream
+from tf_pcl.data.storage import Arrays, Origin, Reading, Split, Stream
 from tf_pcl.errors import UserError, choose
 
 # A channel that varies less over all images, on the scale 0–255, holds little but the noise of
@@ -141,6 +141,7 @@ def load(
     test_examples: Optional[Union[int, float]] = None,
     labels: Optional[str] = None,
     labels_columns: Optional[str] = None,
+    began: Optional[Mapping[str, Any]] = None,
 ) -> ImageData:
     """Loads a data set; nothing is written if it is refused.
 
@@ -162,6 +163,9 @@ def load(
         are taken; for a data set that has none of its own.
       labels: a CSV file that names the images of `data_dir` and their labels, and may name splits.
       labels_columns: its columns as "FILE,LABEL" or "FILE,LABEL,SPLIT"; guessed unless given.
+      began: what `record` returned when a run on these data began, which now goes on: with "skip",
+        the same images count as then, and others stand for those whose files broke since. It is for
+        images that are not kept in memory.
 
     Returns:
       An ImageData. What was found in image files is printed.
@@ -171,7 +175,7 @@ def load(
     """
     row = _checked(name, data_dir, on_bad_image, labels, labels_columns)
     request = Request(
-        data_dir, image_size, on_bad_image, bool(test_examples), labels, labels_columns
+        data_dir, image_size, on_bad_image, bool(test_examples), labels, labels_columns, began
     )
     loaded = row.load(request)
     images = divided(loaded, name, validation_examples, test_examples, seed)
@@ -181,7 +185,26 @@ def load(
     lists = None
     if labels or validation_examples or test_examples:
         lists = _lists(images, data_dir or "")
-    return image_data(name, images, row.flip, lists)
+    found = image_data(name, images, row.flip, lists)
+    reading = reading_of(found)
+    if began and reading and reading.broken:
+        # The mean over the images that are left would be another one.
+        mean, std = tuple(began["mean"]), tuple(began["std"])
+        found = dataclasses.replace(found, mean=mean, std=std)
+    return found
+
+
+def reading_of(data: ImageData) -> Optional[Reading]:
+    """Returns how the image files of a data set are read; None if none is read by index."""
+    return storage.reading_of(data.train, data.test, data.validation)
+
+
+def record(data: ImageData) -> Optional[dict[str, Any]]:
+    """Returns what `load` has to know of image files where a run goes on; None if nothing."""
+    reading = reading_of(data)
+    if reading is None:
+        return None
+    return {"left_out": reading.left_out, "mean": list(data.mean), "std": list(data.std)}
 
 
 def divided(

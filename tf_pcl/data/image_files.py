@@ -13,14 +13,15 @@ import io
 import os
 import random
 import struct
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Optional, Union
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
 
 from tf_pcl.data import storage
 from tf_pcl.data.class_names import escape
+from tf_pcl.data.splits import Request
 from tf_pcl.errors import UserError
 
 # How much of a file is read for its header; what stands there marks the file.
@@ -351,18 +352,16 @@ def fit(image: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
 
 
 def load(
-    splits: Mapping[str, Sequence[tuple[str, int]]],
-    classes: Sequence[str],
-    image_size: Optional[int],
-    on_bad_image: str,
+    splits: Mapping[str, Sequence[tuple[str, int]]], classes: Sequence[str], request: Request
 ) -> dict[str, Union[storage.Arrays, storage.Files]]:
     """Reads every image file once and prints, in a line a split, what was found.
 
     Args:
       splits: {name: [(path, label)]}, at least one path each; they are shuffled.
       classes: names in the order of the labels.
-      image_size: pixels a side, or None where all images are of one size.
-      on_bad_image: "fail", or "skip" to leave out files that cannot be read.
+      request: says to which size to bring images, and whether to leave out files that cannot be
+        read. Where a run began on these data, those are left out that it left out then, and other
+        images stand for those that cannot be read since.
 
     Returns:
       {name: the files that can be read, as Arrays, or as Files where they exceed MEMORY_LIMIT}.
@@ -372,6 +371,8 @@ def load(
         `image_size`, or a class of a split has no image left.
     """
     files = {split: _Files(split, examples) for split, examples in splits.items()}
+    image_size, skip = request.image_size, request.on_bad_image == "skip"
+    below = request.data_dir or os.curdir
     shape = (image_size, image_size, 3) if image_size else _one_shape([*files.values()])
     any_turned = any((part.turns > 1).any() for part in files.values())
     reader = decode_any if any(part.by_pillow for part in files.values()) else decode
@@ -382,23 +383,33 @@ def load(
             image = upright(image, turn)
         return resize(image, image_size) if image_size else tf.ensure_shape(image, shape)
 
-    kept, bad = {}, []
+    began = request.began["left_out"] if request.began and skip else None
+    known = None if began is None else {os.fsencode(os.path.join(below, n)) for n in began}
+    reading, kept, out, since = storage.Reading(skip), {}, [], []
     for split, part in files.items():
-        kept[split], unreadable = part.read(prepare, shape)
-        bad += unreadable
-        emptied = [escape(classes[k]) for k in np.setdiff1d(part.labels, kept[split].labels)]
-        if emptied and on_bad_image == "skip":
+        kept[split], left_out, broken, emptied = part.read(prepare, shape, reading, known)
+        out += left_out
+        since += broken
+        if emptied and skip:
             raise UserError(
-                f"no image of {', '.join(emptied[:3])} in {split} can be read, such as "
-                f"{_names(bad)}: mend them or take the class out"
+                f"no image of {', '.join(escape(classes[k]) for k in emptied[:3])} in {split} can "
+                f"be read, such as {_names(out + since)}: mend them or take the class out"
             )
-    if bad and on_bad_image == "fail":
+    if out and not skip:
         raise UserError(
-            f"{_names(bad)} cannot be read as a JPEG or PNG image: mend or remove, or leave out "
+            f"{_names(out)} cannot be read as a JPEG or PNG image: mend or remove, or leave out "
             "whatever cannot be read with `on_bad_image=skip`"
         )
-    if bad:
-        print(f"Left out: {_names(bad)}", flush=True)
+    if out:
+        print(f"Left out: {_names(out)}", flush=True)
+    if since:
+        print(
+            f"Broken since the run began: {_names(since)}. In training, images of their classes "
+            "stand for theirs",
+            flush=True,
+        )
+    paths = [os.path.relpath(os.fsdecode(path), below) for path in out]
+    reading.left_out, reading.broken = sorted(paths if began is None else began), bool(since)
     return kept
 
 
@@ -419,8 +430,26 @@ class _Files:
         self.by_pillow = any(header and mark.startswith(_PILLOW_STARTS) for header, mark in read)
         self.turns = np.array([h.orientation if h else 1 for h in self.headers], np.int32)
 
-    def read(self, prepare, shape) -> tuple[Union[storage.Arrays, storage.Files], list[bytes]]:
-        """Reads all files, prints a report, and returns those kept and the paths of the others."""
+    def read(
+        self,
+        prepare: Callable,
+        shape: tuple[int, int, int],
+        reading: storage.Reading,
+        out: Optional[Collection[bytes]] = None,
+    ) -> tuple[Union[storage.Arrays, storage.Files], list[bytes], list[bytes], list[int]]:
+        """Reads all files and prints a report.
+
+        Args:
+          prepare: a function (encoded, orientation) -> uint8 [H, W, C].
+          shape: (H, W, C).
+          reading: what to do with files that break later.
+          out: the paths of the files that are left out where the images are not kept in memory; by
+            default those that cannot be read.
+
+        Returns:
+          The images; the paths that are left out; those that are not, though they cannot be read;
+          the labels of which no image can be read.
+        """
         count = len(self.paths)
         in_memory = count * np.prod(shape) <= storage.MEMORY_LIMIT
         if not in_memory:
@@ -428,22 +457,36 @@ class _Files:
                 f"{self.split}: reading {count:,} images once, to find those that cannot be read …",
                 flush=True,
             )
+
+        def look(encoded, turn):
+            image = prepare(encoded, turn)
+            # One pixel is enough to know that a file can be decoded.
+            return image if in_memory else (image[0, 0, 0], storage.fingerprint(encoded))
+
         images = np.zeros((count if in_memory else 0, *shape), np.uint8)
+        prints = np.full(count, -1, np.int64)
         readable = np.zeros(count, bool)
-        # One pixel is enough to know that a file can be decoded.
-        read = prepare if in_memory else lambda encoded, turn: prepare(encoded, turn)[0, 0, 0]
-        for index, batch in self._decodable(read):
+        for index, batch in self._decodable(look):
             readable[index] = True
             if in_memory:
                 images[index] = batch
-        good = np.flatnonzero(readable)
-        print(_report(self.split, [self.headers[i] for i in good], count - len(good)), flush=True)
-        bad, labels = [*self.paths[~readable]], self.labels[good]
+            else:
+                prints[index] = batch[1]
+        headers = [self.headers[i] for i in np.flatnonzero(readable)]
+        print(_report(self.split, headers, count - len(headers)), flush=True)
+        stays = readable
+        if out is not None and not in_memory:
+            stays = np.array([path not in out for path in self.paths])
+        good, labels = np.flatnonzero(stays), self.labels[stays]
+        emptied = [*np.setdiff1d(self.labels, self.labels[readable & stays])]
+        # What cannot be read is no copy of anything.
+        self.origin.marks[~readable] = b""
+        found = [*self.paths[~stays]], [*self.paths[stays & ~readable]], emptied
+        origin = self.origin.subset(good)
         if in_memory:
-            images = images if readable.all() else images[good]
-            return storage.Arrays(images, labels, self.origin.subset(good)), bad
-        files = self.paths[good], self.turns[good], labels, prepare, shape
-        return storage.Files(*files, self.origin.subset(good)), bad
+            return storage.Arrays(images if stays.all() else images[good], labels, origin), *found
+        files = self.paths[good], self.turns[good], labels, prepare, shape, origin
+        return storage.Files(*files, prints[good], reading), *found
 
     def _decodable(self, read):
         """Yields (indices, what `read` makes of them) of the files that can be decoded."""
@@ -509,7 +552,7 @@ def duplicates(splits: Mapping[str, Optional[storage.Origin]]) -> list[tuple[str
     for name, origin in splits.items():
         if origin is None:
             continue
-        own = [*zip(origin.paths, origin.marks)]
+        own = [(path, mark) for path, mark in zip(origin.paths, origin.marks) if mark]
         for path, mark in own:
             copy = next((p for p in known.get(mark, ()) if _same(p, path, mark)), None)
             if copy is not None:

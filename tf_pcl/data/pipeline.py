@@ -13,7 +13,7 @@ import tensorflow as tf
 from tf_pcl.data import mixing
 from tf_pcl.data.augmentations import Draws, augmented, fold_in, settle
 from tf_pcl.data.datasets import ImageData
-from tf_pcl.data.storage import Stream
+from tf_pcl.data.storage import Files, Stream
 from tf_pcl.errors import UserError, choose
 
 
@@ -136,6 +136,8 @@ def steps_per_epoch(data: ImageData, batch_size: int) -> int:
 def test_batches(data: ImageData, batch_size: int, split: str = "test") -> tf.data.Dataset:
     """Returns the test images in their order, in batches of which the last may be smaller.
 
+    What cannot be read any more is missing in its batch, where such images are left out.
+
     Args:
       data: an ImageData (datasets.load).
       batch_size: how many images a batch has.
@@ -153,12 +155,17 @@ def test_batches(data: ImageData, batch_size: int, split: str = "test") -> tf.da
     if isinstance(test, Stream):
         batches = test.examples().batch(batch_size)
     else:
-        fetch, count = test.fetch, len(test)
+        count, fetch = len(test), test.fetch
+        if isinstance(test, Files):
+            fetch = test.fetch_readable
         starts = tf.data.Dataset.range(0, count, batch_size)
         batches = starts.map(
             lambda i: fetch(tf.range(i, tf.minimum(i + batch_size, count))),
             num_parallel_calls=tf.data.AUTOTUNE,
         )
+        if isinstance(test, Files) and test.reading.skip:
+            # All files of a batch may be lost.
+            batches = batches.filter(lambda images, labels: tf.size(labels) > 0)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
     return batches.with_options(options).prefetch(2)

@@ -1,7 +1,7 @@
 """Which images are trained on, which choose the epoch, and which are tested on."""
 
-from collections.abc import Collection
-from typing import NamedTuple, Optional, Union
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Request(NamedTuple):
         images will be taken for the test.
       labels: a CSV file of file names and labels; None where folders tell the classes.
       labels_columns: the columns of this file, "FILE,LABEL" or "FILE,LABEL,SPLIT"; None to guess.
+      began: what a run on these data recorded when it began (datasets.load); None if none did.
     """
 
     data_dir: Optional[str] = None
@@ -37,6 +38,7 @@ class Request(NamedTuple):
     divisible: bool = False
     labels: Optional[str] = None
     labels_columns: Optional[str] = None
+    began: Optional[Mapping[str, Any]] = None
 
 
 class Loaded(NamedTuple):

@@ -46,9 +46,7 @@ def load(request: Request) -> Loaded:
             parameter="data_dir",
             value=data_dir,
         )
-    read = image_files.load(
-        {"train": train, "val": test}, classes, request.image_size, request.on_bad_image
-    )
+    read = image_files.load({"train": train, "val": test}, classes, request)
     return Loaded(classes, read["train"], read["val"])
 
 

@@ -1,12 +1,14 @@
-"""The processes that train together: which they are, and which of them do not answer any more."""
+"""The processes that train together: which they are, and which of them do not answer."""
 
+import concurrent.futures
 import contextlib
 import json
 import os
 import re
 import socket
+import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Optional
 
 import tensorflow as tf
@@ -15,6 +17,8 @@ from tf_pcl.errors import Stopped, UserError, one_line
 
 # Under Slurm, the processes of a node listen on this port and those that follow it.
 SLURM_PORT = 12345
+# Seconds after which it is said which processes are waited for, and after which that is given up.
+PATIENCE, LIMIT = 30.0, 600.0
 # What collective operations end with when a process is lost; Keras wraps it at times.
 _LOST = (tf.errors.OpError, RuntimeError, ValueError)
 
@@ -118,6 +122,80 @@ def _hosts(part: str) -> list[str]:
     return found
 
 
+def gather(
+    cluster: Cluster, patience: Optional[float] = None, limit: Optional[float] = None
+) -> None:
+    """Waits until all other processes have begun, and says which of them have not.
+
+    TensorFlow would wait for an hour and say nothing. This process takes connections at its address
+    meanwhile, as it does later in TensorFlow, so that the others see it.
+
+    Args:
+      cluster: all processes.
+      patience: seconds after which a line says which processes are waited for; by default PATIENCE.
+      limit: seconds after which that is given up; by default LIMIT.
+
+    Raises:
+      UserError: if another program uses the port of this process.
+      Stopped: if a process has not begun within `limit`.
+    """
+    patience, limit = PATIENCE if patience is None else patience, LIMIT if limit is None else limit
+    others = [i for i in range(len(cluster.names)) if i != cluster.own]
+    began, told = time.monotonic(), ""
+    with _listening(cluster) as own, concurrent.futures.ThreadPoolExecutor(16) as pool:
+        while others:
+            answers = [*pool.map(lambda i: _answers(cluster.addresses[i]), others)]
+            # Those that have begun are asked again: they may have ended while others were lacking.
+            lacking = _named(cluster, [i for i, answered in zip(others, answers) if not answered])
+            if not lacking:
+                return
+            waited = time.monotonic() - began
+            if waited > limit:
+                raise Stopped(
+                    f"{lacking} of the cluster did not begin within {limit:g} s: nothing was "
+                    "trained; start all processes with the same command, at the addresses of "
+                    "TF_CONFIG"
+                )
+            if waited > patience and lacking != told:
+                told = lacking
+                print(
+                    f"Waiting for {lacking} of the cluster, {limit:g} s in all …",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    own.accept()[0].close()
+            time.sleep(min(1.0, patience / 4))
+
+
+def _listening(cluster: Cluster) -> socket.socket:
+    """Returns a socket that takes connections at this process's port, and does not block."""
+    port = int(cluster.addresses[cluster.own].rpartition(":")[2])
+    backlog = max(128, 4 * len(cluster.names))
+    try:
+        try:
+            own = socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True
+            )
+        except (OSError, ValueError):  # There may be no IPv6 here.
+            own = socket.create_server(("", port), backlog=backlog)
+    except OSError as e:
+        raise UserError(
+            f"{cluster.names[cluster.own]}, this process, cannot take connections at "
+            f"{cluster.addresses[cluster.own]} ({e.strerror}): end what uses the port, or give "
+            "another one in TF_CONFIG",
+            parameter="strategy",
+            value="multi_worker",
+        ) from e
+    own.setblocking(False)
+    return own
+
+
+def _named(cluster: Cluster, processes: Iterable[int]) -> str:
+    return " and ".join(f"{cluster.names[i]} ({cluster.addresses[i]})" for i in processes)
+
+
 @contextlib.contextmanager
 def watched(cluster: Optional[Cluster]) -> Iterator[None]:
     """Names the processes that have ended, where that ends what is done inside.
@@ -134,15 +212,15 @@ def watched(cluster: Optional[Cluster]) -> Iterator[None]:
         raise
     except Exception as e:
         failure = e.__cause__ if isinstance(e, Stopped) else e
-        gone = silent(cluster) if cluster and isinstance(failure, _LOST) else []
+        gone = silent(cluster) if cluster and isinstance(failure, _LOST) else ""
         if not gone:
             raise
         what = str(e) if isinstance(e, Stopped) else f"failed with {type(e).__name__}"
-        raise Stopped(f"{' and '.join(gone)} of the cluster does not answer: {what}") from None
+        raise Stopped(f"{gone} of the cluster does not answer: {what}") from None
 
 
-def silent(cluster: Cluster, seconds: float = 10.0) -> list[str]:
-    """Returns the other processes that take no connection, as "worker 1 (HOST:PORT)".
+def silent(cluster: Cluster, seconds: float = 10.0) -> str:
+    """Returns the other processes that take no connection, as "worker 1 (HOST:PORT) and …".
 
     Args:
       cluster: all processes.
@@ -154,7 +232,7 @@ def silent(cluster: Cluster, seconds: float = 10.0) -> list[str]:
         others = [i for i in range(len(cluster.names)) if i != cluster.own]
         gone = [i for i in others if not _answers(cluster.addresses[i])]
         if gone or time.monotonic() > end:
-            return [f"{cluster.names[i]} ({cluster.addresses[i]})" for i in gone]
+            return _named(cluster, gone)
         time.sleep(0.5)
 
 

@@ -1,13 +1,16 @@
 """TensorBoard's files of a run: written, and read where metrics.csv was damaged."""
 
+import contextlib
 import glob
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
+from absl import logging
 from tensorboard.plugins.hparams import api as hparams
 
+from tf_pcl.errors import one_line
 from tf_pcl.training.workdir import Workdir
 
 SPLITS = ("train", "test", "validation")
@@ -17,12 +20,15 @@ _BOTH = ""
 FIRST_TAG = "deployed_error"
 # Columns of metrics.csv that are no scalars of TensorBoard.
 _PLACES = ("epoch", "step")
+# What a disk that refuses to be written ends in.
+_REFUSED = (OSError, tf.errors.OpError)
 
 
 class Events:
     """The event files of a run or stage, in which each tag has each step once.
 
-    The files of an earlier process are replaced: metrics.csv holds all that they do.
+    The files of an earlier process are replaced: metrics.csv holds all that they do. Where files
+    cannot be written, a warning says so, and every later call tries to write all of them anew.
 
     Args:
       workdir: the folder of the run or stage.
@@ -41,19 +47,67 @@ class Events:
         tested: str = "test",
     ):
         self.workdir, self.deployed_exit, self.tested = workdir, deployed_exit, tested
+        self.settings = {name: _plain(value) for name, value in settings.items()}
         self._writers: dict[str, Any] = {}
-        old = [path for split in (_BOTH, *SPLITS) for path in _files(workdir, split)]
+        self._rows = list(rows)
+        self._images: list[tuple[str, Any, str, int]] = []
+        self._lacking = False
+        self._try(self._write_all)
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Writes a row of metrics.csv: what begins with val_ into `tested`, the rest into train."""
+        self._rows.append(row)
+        self._try(lambda: self._write_row(row))
+
+    def write_image(self, name: str, image: Any, split: str = "train", step: int = 0) -> None:
+        """Writes a picture, uint8 [H, W, C]."""
+        self._images.append((name, image, split, step))
+        self._try(lambda: self._write_image(name, image, split, step))
+
+    def flush(self) -> None:
+        """Hands what was written to the system."""
+        self._try(self._flush)
+
+    def _try(self, write: Callable[[], None]) -> None:
+        """Calls a function that writes, or writes all anew where something could not be written."""
+        try:
+            if self._lacking:
+                self._write_all()
+            else:
+                write()
+        except _REFUSED as e:
+            if not self._lacking:
+                logging.warning(
+                    "TensorBoard's files in %s cannot be written (%s): the training goes on, and "
+                    "its points are made good from metrics.csv, in a later epoch or when the same "
+                    "command is given again",
+                    self.workdir.path,
+                    one_line(e),
+                )
+            self._lacking = True
+        else:
+            if self._lacking:
+                logging.warning("TensorBoard's files in %s are whole again", self.workdir.path)
+            self._lacking = False
+
+    def _write_all(self) -> None:
+        old = [path for split in (_BOTH, *SPLITS) for path in _files(self.workdir, split)]
+        for writer in self._writers.values():
+            with contextlib.suppress(*_REFUSED):
+                writer.close()
+        self._writers.clear()
         with self._writer(_BOTH).as_default(step=0):
-            hparams.hparams({k: _plain(v) for k, v in settings.items()}, trial_id=workdir.path)
-        for row in rows:
-            self.write(row)
-        self.flush()
+            hparams.hparams(self.settings, trial_id=self.workdir.path)
+        for row in self._rows:
+            self._write_row(row)
+        for image in self._images:
+            self._write_image(*image)
+        self._flush()
         # Not before the new ones are written.
         for path in old:
             os.remove(path)
 
-    def write(self, row: Mapping[str, float]) -> None:
-        """Writes a row of metrics.csv: what begins with val_ into `tested`, the rest into train."""
+    def _write_row(self, row: Mapping[str, float]) -> None:
         for name, value in row.items():
             if name not in _PLACES:
                 split = self.tested if name.startswith("val_") else "train"
@@ -63,13 +117,11 @@ class Events:
                         tf.summary.scalar(FIRST_TAG, value)
                     tf.summary.scalar(tag, value)
 
-    def write_image(self, name: str, image: Any, split: str = "train", step: int = 0) -> None:
-        """Writes a picture, uint8 [H, W, C]."""
+    def _write_image(self, name: str, image: Any, split: str, step: int) -> None:
         with self._writer(split).as_default(step=step):
             tf.summary.image(name, image[None])
 
-    def flush(self) -> None:
-        """Hands what was written to the system."""
+    def _flush(self) -> None:
         for writer in self._writers.values():
             writer.flush()
 

@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Optional
 
 import tensorflow as tf
 
-from tf_pcl import data as datasets
 from tf_pcl import networks, surgery
+from tf_pcl.data import datasets, storage
 from tf_pcl.errors import choose
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import alone_flop, training_flop
@@ -55,7 +55,7 @@ def _run(
     versions: Mapping[str, str],
 ) -> dict[str, Any]:
     """Runs in a folder that has been checked, under a strategy; see `run`."""
-    data = load_data(options)
+    data = load_data(options, workdir.read_images())
     selection.check(options, data)
     facts = report.facts_of(data)
     trainer = Trainer(options, data, strategy)
@@ -73,8 +73,10 @@ def _run(
     first = models[0]
     del models
 
-    with workdir.locked():
+    reading = datasets.reading_of(data)
+    with workdir.locked(), storage.watched(reading):
         workdir.begin(options, facts, {**versions, "replicas": replicas})
+        workdir.write_images(datasets.record(data))
         workdir.write_lists(data.lists)
         opening = report.opening(options, data, steps, replicas, sum(gflop), alone)
         checked = (
@@ -82,7 +84,10 @@ def _run(
         )
         where = f"workdir: {workdir.path}"
         print(opening, *make.lines, *trainer.lines, checked, where, sep="\n", flush=True)
-        return _train_all(trainer, stages, first, workdir, gflop)
+        results = _train_all(trainer, stages, first, workdir, gflop)
+        if reading and (left_out := reading.summary()):
+            print(left_out, flush=True)
+        return results
 
 
 def _workdir(options: Options, worker: int) -> Workdir:
@@ -128,8 +133,13 @@ def _target(options: Options) -> Any:
     return names if len(names) > 1 else names[0]
 
 
-def load_data(options: Options) -> datasets.ImageData:
-    """Loads the data set of a run; UserError if it cannot be had or used."""
+def load_data(options: Options, began: Optional[Mapping[str, Any]] = None) -> datasets.ImageData:
+    """Loads the data set of a run; UserError if it cannot be had or used.
+
+    Args:
+      options: the run's options.
+      began: what was recorded of the image files when the run began (datasets.load).
+    """
     return datasets.load(
         options.dataset,
         options.data_dir,
@@ -141,6 +151,7 @@ def load_data(options: Options) -> datasets.ImageData:
         test_examples=options.test_examples,
         labels=options.labels,
         labels_columns=options.labels_columns,
+        began=began,
     )
 
 

@@ -47,6 +47,7 @@ def make(name: str) -> tf.distribute.Strategy:
 
     Raises:
       UserError: if this machine has no such thing.
+      Stopped: if another process of the cluster does not begin.
     """
     # Physical devices, because listing logical ones starts TensorFlow's runtime, and several
     # workers must be connected before that.
@@ -55,7 +56,7 @@ def make(name: str) -> tf.distribute.Strategy:
         devices = tf.config.list_logical_devices("GPU" if gpus else "CPU")
         return tf.distribute.MirroredStrategy([device.name for device in devices])
     if name == "multi_worker":
-        clusters.find()
+        clusters.gather(clusters.find())
         return tf.distribute.MultiWorkerMirroredStrategy()
     if name == "tpu":
         try:

@@ -5,6 +5,8 @@ data.json             what the data were
 versions.json         the versions of Python and the packages that it ran with, and its replicas
 train_images.txt, validation_images.txt, test_images.txt
                       the files of each, where the run divided them itself
+images.json           of images too large for memory: which of their files could not be read when
+                      the run began, and the channels' means and deviations
 trackers.json         what W&B and MLflow call the run, where they are asked for
 lock                  which process works here; the lock itself ends with that process
 results.json          what came out; rewritten after every epoch that was tested
@@ -58,6 +60,7 @@ class Workdir:
         self.flags = os.path.join(path, "flags.txt")
         self.data = os.path.join(path, "data.json")
         self.versions = os.path.join(path, "versions.json")
+        self.images = os.path.join(path, "images.json")
         self.lock = os.path.join(path, "lock")
         self.results = os.path.join(path, "results.json")
         self.metrics = os.path.join(path, "metrics.csv")
@@ -115,7 +118,8 @@ class Workdir:
             raise self._refused(
                 "the folder holds a run already: give another workdir, or `resume=auto` to go on"
             )
-        given, free = options.as_flags(), options.run_only()
+        # Files that broke since can be left out for the rest of a run.
+        given, free = options.as_flags(), {*options.run_only(), "on_bad_image"}
         # An option that is newer than the run has its default there.
         old = {**Options().as_flags(), **self._read_flags()}
         differ = [
@@ -208,7 +212,7 @@ class Workdir:
             shutil.rmtree(own.checkpoints, ignore_errors=True)
             if os.path.isdir(its.checkpoints):
                 shutil.copytree(its.checkpoints, own.checkpoints)
-            for name in ("flags.txt", "data.json", "versions.json", "metrics.csv"):
+            for name in ("flags.txt", "data.json", "versions.json", "images.json", "metrics.csv"):
                 if os.path.exists(os.path.join(its.path, name)):
                     shutil.copyfile(os.path.join(its.path, name), os.path.join(own.path, name))
 
@@ -221,6 +225,15 @@ class Workdir:
         write(self.flags, "".join(f"--{name}={value}\n" for name, value in given.items()))
         write_json(self.data, facts)
         write_json(self.versions, versions)
+
+    def read_images(self) -> Optional[dict[str, Any]]:
+        """Returns what `write_images` wrote; None if the folder holds no such run."""
+        return _recorded(self.images, needs=("left_out", "mean", "std"))
+
+    def write_images(self, record: Optional[Mapping[str, Any]]) -> None:
+        """Writes what data.datasets.record tells of the image files, if anything."""
+        if record is not None:
+            write_json(self.images, record)
 
     def write_lists(self, lists: Mapping[str, Iterable[str]]) -> None:
         """Writes SPLIT_images.txt for {split: paths}, a path a line, escaped as class names are."""
