@@ -13,7 +13,8 @@ from tf_pcl.training.workdir import Workdir
 SPLITS = ("train", "test", "validation")
 # The folder of all, where the HParams page looks for what a run was asked.
 _BOTH = ""
-# TensorBoard sorts tags by name, and this is to be the first one. It repeats another tag.
+# TensorBoard sorts tags by name, and this is to be the first one. It repeats another tag, or the
+# test error in results.json.
 FIRST_TAG = "deployed_error"
 # Columns of metrics.csv that are no scalars of TensorBoard.
 _PLACES = ("epoch", "step")
@@ -62,6 +63,16 @@ class Events:
                     if tag == f"error/{self.deployed_exit}":
                         tf.summary.scalar(FIRST_TAG, value)
                     tf.summary.scalar(tag, value)
+
+    def write_tested(self, step: int, error: float) -> None:
+        """Writes the test error of what is exported, where every epoch's is of validation images.
+
+        Args:
+          step: the step of the exported epoch.
+          error: of the deployed exit, in percent.
+        """
+        with self._writer("test").as_default(step=step):
+            tf.summary.scalar(FIRST_TAG, error)
 
     def write_image(self, name: str, image: Any, split: str = "train", step: int = 0) -> None:
         """Writes a picture, uint8 [H, W, C]."""

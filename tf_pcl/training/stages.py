@@ -180,6 +180,9 @@ class Trainer:
             results = told(rows)
         else:
             results = self._test(model, workdir, checkpoints, selection, rows, told)
+            exported = selection.exported(rows)
+            assert exported is not None
+            log.write_tested(int(exported["step"]), results["deployed_error"])
         record.show_answers(int(rows[-1]["step"]), self._answers(model), self.data.classes)
         return results
 
