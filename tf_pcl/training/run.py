@@ -13,7 +13,7 @@ from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import alone_flop, training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
-from tf_pcl.training import export, report, selection, trackers
+from tf_pcl.training import beside, export, report, selection, trackers
 from tf_pcl.training import cluster as clusters
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
@@ -184,6 +184,7 @@ def _train_all(
     export.check(saved_model, deployed, trainer.data.test.first(32))
     lines = [
         report.table(results),
+        beside.gain(results, trainer.options, workdir),
         f"SavedModel:   {saved_model}",
         f"TensorBoard:  tensorboard --logdir {workdir.path}",
         f"Results:      {workdir.results}",
