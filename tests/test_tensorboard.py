@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorboard import context
 from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
 from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import backend_context, metadata
@@ -78,8 +79,9 @@ def shown_metrics(folder):
     multiplexer.Reload()
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
     backend = backend_context.Context(base_plugin.TBContext(data_provider=provider))
-    found = backend.hparams_metadata(None, "")
-    return backend.experiment_from_metadata(None, "", True, found, []).metric_infos
+    asked = context.RequestContext()
+    found = backend.hparams_metadata(asked, "")
+    return backend.experiment_from_metadata(asked, "", True, found, []).metric_infos
 
 
 def counts(labels, predicted, classes):
