@@ -265,6 +265,42 @@ def test_the_papers_figures_stand_beside_those_of_the_runs(tmp_path):
     assert {row["paper_mean"] for row in errors if row["deployed"] == "1"} == {"25.86", "28.72"}
 
 
+CIFAR10 = "Airplane automobile bird cat deer dog frog horse ship truck".split()
+
+
+@pytest.mark.parametrize(
+    "change, known",
+    [
+        ({}, "cifar10"),
+        ({"training images": 45_000, "validation images": 5_000}, "cifar10"),
+        ({"training images": 5_000}, None),
+        ({"classes": CIFAR10[1:] + ["plane"]}, None),
+        ({"image_shape": [64, 64, 3]}, None),
+        ({"test images": 2_000}, None),
+    ],
+)
+def test_a_data_set_of_the_paper_is_known_in_a_folder_too(change, known):
+    data = {"classes": CIFAR10, "image_shape": [32, 32, 3]}
+    data |= {"training images": 50_000, "test images": 10_000, **change}
+    assert paper.known_as(Options(dataset="image_folder", data_dir="x"), data) == known
+    assert paper.known_as(Options(dataset="cifar100"), {}) == "cifar100"
+    hundred = [name.replace("_", " ") for name in paper._classes()["cifar100"]]
+    assert len(hundred) == 100
+    few = {**data, "classes": hundred, "training images": 500}
+    some = paper.known_as(Options(dataset="image_folder", train_examples=500), few)
+    assert some == ("cifar100" if not {*change} & {"image_shape", "test images"} else None)
+
+
+def test_the_papers_figures_stand_beside_those_of_a_folder(tmp_path):
+    facts = {"classes": CIFAR10, "image_shape": [32, 32, 3]}
+    facts |= {"training images": 50_000, "test images": 10_000}
+    given = dict(dataset="image_folder", data_dir="x", network="resnet32", train_examples=None)
+    make_run(tmp_path / "a", "pcl", 0, 6.0, **{**given, "epochs": 300})
+    write_json(str(tmp_path / "a" / "data.json"), facts)
+    text = written(tmp_path)[1]
+    assert "resnet32 on image_folder" in text and "| 5.67 ± 0.12 |" in text
+
+
 def test_costs_are_told_in_the_unit_that_suits_them():
     assert [tables.flop(c) for c in (None, 0.25, 48.2, 1234.0, 5e6, 7e10)] == [
         "–",

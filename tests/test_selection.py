@@ -125,8 +125,10 @@ def test_killed_and_resumed_exports_the_same_best_epoch(tmp_path):
     assert results["error"] == results["test_error"] and results["best_deployed_error"] is None
     board = whole / "tensorboard"
     assert {p.name for p in board.iterdir() if p.is_dir()} == {"train", "validation", "test"}
-    # Of the test images there are pictures of the end alone.
-    assert not [one for p in (board / "test").iterdir() for one in events._scalars(str(p))]
+    # Of the test images there are pictures of the end, and the error of what is exported.
+    (tested,) = [one for p in (board / "test").iterdir() for one in events._scalars(str(p))]
+    assert tested[:2] == (best * 4, "deployed_error")
+    assert tested[2] == pytest.approx(results["deployed_error"], abs=1e-3)
     # What is exported is the best epoch, not the last.
     same = lambda a, b: all(np.array_equal(x, y) for x, y in zip(a, b)) and len(a) == len(b)
     last = final_weights(whole, epochs * 4)

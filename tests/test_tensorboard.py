@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from tensorboard.plugins.hparams import metadata
+from tensorboard import context
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.hparams import backend_context, metadata
 
 from tf_pcl.options import Options
 from tf_pcl.training import events, pictures, run
@@ -53,6 +56,32 @@ def test_the_deployed_error_is_the_first_tag_and_no_column_of_its_own(tmp_path):
         "flip": "bool_value",
         "drops": "string_value",
     }
+
+
+def test_the_test_error_of_a_run_with_validation_images_is_one_point(tmp_path):
+    workdir = Workdir(str(tmp_path))
+    for _ in range(2):
+        log = events.Events(workdir, ROWS, "mean_peer_1", SETTINGS, "validation")
+        log.write_tested(4, 47.5)
+        log.flush()
+    assert read(workdir, "test")[0] == {"deployed_error": [4]}
+    assert read(workdir, "validation")[0]["deployed_error"] == [4, 8]
+    # Where metrics.csv was lost, it is no row's.
+    assert events.read(workdir)[4]["val_error/mean_peer_1"] == 50.0
+    # HParams finds it by itself.
+    metrics = {(m.name.group, m.name.tag): m for m in shown_metrics(tmp_path)}
+    assert {("test", "deployed_error"), ("validation", "deployed_error")} <= metrics.keys()
+
+
+def shown_metrics(folder):
+    """What TensorBoard's HParams page has columns for."""
+    multiplexer = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(folder))
+    multiplexer.Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(folder))
+    backend = backend_context.Context(base_plugin.TBContext(data_provider=provider))
+    asked = context.RequestContext()
+    found = backend.hparams_metadata(asked, "")
+    return backend.experiment_from_metadata(asked, "", True, found, []).metric_infos
 
 
 def counts(labels, predicted, classes):

@@ -136,7 +136,7 @@ def _seeds(section: Section, look: Mapping[str, Look]) -> Chart:
         color = look[group.label].line["color"]
         axes.plot(errors, [y] * len(errors), "o", color=color, alpha=0.55, ms=6, mew=0)
         axes.plot([np.mean(errors)] * 2, [y - 0.3, y + 0.3], color=color, lw=2.5)
-        known = paper.figure(group.options.method, section.network, section.data)
+        known = paper.figure(group.options.method, section.network, section.in_paper)
         if known and not paper.departures(group.options):
             axes.plot([known.mean], [y], "D", mfc="none", mec=_INK, ms=6)
     axes.set_yticks(range(len(groups)), [_wrapped(group.label) for group in groups])

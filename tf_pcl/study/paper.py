@@ -4,13 +4,17 @@ import csv
 import functools
 import importlib.resources
 import re
-from typing import NamedTuple, Optional
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional
 
 from tf_pcl.options import Options
-from tf_pcl.study.runs import settings_of
+from tf_pcl.training.beside import settings_of
 
 _FOLDER = importlib.resources.files("tf_pcl") / "paper"
 _OF_NETWORKS = {"cifar10": "table1_cifar10.csv", "cifar100": "table2_cifar100.csv"}
+_CLASSES = "classes.csv"
+# What all these data sets are like.
+_SHAPE, _TRAINING, _TEST = [32, 32, 3], 50_000, 10_000
 _TWO_STAGES = ("resnet32", "two_stage_resnet32.csv")
 
 
@@ -26,9 +30,35 @@ class Figure(NamedTuple):
     deviation: float
 
 
-def figure(method: str, network: str, dataset: str) -> Optional[Figure]:
-    """Returns what the paper says of a method, or None where it says nothing."""
-    return _figures().get((method, network, dataset))
+def figure(method: str, network: str, dataset: Optional[str]) -> Optional[Figure]:
+    """Returns what the paper says of a method, or None where it says nothing.
+
+    Args:
+      method: its name.
+      network: the network's name.
+      dataset: what the tables call the data set, None if they have none such.
+    """
+    return _figures().get((method, network, dataset or ""))
+
+
+def known_as(options: Options, data: Mapping[str, Any]) -> Optional[str]:
+    """Returns what the tables call the data set of a run, None if they have none such.
+
+    A folder of images, or another data set, is known by its classes, its size of images and how
+    many there are.
+
+    Args:
+      options: the run's options.
+      data: the contents of its data.json.
+    """
+    if options.dataset in _OF_NETWORKS:
+        return options.dataset
+    training = data.get("training images", 0) + data.get("validation images", 0)
+    whole = training == _TRAINING or options.train_examples
+    if data.get("image_shape") != _SHAPE or data.get("test images") != _TEST or not whole:
+        return None
+    classes = {re.sub("[ -]", "_", name.lower()) for name in data.get("classes", [])}
+    return next((name for name, its in _classes().items() if its == classes), None)
 
 
 def departures(options: Options) -> list[str]:
@@ -60,10 +90,21 @@ def _figures() -> dict[tuple[str, str, str], Figure]:
     return found
 
 
+@functools.cache
+def _classes() -> dict[str, set[str]]:
+    """Returns {data set: names of its classes}."""
+    return {name: set(classes) for name, *classes in _lines(_CLASSES)}
+
+
+def _lines(name: str) -> list[list[str]]:
+    """Returns the cells of each line of a file beside the tables."""
+    lines = (_FOLDER / name).read_text(encoding="utf-8").splitlines()
+    return list(csv.reader(line for line in lines if not line.startswith("#")))
+
+
 def _cells(name: str) -> list[tuple[str, str, str]]:
     """Returns (row's name, column's name, text) of a table."""
-    lines = (_FOLDER / name).read_text(encoding="utf-8").splitlines()
-    (_, *columns), *rows = csv.reader(line for line in lines if not line.startswith("#"))
+    (_, *columns), *rows = _lines(name)
     return [(row[0], column, cell) for row in rows for column, cell in zip(columns, row[1:])]
 
 

@@ -176,7 +176,7 @@ def _remarks(
             "not known what is left of a gain at equal cost."
         )
     for group in section.groups:
-        figure = paper.figure(group.options.method, section.network, section.data)
+        figure = paper.figure(group.options.method, section.network, section.in_paper)
         departures = paper.departures(group.options) if figure else []
         if departures:
             remarks.append(

@@ -13,15 +13,13 @@ from tf_pcl import options
 from tf_pcl.errors import UserError
 from tf_pcl.methods import BASELINE, METHODS
 from tf_pcl.options import Options
+from tf_pcl.study import paper
+from tf_pcl.training.beside import FACTS, settings_of
 from tf_pcl.training.report import ended
 from tf_pcl.training.workdir import Workdir
 
-# Options of the machine and of how often to look, which leave the result as it is but for rounding.
-_MACHINE = {"strategy", "jit_compile", "deterministic", "test_every"}
 # What a run is about; a report has a section for each.
 _SUBJECT = ("data", "network")
-# Facts of data.json that do not depend on the seed.
-_FACTS = ("classes", "image_shape", "test images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +117,7 @@ class Section(NamedTuple):
     Attributes:
       data: the data set, for people.
       network: the network's name.
+      in_paper: what the paper's tables call the data set, None if they have none such.
       groups: the groups, those of the baseline first.
       common: {name: text} of the settings that all have unless their label says otherwise, but
         for defaults.
@@ -126,6 +125,7 @@ class Section(NamedTuple):
 
     data: str
     network: str
+    in_paper: Optional[str]
     groups: list[Group]
     common: dict[str, str]
 
@@ -167,25 +167,6 @@ def read(paths: Iterable[str]) -> Study:
     sections = _sections(found, notes)
     notes += _gaps(sections) + _versions(found)
     return Study(sections, notes)
-
-
-def settings_of(given: Options) -> dict[str, str]:
-    """Returns {name: text} of the options that make a result what it is, but for the seed.
-
-    What is not given, or has the default of the method, is left out.
-    """
-    defaults = METHODS[given.method].parameters()
-    leave = {*given.run_only(), *_MACHINE, "seed"}
-    default_texts = {
-        name: dataclasses.replace(given, **{name: value}).as_flags().get(name)
-        for name, value in defaults.items()
-        if name in options.names() and name not in ("network", "preprocess") and value is not None
-    }
-    return {
-        name: text
-        for name, text in given.as_flags().items()
-        if name not in leave and default_texts.get(name) != text
-    }
 
 
 def _workdirs(path: str) -> Iterator[str]:
@@ -258,7 +239,7 @@ def _sections(found: Sequence[Run], notes: list[str]) -> list[Section]:
 def _data_names(found: Sequence[Run]) -> dict[str, str]:
     """Returns {run's path: the name of its data}; the folder is named where data differ."""
     kinds: dict[str, set] = collections.defaultdict(set)
-    fingerprint = lambda run: json.dumps([run.data.get(name) for name in _FACTS])
+    fingerprint = lambda run: json.dumps([run.data.get(name) for name in FACTS])
     for run in found:
         kinds[run.options.dataset].add(fingerprint(run))
     names = {}
@@ -307,7 +288,8 @@ def _labelled(data: str, network: str, groups: list[Group]) -> Section:
         )
         for group, change in zip(groups, changes)
     ]
-    return Section(data, network, labelled, common)
+    run = next(iter(labelled[0].runs.values()))
+    return Section(data, network, paper.known_as(run.options, run.data), labelled, common)
 
 
 def _unfinished(run: Run) -> str:

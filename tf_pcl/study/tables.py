@@ -111,7 +111,7 @@ def errors_csv(found: Iterable[tuple[Section, Mapping[str, Optional[float]]]]) -
     rows: list[dict[str, Any]] = []
     for section, costs in found:
         for group in section.groups:
-            figure = paper.figure(group.options.method, section.network, section.data)
+            figure = paper.figure(group.options.method, section.network, section.in_paper)
             for name in group.exits():
                 s = statistics.summary(list(group.errors(name).values()))
                 deployed = name == group.deployed
@@ -211,7 +211,7 @@ def _others(group: Group) -> str:
 
 
 def _of_paper(section: Section, group: Group) -> str:
-    figure = paper.figure(group.options.method, section.network, section.data)
+    figure = paper.figure(group.options.method, section.network, section.in_paper)
     if figure is None:
         return NONE
     text = f"{figure.mean:.2f} ± {figure.deviation:.2f}"

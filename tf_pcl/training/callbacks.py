@@ -1,4 +1,4 @@
-"""Keras callbacks: progress, the record of a run, saving on time and on signals."""
+"""Keras callbacks: the record of a run, its early end, saving on time and on signals."""
 
 import signal
 import time
@@ -19,32 +19,6 @@ from tf_pcl.training.workdir import Workdir
 
 Row = dict[str, float]
 Logs = Optional[Mapping[str, float]]
-
-
-class Progress(keras.callbacks.ProgbarLogger):
-    """Keras's progress line with three numbers: the loss, the training error and the test error.
-
-    They are the errors of the deployed exit. Where that exit is not trained, the training error is
-    the first exit's.
-    """
-
-    def set_params(self, params: dict[str, Any]) -> None:
-        # Show the epochs of the run: where a run goes on within an epoch, the rest of the epoch is
-        # a `fit` of its own.
-        super().set_params({**params, "epochs": self.model.epochs})
-
-    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
-        super().on_train_batch_end(batch, self._shown(logs))
-
-    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
-        super().on_epoch_end(epoch, self._shown(logs))
-
-    def _shown(self, logs: Logs) -> dict[str, float]:
-        logs = logs or {}
-        deployed = self.model.deployed_exit
-        trained = deployed if f"error/{deployed}" in logs else self.model.exits[0]
-        names = ("loss", f"error/{trained}", f"val_error/{deployed}")
-        return {name: logs[name] for name in names if name in logs}
 
 
 class Record(keras.callbacks.Callback):

@@ -16,7 +16,8 @@ from tf_pcl.training.workdir import Workdir
 SPLITS = ("train", "test", "validation")
 # The folder of all, where the HParams page looks for what a run was asked.
 _BOTH = ""
-# TensorBoard sorts tags by name, and this is to be the first one. It repeats another tag.
+# TensorBoard sorts tags by name, and this is to be the first one. It repeats another tag, or the
+# test error in results.json.
 FIRST_TAG = "deployed_error"
 # Columns of metrics.csv that are no scalars of TensorBoard.
 _PLACES = ("epoch", "step")
@@ -51,6 +52,7 @@ class Events:
         self._writers: dict[str, Any] = {}
         self._rows = list(rows)
         self._images: list[tuple[str, Any, str, int]] = []
+        self._tests: list[tuple[int, float]] = []
         self._lacking = False
         self._try(self._write_all)
 
@@ -63,6 +65,16 @@ class Events:
         """Writes a picture, uint8 [H, W, C]."""
         self._images.append((name, image, split, step))
         self._try(lambda: self._write_image(name, image, split, step))
+
+    def write_tested(self, step: int, error: float) -> None:
+        """Writes the test error of what is exported, where every epoch's is of validation images.
+
+        Args:
+          step: the step of the exported epoch.
+          error: of the deployed exit, in percent.
+        """
+        self._tests.append((step, error))
+        self._try(lambda: self._write_tested(step, error))
 
     def flush(self) -> None:
         """Hands what was written to the system."""
@@ -102,6 +114,8 @@ class Events:
             self._write_row(row)
         for image in self._images:
             self._write_image(*image)
+        for test in self._tests:
+            self._write_tested(*test)
         self._flush()
         # Not before the new ones are written.
         for path in old:
@@ -116,6 +130,10 @@ class Events:
                     if tag == f"error/{self.deployed_exit}":
                         tf.summary.scalar(FIRST_TAG, value)
                     tf.summary.scalar(tag, value)
+
+    def _write_tested(self, step: int, error: float) -> None:
+        with self._writer("test").as_default(step=step):
+            tf.summary.scalar(FIRST_TAG, error)
 
     def _write_image(self, name: str, image: Any, split: str, step: int) -> None:
         with self._writer(split).as_default(step=step):

@@ -13,8 +13,8 @@ from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import alone_flop, training_flop
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
+from tf_pcl.training import beside, export, report, selection, trackers
 from tf_pcl.training import cluster as clusters
-from tf_pcl.training import export, report, selection, trackers
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
 from tf_pcl.training.stages import Trainer
@@ -183,7 +183,8 @@ def _train_all(
             gflop=(spent, gflop[i]),
         )
         title = f"stage {i + 1} of {len(stages)}, {stage.name}" if folders else ""
-        results = trainer.train(models[i], folder, describe, title, results["wall_seconds"])
+        later = [cost / gflop[i] for cost in gflop[i + 1 :]]
+        results = trainer.train(models[i], folder, describe, title, results["wall_seconds"], later)
         spent += gflop[i] * results["steps"]
         export.check_finite(deployed, trainer.data.test.first(32))
         saved_model = export.export(deployed, trainer.data.classes, folder.export)
@@ -192,10 +193,13 @@ def _train_all(
             print(warning, flush=True)
     print("Checking the SavedModel in a fresh process …", flush=True)
     export.check(saved_model, deployed, trainer.data.test.first(32))
-    print(
-        f"{report.table(results)}\n"
-        f"SavedModel:   {saved_model}\n"
-        f"TensorBoard:  tensorboard --logdir {workdir.path}\n"
-        f"Results:      {workdir.results}" + (f"\n{warning}" if warning else "")
-    )
+    lines = [
+        report.table(results),
+        beside.gain(results, trainer.options, workdir),
+        f"SavedModel:   {saved_model}",
+        f"TensorBoard:  tensorboard --logdir {workdir.path}",
+        f"Results:      {workdir.results}",
+        warning,
+    ]
+    print(*filter(None, lines), sep="\n")
     return results

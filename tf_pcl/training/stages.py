@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
@@ -18,10 +17,10 @@ from tf_pcl.compat import keras
 from tf_pcl.errors import Stopped, UserError, one_line
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options, names
-from tf_pcl.training import events, report, trackers
+from tf_pcl.training import events, progress, report, trackers
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training import workdir as workdirs
-from tf_pcl.training.callbacks import Progress, Record, Row, Save, StopEarly
+from tf_pcl.training.callbacks import Record, Row, Save, StopEarly
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.feeding import Feeding
 from tf_pcl.training.selection import Selection
@@ -116,6 +115,7 @@ class Trainer:
         describe: Callable[..., dict[str, Any]],
         title: str = "",
         seconds: float = 0.0,
+        later: Sequence[float] = (),
     ) -> dict[str, Any]:
         """Trains a stage, or goes on where its folder stands; the model is then what is exported.
 
@@ -126,6 +126,7 @@ class Trainer:
             validation images, its third argument is {name: value} of the test of what is exported.
           title: what the stage is, for people; "" if there is one stage.
           seconds: what the stages before took.
+          later: for each stage after this one, how many times as much its steps cost.
 
         Returns:
           The contents of results.json.
@@ -165,10 +166,10 @@ class Trainer:
         tracking = trackers.tracked(asked, workdir, rows, settings)
         with Save(checkpoints, every, start, total, title, of_all) as save, tracking as further:
             try:
-                feeding = Feeding(self.data)
-                stop = StopEarly(ends, rows)
-                callbacks = [Progress("steps"), record, feeding, *further, stop, save]
-                self._fit(model, start, callbacks, feeding, lambda: ends(rows))
+                feeding, stop = Feeding(self.data), StopEarly(ends, rows)
+                with self._progress(model, start, rows, title, later) as shown:
+                    callbacks = [*shown.callbacks(), record, feeding, *further, stop, save]
+                    self._fit(model, start, callbacks, feeding, lambda: ends(rows))
             except (UserError, Stopped):
                 raise
             except Exception as e:
@@ -181,8 +182,34 @@ class Trainer:
             results = told(rows)
         else:
             results = self._test(model, workdir, checkpoints, selection, rows, told)
+            exported = selection.exported(rows)
+            assert exported is not None
+            log.write_tested(int(exported["step"]), results["deployed_error"])
         record.show_answers(int(rows[-1]["step"]), self._answers(model), self.data.classes)
         return results
+
+    def _progress(
+        self, model: Distiller, start: int, rows: list[Row], title: str, later: Sequence[float]
+    ) -> progress.Progress:
+        """Returns what tells how far the stage is; arguments as in `train`."""
+        options, tested = self.options, self.data.validation or self.data.test
+        plan = progress.Plan(
+            model.steps_per_epoch * options.epochs,
+            model.steps_per_epoch,
+            options.batch_size,
+            options.test_every,
+            len(tested),
+            later,
+        )
+        column = f"val_error/{model.deployed_exit}"
+        return progress.Progress(
+            progress.Pace(plan),
+            title or options.method,
+            start,
+            "test" if self.data.validation is None else "validation",
+            next((row[column] for row in reversed(rows) if column in row), None),
+            progress.terminal(),
+        )
 
     def _selection(self, model: Distiller) -> Optional[Selection]:
         """Returns what the validation images decide, None if there are none."""
@@ -320,7 +347,7 @@ class Trainer:
                 validation_freq=tests,
                 class_weight=class_weight,
                 callbacks=callbacks,
-                verbose=1 if sys.stdout.isatty() else 2,
+                verbose=2 * any(isinstance(c, progress.Epochs) for c in callbacks),
             )
 
     def _class_weight(self) -> Optional[dict[int, float]]:

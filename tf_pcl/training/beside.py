@@ -1,0 +1,105 @@
+"""What makes two runs comparable, and how a run compares with a baseline beside it."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Optional
+
+from tf_pcl import options
+from tf_pcl.errors import UserError
+from tf_pcl.methods import BASELINE, METHODS
+from tf_pcl.options import Options
+from tf_pcl.training.assemble import options_of
+from tf_pcl.training.report import ended
+from tf_pcl.training.workdir import Workdir
+
+# Facts of data.json that do not depend on the seed.
+FACTS = ("classes", "image_shape", "test images")
+# Options of the machine and of how often to look, which leave the result as it is but for rounding.
+_MACHINE = {"strategy", "jit_compile", "deterministic", "test_every"}
+
+
+def settings_of(given: Options) -> dict[str, str]:
+    """Returns {name: text} of the options that make a result what it is, but for the seed.
+
+    What is not given, or has the default of the method, is left out.
+    """
+    defaults = METHODS[given.method].parameters()
+    leave = {*given.run_only(), *_MACHINE, "seed"}
+    default_texts = {
+        name: dataclasses.replace(given, **{name: value}).as_flags().get(name)
+        for name, value in defaults.items()
+        if name in options.names() and name not in ("network", "preprocess") and value is not None
+    }
+    return {
+        name: text
+        for name, text in given.as_flags().items()
+        if name not in leave and default_texts.get(name) != text
+    }
+
+
+def gain(results: Mapping[str, Any], given: Options, workdir: Workdir) -> Optional[str]:
+    """Returns a line for people that compares a run with a baseline beside it.
+
+    That is a finished run in the same parent folder with the same settings, but for the seed and
+    what the method takes of its own. Of several, it is the one of the same seed.
+
+    Args:
+      results: the contents of the run's results.json.
+      given: the options of the run.
+      workdir: its folder.
+
+    Returns:
+      The line; None for a baseline, and where there is none beside the run.
+    """
+    if given.method == BASELINE:
+        return None
+    found = sorted(
+        _baselines(given, workdir), key=lambda run: (run[1]["seed"] != given.seed, run[0])
+    )
+    if not found:
+        return None
+    path, baseline = found[0]
+    points = baseline["deployed_error"] - results["deployed_error"]
+    how = f"{abs(points):.2f} points {'better' if points > 0 else 'worse'} than"
+    if abs(points) < 0.005:
+        how = "as good as"
+    return (
+        f"{how} the baseline in {path} ({baseline['deployed_error']:.2f} %); one seed of each says "
+        "little, and tf-pcl report compares several"
+    )
+
+
+def _baselines(given: Options, workdir: Workdir) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (path, results) of the baselines beside a run with which it can be compared."""
+    parent = os.path.dirname(os.path.normpath(workdir.path))
+    for name in sorted(os.listdir(parent or ".")):
+        other = Workdir(os.path.join(parent, name))
+        try:
+            results = _json(other.results)
+            if results["method"] != BASELINE:
+                continue
+            its = options.from_file(other.flags)
+            same = _common(its) == _common(given) and _facts(other) == _facts(workdir)
+            if same and ended(results, its):
+                yield other.path, {**results, "deployed_error": float(results["deployed_error"])}
+        except (UserError, OSError, ValueError, KeyError, TypeError):
+            continue  # It is no run, or none that this version can read.
+
+
+def _common(given: Options) -> dict[str, str]:
+    """Returns the settings that a run has in common with the baseline of its deployed network."""
+    own = {"method", *options_of(given.method)}
+    settings = {name: text for name, text in settings_of(given).items() if name not in own}
+    return {**settings, "network": given.network.split(",")[0]}
+
+
+def _facts(workdir: Workdir) -> list[Any]:
+    data = _json(workdir.data)
+    return [data[name] for name in FACTS]
+
+
+def _json(path: str) -> dict[str, Any]:
+    with open(path, encoding="utf-8") as f:
+        return dict(json.load(f))
