@@ -355,6 +355,7 @@ def load(
     classes: Sequence[str],
     image_size: Optional[int],
     on_bad_image: str,
+    headers_only: bool = False,
 ) -> dict[str, Union[storage.Arrays, storage.Files]]:
     """Reads every image file once and prints, in a line a split, what was found.
 
@@ -363,9 +364,11 @@ def load(
       classes: names in the order of the labels.
       image_size: pixels a side, or None where all images are of one size.
       on_bad_image: "fail", or "skip" to leave out files that cannot be read.
+      headers_only: whether a file counts as one that can be read if its header can.
 
     Returns:
-      {name: the files that can be read, as Arrays, or as Files where they exceed MEMORY_LIMIT}.
+      {name: the files that can be read, as Arrays, or as Files where they exceed MEMORY_LIMIT or
+      nothing but their headers was read}.
 
     Raises:
       UserError: if files cannot be read (naming the first of them), images differ in size without
@@ -384,7 +387,7 @@ def load(
 
     kept, bad = {}, []
     for split, part in files.items():
-        kept[split], unreadable = part.read(prepare, shape)
+        kept[split], unreadable = part.read(prepare, shape, headers_only)
         bad += unreadable
         emptied = [escape(classes[k]) for k in np.setdiff1d(part.labels, kept[split].labels)]
         if emptied and on_bad_image == "skip":
@@ -419,20 +422,22 @@ class _Files:
         self.by_pillow = any(header and mark.startswith(_PILLOW_STARTS) for header, mark in read)
         self.turns = np.array([h.orientation if h else 1 for h in self.headers], np.int32)
 
-    def read(self, prepare, shape) -> tuple[Union[storage.Arrays, storage.Files], list[bytes]]:
+    def read(
+        self, prepare, shape, headers_only: bool
+    ) -> tuple[Union[storage.Arrays, storage.Files], list[bytes]]:
         """Reads all files, prints a report, and returns those kept and the paths of the others."""
         count = len(self.paths)
-        in_memory = count * np.prod(shape) <= storage.MEMORY_LIMIT
-        if not in_memory:
+        in_memory = not headers_only and count * np.prod(shape) <= storage.MEMORY_LIMIT
+        if not (in_memory or headers_only):
             print(
                 f"{self.split}: reading {count:,} images once, to find those that cannot be read …",
                 flush=True,
             )
         images = np.zeros((count if in_memory else 0, *shape), np.uint8)
-        readable = np.zeros(count, bool)
+        readable = np.array([bool(header) and headers_only for header in self.headers])
         # One pixel is enough to know that a file can be decoded.
         read = prepare if in_memory else lambda encoded, turn: prepare(encoded, turn)[0, 0, 0]
-        for index, batch in self._decodable(read):
+        for index, batch in () if headers_only else self._decodable(read):
             readable[index] = True
             if in_memory:
                 images[index] = batch

@@ -58,7 +58,9 @@ def load(request: Request) -> Loaded:
         ]
         for split in used
     }
-    read = image_files.load(examples, classes, request.image_size, request.on_bad_image)
+    read = image_files.load(
+        examples, classes, request.image_size, request.on_bad_image, request.headers_only
+    )
     test, validation = (read[split] if split else None for split in chosen[1:])
     return Loaded(classes, read[chosen.train], test, validation)
 

@@ -29,6 +29,7 @@ class Request(NamedTuple):
         images will be taken for the test.
       labels: a CSV file of file names and labels; None where folders tell the classes.
       labels_columns: the columns of this file, "FILE,LABEL" or "FILE,LABEL,SPLIT"; None to guess.
+      headers_only: whether image files need not be decoded, since nobody will look at the pixels.
     """
 
     data_dir: Optional[str] = None
@@ -37,6 +38,7 @@ class Request(NamedTuple):
     divisible: bool = False
     labels: Optional[str] = None
     labels_columns: Optional[str] = None
+    headers_only: bool = False
 
 
 class Loaded(NamedTuple):

@@ -47,7 +47,11 @@ def load(request: Request) -> Loaded:
             value=data_dir,
         )
     read = image_files.load(
-        {"train": train, "val": test}, classes, request.image_size, request.on_bad_image
+        {"train": train, "val": test},
+        classes,
+        request.image_size,
+        request.on_bad_image,
+        request.headers_only,
     )
     return Loaded(classes, read["train"], read["val"])
 
