@@ -39,6 +39,11 @@ def with_norm(input_shape, num_classes, extra=()):
     return keras.Model(images, keras.layers.Dense(num_classes)(x))
 
 
+def dropped(input_shape, num_classes):
+    """A network with BatchNorm and Dropout."""
+    return with_norm(input_shape, num_classes, [keras.layers.Dropout(0.3)])
+
+
 def other(input_shape, num_classes):
     """A network with one stage."""
     images = keras.Input(input_shape)

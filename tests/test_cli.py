@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tf_pcl import cli
+from tf_pcl import cli, console
 from tf_pcl.verbs import further_help
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -69,6 +69,23 @@ def test_the_help_of_training_is_there_without_tensorflow():
 def test_errors_begin_with_the_verb_and_name_flags(arguments, line):
     done = called(*arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+def test_help_has_the_flags_of_a_verb_before_those_of_training():
+    done = called("compare", "--help")
+    own, training = done.stdout.split("Flags of training:\n")
+    assert "Flags of this command:\n  --datasets:" in own and "--seeds:" in own
+    assert "--epochs:" in training and "--seeds:" not in training
+
+
+def test_tables_are_laid_out_where_a_terminal_shows_them(monkeypatch, capsys):
+    markdown = "# Runs\n\n| method | error |\n| --- | --- |\n| one | 7.64 |"
+    console.show(markdown)
+    assert capsys.readouterr().out == markdown + "\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    console.show(markdown)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
+    assert "|" not in shown and re.search("method +error", shown) and re.search("one +7.64", shown)
 
 
 def test_a_recipe_is_found_by_its_name_where_no_file_is(tmp_path, monkeypatch):

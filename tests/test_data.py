@@ -642,6 +642,20 @@ def test_files_that_cannot_be_read_are_named_or_skipped(make_folder, capsys, mon
     assert sorted(d.train.fetch(tf.range(3))[1].numpy()) == [0, 1, 1]
 
 
+def test_a_look_at_files_reads_their_headers_alone(make_folder, digits):
+    png = tf.io.encode_png(noise(8, 8, 3)).numpy()
+    train = {"a": [png[:60], noise(8, 8, 1)], "b": [png]}
+    folder = make_folder({"train": train, "test": {"a": [png], "b": [png]}})
+    with pytest.raises(UserError, match="cannot be read"):
+        data.load("image_folder", folder)
+    assert data.look("image_folder", folder) == ((8, 8, 3), ("a", "b"), 3)
+    assert data.look("image_folder", folder, 4, validation_examples=1)[::2] == ((4, 4, 3), 2)
+    pathlib.Path(folder, "train/a/0.png").write_bytes(b"")
+    with pytest.raises(UserError, match="0.png cannot be read"):
+        data.look("image_folder", folder)
+    assert data.look("digits", train_examples=9) == (digits.image_shape, digits.classes, 9)
+
+
 @pytest.fixture
 def streamed(make_folder, monkeypatch):
     """A folder of two classes of four images, too large for memory, and a test image of each."""

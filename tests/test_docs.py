@@ -27,7 +27,8 @@ TRAIN = r"(?:python train\.py|tf-pcl train|python -m tf_pcl train)"
 OTHER_FLAGS = {"help", "flagfile", "with", "strict", "noflip"}
 OTHER_FLAGS |= {"methods", "networks", "datasets", "seeds", "grid", "table"}
 OTHER_FLAGS |= {"equal_cost", "noequal_cost", "dry_run", "print_commands", "output"}
-# Those of tf-pcl export.
+# Those of tf-pcl compare and tf-pcl export.
+OTHER_FLAGS |= {"runner", "jobs"}
 OTHER_FLAGS |= {"format", "exit", "folder", "calibration_images", "fold_batch_norm"}
 # Those of tf-pcl evaluate and tf-pcl predict.
 OTHER_FLAGS |= {"corruptions", "json", "output", "split", "top_k", "worst"}

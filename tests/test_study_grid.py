@@ -1,13 +1,19 @@
 """Grids of runs: which runs, what they are called, what they cost, what stages they share."""
 
+import json
 import os
+import pathlib
+import re
 
+import numpy as np
 import pytest
+from test_train_py import final_weights
 
 from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.study import grid, listing, runner
 from tf_pcl.study.grid import Cell, Line
+from tf_pcl.training import export, run
 from tf_pcl.training.workdir import Workdir, write_json
 
 SMALL = dict(train_examples=200, batch_size=50, epochs=6)
@@ -118,32 +124,124 @@ def test_commands_name_what_is_not_usual():
     )
 
 
+def cell(method, workdir="a", network="helpers:without_norm", **given):
+    options = {**SMALL, "dataset": "digits", **given}
+    return Cell(method, Options(method=method, network=network, workdir=workdir, **options))
+
+
 def kd(network, workdir, **given):
-    options = dict(SMALL, teacher_network="helpers:without_norm", dataset="digits", **given)
-    return Cell("kd", Options(method="kd", network=network, workdir=workdir, **options))
+    return cell("kd", workdir, network, teacher_network="helpers:without_norm", **given)
 
 
 def test_a_teacher_is_shared_between_students_of_one_recipe_and_seed():
     mine = kd("helpers:other", "a")
-    assert grid.shared_stages(mine, kd("helpers:without_norm", "b")) == ["1-teacher"]
     for other in (
+        kd("helpers:without_norm", "b"),
+        kd("helpers:without_norm", "b", temperature=2.0),
         kd("helpers:other", "b"),
+    ):
+        assert grid.shared_stages(mine, other) == ["1-teacher"]
+    for other in (
         kd("helpers:without_norm", "b", seed=1),
         kd("helpers:without_norm", "b", learning_rate=0.2),
-        Cell(
-            "dml", Options(method="dml", network="helpers:without_norm", dataset="digits", **SMALL)
-        ),
+        cell("kd", "b", teacher_network="helpers:other"),
+        cell("dml"),
     ):
         assert grid.shared_stages(mine, other) == []
-    # The first stage of these is the target network itself.
-    ban = [
-        Cell("ban", Options(method="ban", network=f"helpers:{n}", dataset="digits", **SMALL))
-        for n in ("other", "without_norm")
-    ]
-    assert grid.shared_stages(*ban) == []
-    cells = [mine, kd("helpers:without_norm", "b")]
-    assert grid.saved_by_sharing(cells) == mine.stages[0].gflop
+    cells = [mine, kd("helpers:without_norm", "b"), kd("helpers:other", "c")]
+    assert grid.saved_by_sharing(cells) == 2 * mine.stages[0].gflop
     assert "since stages are shared" in listing.costs(cells)
+
+
+def test_what_networks_learn_alone_is_shared_whatever_the_methods_options_are():
+    ban = cell("ban", generations=2)
+    assert grid.shared_stages(ban, cell("ban", temperature=2.0)) == ["1-generation_0"]
+    # The first stage of these is the target network itself.
+    assert grid.shared_stages(ban, cell("ban", network="helpers:other")) == []
+    pair, mixed = cell("ctsl_mkt"), "helpers:other,helpers:without_norm"
+    assert grid.shared_stages(pair, cell("ctsl_mkt", peers=3)) == ["1-peer_1", "2-peer_2"]
+    assert grid.shared_stages(pair, cell("ctsl_mkt", network=mixed)) == ["2-peer_2"]
+    assert grid.saved_by_sharing([pair, cell("ctsl_mkt", network=mixed)]) == pair.stages[1].gflop
+    # Weights are for the target network alone.
+    started = dict(weights="imagenet", network="helpers:other")
+    assert grid.shared_stages(kd("helpers:without_norm", "b"), cell("kd", **started)) == []
+
+
+@pytest.mark.slow
+def test_a_run_with_shared_stages_is_bit_for_bit_one_without(tmp_path, monkeypatch):
+    def exported(model, classes, folder):
+        os.makedirs(os.path.join(folder, "saved_model/1"), exist_ok=True)
+        open(os.path.join(folder, "saved_model/1/saved_model.pb"), "w").close()
+
+    # To export takes its time, and is not what is tested here.
+    monkeypatch.setattr(export, "export", exported)
+    monkeypatch.setattr(export, "check", lambda *_: None)
+    common = dict(network="helpers:dropped", epochs=1, deterministic=True)
+    other, alone, sharing = (
+        cell("ctsl_mkt", str(tmp_path / name), **common, self_weight=weight)
+        for name, weight in (("other", 1.0), ("alone", 2.0), ("sharing", 2.0))
+    )
+    for one in (other, alone):
+        run.run(one.options)
+    names = ["1-peer_1", "2-peer_2"]
+    assert runner._take_shared(sharing, [other]) == names
+    run.run(sharing.options)
+    for folder in (*names, "."):
+        mine, its = (final_weights(pathlib.Path(w.path) / folder, 4) for w in (sharing, alone))
+        assert set(mine) == set(its)
+        for name in mine:
+            np.testing.assert_array_equal(mine[name], its[name], err_msg=f"{folder}: {name}")
+    results = [json.loads(open(f"{w.path}/results.json").read()) for w in (sharing, alone)]
+    assert results[0]["error"] == results[1]["error"]
+    assert results[0]["training_gflop"] == results[1]["training_gflop"]
+
+
+def test_runs_that_share_a_stage_wait_for_it_and_others_do_not(tmp_path, monkeypatch, capfd):
+    code = """
+import time
+path, stage, other = stage_and_path
+if stage == "trains":
+    whole, path = path, path + "/1-teacher"
+    exec(train)
+    path = whole
+    while not os.path.exists(other):
+        time.sleep(0.01)
+exec(train)
+"""
+    first = kd("helpers:without_norm", str(tmp_path / "first"))
+    second = kd("helpers:other", str(tmp_path / "second"))
+    third = kd("helpers:other", str(tmp_path / "third"), seed=1)
+
+    def command(cell, python):
+        told = cell.path, "trains" if cell == first else "", third.path + "/results.json"
+        values = f"import os\nstage_and_path, epochs, error, train = {told!r}, 6, 5.0, {TRAIN!r}"
+        return [python, "-c", values + code]
+
+    monkeypatch.setattr(Cell, "command", command)
+    # The first one waits for the third, which needs no stage of the first.
+    assert runner.run([first, second, third], jobs=2) == []
+    told = re.sub(r"\d+ s", "… s", capfd.readouterr().out).splitlines()
+    order = ["first: test error 5.00 %, … s", "second: takes 1-teacher from a run before"]
+    order += ["second: test error 5.00 %, … s"]
+    assert [line for line in told if line in order] == order
+    assert {*told} - {*order} == {"third: test error 5.00 %, … s"}
+    assert os.path.exists(tmp_path / "second/1-teacher/results.json")
+
+
+def test_a_run_waits_for_no_stage_that_is_there_already(tmp_path):
+    networks = ("helpers:without_norm", "helpers:other")
+    first, second = (kd(name, str(tmp_path / name[8:])) for name in networks)
+    third = kd("helpers:other", str(tmp_path / "third"), temperature=2.0)
+    board = runner._Board([first, second, third])
+    board.running["other"] = second, 0.0, 0.0
+    assert runner._next([third], board) is None
+    exec(TRAIN, {"path": f"{first.path}/1-teacher", "epochs": 6, "error": 5.0})
+    assert runner._next([third], board) == third
+    # Nor does one that trains that stage itself already.
+    board.running["without_norm"] = first, 0.0, 0.0
+    assert runner._next([third], board) is None
+    Workdir(third.path).begin(third.options, {}, {})
+    assert runner._next([third], board) == third
 
 
 def test_a_run_of_fewer_epochs_than_are_asked_for_is_not_done(tmp_path):

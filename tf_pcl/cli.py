@@ -15,7 +15,7 @@ from typing import NoReturn, Union
 
 from absl import app, flags, logging
 
-from tf_pcl import console
+from tf_pcl import console, options
 from tf_pcl.errors import Stopped, UserError, choose
 from tf_pcl.verbs import VERBS
 from tf_pcl.verbs.verb import Verb
@@ -80,6 +80,7 @@ def _call(row: Verb, program: str, rest: list[str]) -> int:
         logging.set_verbosity(logging.WARNING)
     # A training under way handles signals itself; elsewhere SIGTERM is what Ctrl-C is.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console.end_with_stdin()
     try:
         row.run(rest)
     except UserError as e:
@@ -120,14 +121,23 @@ def _overview() -> str:
 
 
 def _help(row: Verb, program: str, modules: set[str]) -> str:
-    """Returns the help of a verb, whose flags are those that `modules` define."""
-    lists = "\n".join(flags.FLAGS.module_help(name) for name in sorted(modules))
+    """Returns the help of a verb, whose flags are those that `modules` define: its own first."""
+    ordered = sorted(modules, key=lambda name: (name == options.__name__, name))
+    lists = "\n".join(
+        flags.FLAGS.module_help(name).replace(f"{name}:", f"{_heading(name)}:", 1)
+        for name in ordered
+    )
     return (
         f"usage: {' '.join(filter(None, [program, row.arguments]))} [flags]\n\n"
         f"{row.summary}\n{lists}\n\n"
         "--flagfile=NAME reads flags from a file, or from the recipe of this name.\n"
         "--helpfull lists those of absl too."
     )
+
+
+def _heading(module: str) -> str:
+    """Returns what the flags that a module defines are for."""
+    return "Flags of training" if module == options.__name__ else "Flags of this command"
 
 
 def _with_recipes(arguments: Sequence[str]) -> list[str]:

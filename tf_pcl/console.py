@@ -6,11 +6,15 @@ absl's log too. So what protects a run is put there, once, by the command line.
 
 import codecs
 import os
+import signal
 import sys
+import threading
 from typing import Any
 
 _PLAIN = {"×": "x", "–": "-", "…": "...", "±": "+-", "’": "'"}
 _ERRORS = "tf_pcl_plain"
+# The environment variable that asks a process to end when its standard input does.
+ENDS_WITH_STDIN = "TF_PCL_ENDS_WITH_STDIN"
 
 
 class Unfailing:
@@ -55,6 +59,34 @@ def protect() -> None:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ERRORS)
         setattr(sys, name, Unfailing(stream))
+
+
+def show(markdown: str) -> None:
+    """Prints a text in Markdown: laid out where a terminal shows it, as it is elsewhere."""
+    if not sys.stdout.isatty():
+        print(markdown)
+        return
+    # It takes its time to import.
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    Console(highlight=False).print(Markdown(markdown))
+
+
+def end_with_stdin() -> None:
+    """Makes this process get SIGTERM when its standard input ends, if ENDS_WITH_STDIN is set.
+
+    Where standard input is a pipe from the process that has started this one, it ends with that
+    process, whatever ends it. What this process starts in turn is not asked to do the same.
+    """
+    if os.environ.pop(ENDS_WITH_STDIN, None):
+        threading.Thread(target=_wait_for_stdin, daemon=True).start()
+
+
+def _wait_for_stdin() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _open_closed() -> None:

@@ -8,6 +8,6 @@ has the table of random augmentations and `pipeline` makes batches.
 """
 
 from tf_pcl.data.augmentations import AUGMENTATIONS
-from tf_pcl.data.datasets import DATASETS, ImageData, load
+from tf_pcl.data.datasets import DATASETS, ImageData, load, look
 from tf_pcl.data.in_memory import from_arrays, from_dataset
 from tf_pcl.data.pipeline import steps_per_epoch, test_batches, train_batches

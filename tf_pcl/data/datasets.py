@@ -177,10 +177,7 @@ def load(
     request = Request(
         data_dir, image_size, on_bad_image, bool(test_examples), labels, labels_columns, began
     )
-    loaded = row.load(request)
-    images = divided(loaded, name, validation_examples, test_examples, seed)
-    if train_examples:
-        images = images._replace(train=_subset(images.train, name, train_examples, seed))
+    images = _load(row, request, name, train_examples, validation_examples, test_examples, seed)
     _say_duplicates(images)
     lists = None
     if labels or validation_examples or test_examples:
@@ -205,6 +202,62 @@ def record(data: ImageData) -> Optional[dict[str, Any]]:
     if reading is None:
         return None
     return {"left_out": reading.left_out, "mean": list(data.mean), "std": list(data.std)}
+
+
+def look(
+    name: str,
+    data_dir: Optional[str] = None,
+    image_size: Optional[int] = None,
+    train_examples: Optional[int] = None,
+    seed: int = 0,
+    on_bad_image: str = "fail",
+    *,
+    validation_examples: Optional[Union[int, float]] = None,
+    test_examples: Optional[Union[int, float]] = None,
+    labels: Optional[str] = None,
+    labels_columns: Optional[str] = None,
+) -> tuple[tuple[int, ...], tuple[str, ...], int]:
+    """Finds out what a data set is like; of image files it reads no more than the headers.
+
+    Args are those of `load`.
+
+    Returns:
+      The shape (H, W, C) of the images, the names of the classes in the order of the labels, and
+      the number of training images.
+
+    Raises:
+      UserError: as `load`, but not for images whose header alone can be read.
+    """
+    row = _checked(name, data_dir, on_bad_image, labels, labels_columns)
+    request = Request(
+        data_dir,
+        image_size,
+        on_bad_image,
+        bool(test_examples),
+        labels,
+        labels_columns,
+        headers_only=True,
+    )
+    images = _load(row, request, name, train_examples, validation_examples, test_examples, seed)
+    _check_several(name, images.classes)
+    shape = getattr(images.train, "shape", None) or images.train.first(1).shape[1:]
+    return tuple(shape), tuple(images.classes), len(images.train)
+
+
+def _load(
+    row: Dataset,
+    request: Request,
+    name: str,
+    train_examples: Optional[int],
+    validation_examples: Optional[Union[int, float]],
+    test_examples: Optional[Union[int, float]],
+    seed: int,
+) -> Loaded:
+    """Returns the images that a request is answered with, divided; arguments as in `load`."""
+    images = divided(row.load(request), name, validation_examples, test_examples, seed)
+    if train_examples:
+        images = images._replace(train=_subset(images.train, name, train_examples, seed))
+    return images
 
 
 def divided(
@@ -244,11 +297,7 @@ def image_data(
 ) -> ImageData:
     """Returns the ImageData of images that are divided; UserError if they are of one class."""
     classes, train = images.classes, images.train
-    if len(classes) < 2:
-        raise UserError(
-            f"the data set {name} has {len(classes)} class ({', '.join(map(escape, classes))}): at "
-            "least 2 are needed"
-        )
+    _check_several(name, classes)
     assert images.test is not None
     sample = train.first(len(train) if isinstance(train, Arrays) else 10000)
     mean, std = _mean_and_std(sample)
@@ -264,6 +313,14 @@ def image_data(
         images.validation,
         lists or {},
     )
+
+
+def _check_several(name: str, classes: Sequence[str]) -> None:
+    if len(classes) < 2:
+        raise UserError(
+            f"the data set {name} has {len(classes)} class ({', '.join(map(escape, classes))}): at "
+            "least 2 are needed"
+        )
 
 
 def _origins(images: Loaded) -> dict[str, Optional[Origin]]:

@@ -361,10 +361,12 @@ def load(
       classes: names in the order of the labels.
       request: says to which size to bring images, and whether to leave out files that cannot be
         read. Where a run began on these data, those are left out that it left out then, and other
-        images stand for those that cannot be read since.
+        images stand for those that cannot be read since. Where it asks for headers only, a file
+        counts as one that can be read if its header can.
 
     Returns:
-      {name: the files that can be read, as Arrays, or as Files where they exceed MEMORY_LIMIT}.
+      {name: the files that can be read, as Arrays, or as Files where they exceed MEMORY_LIMIT or
+      nothing but their headers was read}.
 
     Raises:
       UserError: if files cannot be read (naming the first of them), images differ in size without
@@ -387,7 +389,9 @@ def load(
     known = None if began is None else {os.fsencode(os.path.join(below, n)) for n in began}
     reading, kept, out, since = storage.Reading(skip), {}, [], []
     for split, part in files.items():
-        kept[split], left_out, broken, emptied = part.read(prepare, shape, reading, known)
+        kept[split], left_out, broken, emptied = part.read(
+            prepare, shape, reading, known, request.headers_only
+        )
         out += left_out
         since += broken
         if emptied and skip:
@@ -436,6 +440,7 @@ class _Files:
         shape: tuple[int, int, int],
         reading: storage.Reading,
         out: Optional[Collection[bytes]] = None,
+        headers_only: bool = False,
     ) -> tuple[Union[storage.Arrays, storage.Files], list[bytes], list[bytes], list[int]]:
         """Reads all files and prints a report.
 
@@ -445,14 +450,15 @@ class _Files:
           reading: what to do with files that break later.
           out: the paths of the files that are left out where the images are not kept in memory; by
             default those that cannot be read.
+          headers_only: whether a file counts as one that can be read if its header can.
 
         Returns:
           The images; the paths that are left out; those that are not, though they cannot be read;
           the labels of which no image can be read.
         """
         count = len(self.paths)
-        in_memory = count * np.prod(shape) <= storage.MEMORY_LIMIT
-        if not in_memory:
+        in_memory = not headers_only and count * np.prod(shape) <= storage.MEMORY_LIMIT
+        if not (in_memory or headers_only):
             print(
                 f"{self.split}: reading {count:,} images once, to find those that cannot be read …",
                 flush=True,
@@ -465,8 +471,8 @@ class _Files:
 
         images = np.zeros((count if in_memory else 0, *shape), np.uint8)
         prints = np.full(count, -1, np.int64)
-        readable = np.zeros(count, bool)
-        for index, batch in self._decodable(look):
+        readable = np.array([bool(header) and headers_only for header in self.headers])
+        for index, batch in () if headers_only else self._decodable(look):
             readable[index] = True
             if in_memory:
                 images[index] = batch

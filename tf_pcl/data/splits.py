@@ -30,6 +30,7 @@ class Request(NamedTuple):
       labels: a CSV file of file names and labels; None where folders tell the classes.
       labels_columns: the columns of this file, "FILE,LABEL" or "FILE,LABEL,SPLIT"; None to guess.
       began: what a run on these data recorded when it began (datasets.load); None if none did.
+      headers_only: whether image files need not be decoded, since nobody will look at the pixels.
     """
 
     data_dir: Optional[str] = None
@@ -39,6 +40,7 @@ class Request(NamedTuple):
     labels: Optional[str] = None
     labels_columns: Optional[str] = None
     began: Optional[Mapping[str, Any]] = None
+    headers_only: bool = False
 
 
 class Loaded(NamedTuple):

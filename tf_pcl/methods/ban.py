@@ -65,6 +65,7 @@ class BAN(Distiller):
                 lambda trained: make(
                     cls, network, ancestors=[one.deployed() for one in trained], **arguments
                 ),
+                alone=k == 0,
             )
             for k in range(generations)
         ]

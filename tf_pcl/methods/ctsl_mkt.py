@@ -79,9 +79,11 @@ class CTSLMKT(Distiller):
         targets = dict(zip(peer_names(len(network)), map(Target.of, network)))
         trained = {name: target.first for name, target in targets.items()}
         proof.apart(trained.values())
-        self.networks = {name: with_features(one) for name, one in trained.items()}
+        # The copies go on. Their Dropout layers have drawn nothing yet, whether the networks were
+        # trained by this process or read from a checkpoint.
+        self.networks = {name: with_features(target.copy()) for name, target in targets.items()}
         self.peer_exits = list(self.networks)
-        self.alone = {name: with_features(target.copy()) for name, target in targets.items()}
+        self.alone = {name: with_features(one) for name, one in trained.items()}
         self.exits = (*self.networks, *(f"alone_{name}" for name in self.alone))
 
     @classmethod
@@ -95,7 +97,10 @@ class CTSLMKT(Distiller):
         check_peers(several, peers)
         alone = [
             Stage(
-                name, one, lambda trained, one=one, name=name: make(Baseline, one, exit_name=name)
+                name,
+                one,
+                lambda trained, one=one, name=name: make(Baseline, one, exit_name=name),
+                alone=True,
             )
             for name, one in zip(peer_names(len(several)), several)
         ]

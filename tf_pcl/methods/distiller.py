@@ -36,11 +36,14 @@ class Stage(NamedTuple):
       network: what is trained, as Distiller.stages gets it.
       build: a function from the trained Distillers of the stages before to the Distiller that this
         stage trains.
+      alone: whether the network is trained with cross-entropy alone, so that neither the method's
+        own arguments nor the stages before bear upon it.
     """
 
     name: str
     network: Any
     build: Callable
+    alone: bool = False
 
 
 class Distiller(Fitting):

@@ -81,6 +81,7 @@ class KD(Distiller):
                 "teacher",
                 teacher_network,
                 lambda trained: make(Baseline, teacher_network, exit_name="teacher"),
+                alone=True,
             ),
             Stage(
                 "student",

@@ -19,7 +19,7 @@ from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.options import Options
 from tf_pcl.training.assemble import Assembly, method_arguments
-from tf_pcl.training.run import load_data
+from tf_pcl.training.run import look_at_data
 
 _OF_DATA = (
     "dataset",
@@ -44,12 +44,14 @@ class Stage(NamedTuple):
       network: the name of what is trained; several are separated by commas.
       gflop: what it costs, for all its epochs.
       gflop_per_image: what it costs for one image of one epoch.
+      alone: whether neither the method's own options nor the stages before bear upon it.
     """
 
     name: str
     network: str
     gflop: float
     gflop_per_image: float
+    alone: bool = False
 
 
 def cost_of(options: Options) -> float:
@@ -77,8 +79,8 @@ def stages_of(options: Options) -> list[Stage]:
             value=options.batch_size,
         )
     return [
-        Stage(name, network, flop * seen / 1e9, flop / 1e9)
-        for name, network, flop in _flop(_architecture(options), shape, classes)
+        Stage(name, network, flop * seen / 1e9, flop / 1e9, alone)
+        for name, network, flop, alone in _flop(_architecture(options), shape, classes)
     ]
 
 
@@ -106,15 +108,14 @@ def _facts(options: Options, named: bool) -> tuple[tuple[int, ...], tuple[str, .
         images = 50_000 - round(held if held >= 1 else held * 50_000)
         classes = tuple(map(str, range(_OF_THE_PAPER[name])))
         return (32, 32, 3), classes, min(images, options.train_examples or images)
-    data = load_data(options)
-    return data.image_shape, data.classes, len(data.train)
+    return look_at_data(options)
 
 
 @functools.cache
 def _flop(
     options: Options, shape: tuple[int, ...], classes: tuple[str, ...]
-) -> list[tuple[str, str, float]]:
-    """Returns (name, network, FLOP for each image) of every stage of a run on such images."""
+) -> list[tuple[str, str, float, bool]]:
+    """Returns (name, network, FLOP for each image, alone) of each stage of a run on such images."""
     several = options.network.split(",")
     for network in several:
         networks.find(network)
@@ -128,10 +129,11 @@ def _flop(
         several if len(several) > 1 else several[0],
         **method_arguments(options),
     )
-    found: list[tuple[str, str, float]] = []
+    found: list[tuple[str, str, float, bool]] = []
     models: list[Distiller] = []
     for stage in stages:
         models.append(stage.build(models))
         trained = stage.network if isinstance(stage.network, list) else [stage.network]
-        found.append((stage.name, ",".join(trained), training_flop(models[-1])))
+        flop = training_flop(models[-1])
+        found.append((stage.name, ",".join(trained), flop, stage.alone))
     return found

@@ -187,35 +187,37 @@ def table(
 def shared_stages(cell: Cell, other: Cell) -> list[str]:
     """Returns the folders of the earlier stages that two runs have in common, bit for bit.
 
-    These are the first stages of one method with the same options, `network` apart, as long as
-    they train the same network though the methods' target networks differ. They have the same
-    seeds.
+    These are stages of one method, at the same place, that train the same network alone with the
+    same recipe, data and seed. The methods' own options do not bear upon them.
 
     Args:
       cell, other: two runs.
     """
-    free = cell.options.run_only() - {"data_dir"}
-    differ = {
-        name
-        for name, value in vars(cell.options).items()
-        if value != getattr(other.options, name) and name not in free
-    }
-    if differ != {"network"} or cell.options.weights:
+    mine, its = cell.options, other.options
+    own = set().union(*map(options_of, METHODS))
+    free = own | {"network"} | mine.run_only() - {"data_dir", "labels"}
+    differ = {name for name, value in vars(mine).items() if value != getattr(its, name)}
+    # Weights are for the networks that are called as `network` is.
+    if differ - free or (mine.weights and mine.network != its.network):
         return []
-    found = []
-    for number, (mine, its) in enumerate(zip(cell.stages[:-1], other.stages[:-1]), 1):
-        if (mine.name, mine.network) != (its.name, its.network):
-            break
-        found.append(f"{number}-{mine.name}")
-    return found
+    stages = zip(cell.stages[:-1], other.stages[:-1])
+    return [
+        f"{number}-{one.name}"
+        for number, (one, same) in enumerate(stages, 1)
+        if one.alone and same.alone and one.network == same.network
+    ]
 
 
 def saved_by_sharing(cells: Sequence[Cell]) -> float:
     """Returns the GFLOP that runs need not spend on stages that an earlier one has trained."""
     saved = 0.0
     for i, cell in enumerate(cells):
-        most = max((len(shared_stages(cell, other)) for other in cells[:i]), default=0)
-        saved += sum(stage.gflop for stage in cell.stages[:most])
+        shared = set().union(*(shared_stages(cell, other) for other in cells[:i]))
+        saved += sum(
+            stage.gflop
+            for number, stage in enumerate(cell.stages, 1)
+            if f"{number}-{stage.name}" in shared
+        )
     return saved
 
 

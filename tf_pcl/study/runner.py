@@ -1,4 +1,4 @@
-"""Runs the cells of a grid, one process each, and goes on where an earlier call stopped."""
+"""Trains the runs of a grid, a process each, and goes on where an earlier call stopped."""
 
 import json
 import os
@@ -18,9 +18,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from tf_pcl.errors import Stopped, UserError
+from tf_pcl.errors import Stopped, UserError, choose
+from tf_pcl.options import Options
 from tf_pcl.study import process
 from tf_pcl.study.grid import Cell, shared_stages
+from tf_pcl.study.places import PLACES, Place
 from tf_pcl.training.report import ended, versions
 from tf_pcl.training.workdir import Workdir, saved_model
 
@@ -39,47 +41,73 @@ class Failure(NamedTuple):
     log: str
 
 
-def check(cells: Sequence[Cell]) -> None:
+def check(cells: Sequence[Cell], alone: bool = True) -> None:
     """Checks that every run can use its workdir. Writes nothing.
+
+    A run that an earlier call has left behind ends by itself when it has saved: it gets two minutes
+    for that.
+
+    Args:
+      cells: the runs.
+      alone: whether no other process may work in the workdirs.
 
     Raises:
       UserError: if a workdir holds a run with other options, or another process works in it.
     """
+    end = time.monotonic() + process.PATIENCE
     for cell in cells:
-        Workdir(cell.path).check(cell.options)
+        workdir, said = Workdir(cell.path), False
+        while alone and (owner := workdir.owner()) and time.monotonic() < end:
+            if not said:
+                print(f"{cell.title}: waits for the end of the run there ({owner})", flush=True)
+            said = True
+            time.sleep(process.SECONDS)
+        workdir.check(cell.options, alone)
 
 
 def results_of(cell: Cell) -> Optional[dict[str, Any]]:
     """Returns the contents of results.json of a run that is done, else None."""
+    return _results(cell.path, cell.options)
+
+
+def _results(path: str, options: Options) -> Optional[dict[str, Any]]:
+    """Returns the contents of results.json of a run or stage that is done, else None."""
     try:
-        with open(Workdir(cell.path).results, encoding="utf-8") as f:
+        with open(Workdir(path).results, encoding="utf-8") as f:
             results: dict[str, Any] = json.load(f)
-        return results if ended(results, cell.options) and saved_model(cell.path) else None
+        return results if ended(results, options) and saved_model(path) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def run(cells: Sequence[Cell]) -> list[Failure]:
-    """Trains those runs that are not done, one after another, each in a process of its own.
+def run(cells: Sequence[Cell], runner: str = "local", jobs: Optional[int] = None) -> list[Failure]:
+    """Trains those runs that are not done, each in a process of its own.
 
     Standard output tells of every run that ends. On a terminal, a bar below shows how much of the
     whole cost is done and how much time is left.
 
     Args:
       cells: the runs, whose workdirs have passed `check`.
+      runner: "local" for this machine, "ray" for a Ray cluster whose machines see the same folders
+        and have the same Python with the same packages.
+      jobs: how many runs train at the same time; by default one on this machine, and on a cluster
+        one for each GPU or, where there is none, for each machine.
 
     Returns:
       The runs that failed; the others are done.
 
     Raises:
+      UserError: if there is no such runner, or it cannot be used.
       Stopped: on Ctrl-C. The runs under way have saved, and the same call goes on there.
     """
+    place = PLACES[choose("runner", runner, PLACES, parameter="runner")](jobs)
     board = _Board(cells)
     try:
-        with board.bar:
-            _one_by_one(board)
+        if board.waiting:
+            with place, board.bar:
+                _train(board, place)
     except KeyboardInterrupt:
-        names = ", ".join(cell.title for cell, _ in board.running.values())
+        names = ", ".join(cell.title for cell, *_ in board.running.values())
         raise Stopped(
             f"stopped in {names or 'no run'}; what was saved stands, and the same command goes on "
             "from there"
@@ -93,7 +121,7 @@ class _Board:
     Attributes:
       cells: all runs.
       waiting: those that were not done at the beginning.
-      running: {name of its folder: (run, what it had spent when it began)}.
+      running: {name of its folder: (run, what it had spent when it began, when that was)}.
       failures: those that failed.
       bar: shows all on a terminal.
     """
@@ -101,7 +129,7 @@ class _Board:
     def __init__(self, cells: Sequence[Cell]):
         self.cells = cells
         self.waiting = [cell for cell in cells if not results_of(cell)]
-        self.running: dict[str, tuple[Cell, float]] = {}
+        self.running: dict[str, tuple[Cell, float, float]] = {}
         self.failures: list[Failure] = []
         self._spent = 0.0
         console = Console(highlight=False, markup=False, soft_wrap=True)
@@ -125,15 +153,19 @@ class _Board:
 
     def begin(self, cell: Cell) -> None:
         """Tells that a run begins."""
-        took = _take_shared(cell, self.cells)
+        took = _take_shared(cell, self.idle())
         if took:
-            self.say(f"{cell.title}: {', '.join(took)} is that of a run before")
-        self.running[cell.title] = cell, _done(cell)
+            self.say(f"{cell.title}: takes {', '.join(took)} from a run before")
+        self.running[cell.title] = cell, _done(cell), time.perf_counter()
         self.look()
+
+    def idle(self) -> list[Cell]:
+        """Returns the runs that are not under way."""
+        return [cell for cell in self.cells if cell.title not in self.running]
 
     def look(self) -> None:
         """Shows how far the runs under way are."""
-        spent = sum(_done(cell) - before for cell, before in self.running.values())
+        spent = sum(_done(cell) - before for cell, before, _ in self.running.values())
         # What is done at the beginning took no time, and tells nothing about the time left.
         left = sum(cell.gflop - _done(cell) for cell in self._unfinished())
         self.bar.update(
@@ -143,9 +175,10 @@ class _Board:
             total=self._spent + spent + left,
         )
 
-    def end(self, cell: Cell, status: int, seconds: float) -> None:
+    def end(self, title: str, status: int) -> None:
         """Tells that the process of a run has ended."""
-        _, before = self.running.pop(cell.title)
+        cell, before, began = self.running.pop(title)
+        seconds = time.perf_counter() - began
         self._spent += _done(cell) - before
         results = results_of(cell)
         if status or not results:
@@ -166,34 +199,62 @@ def log_of(cell: Cell) -> str:
     return os.path.join(cell.path, "log.txt")
 
 
-def _one_by_one(board: _Board) -> None:
-    for cell in board.waiting:
-        board.begin(cell)
-        began = time.perf_counter()
-        status = process.run(cell.command(sys.executable), log_of(cell), board.look)
-        board.end(cell, status, time.perf_counter() - began)
+def _train(board: _Board, place: Place) -> None:
+    waiting = list(board.waiting)
+    while waiting or board.running:
+        while place.free() and (cell := _next(waiting, board)):
+            waiting.remove(cell)
+            board.begin(cell)
+            place.start(cell.title, cell.command(sys.executable), log_of(cell))
+        for title, status in place.ended():
+            board.end(title, status)
+        board.look()
 
 
-def _take_shared(cell: Cell, cells: Sequence[Cell]) -> list[str]:
-    """Copies stages that another run has trained into a run that has not begun; returns which.
+def _next(waiting: Sequence[Cell], board: _Board) -> Optional[Cell]:
+    """Returns the first run that need not wait for a stage of a run under way, None if all must."""
+    under_way = [cell for cell, *_ in board.running.values()]
+    for cell in waiting:
+        coming = {name for one in under_way for name in shared_stages(cell, one)}
+        if _begun(cell) or not coming - set(_trained(cell, board.idle())):
+            return cell
+    return None
+
+
+def _take_shared(cell: Cell, others: Sequence[Cell]) -> list[str]:
+    """Copies stages that other runs have trained into a run that has not begun; returns which.
 
     A run finds such a stage done, as it does when it goes on after a stop.
+
+    Args:
+      cell: the run.
+      others: runs whose processes do not write.
     """
-    if os.path.exists(Workdir(cell.path).flags):
+    if _begun(cell):
         return []
-    for other in cells:
-        names = shared_stages(cell, other)
-        if names and results_of(other) and _same_stack(other):
-            os.makedirs(cell.path, exist_ok=True)
-            for name in names:
-                whole = os.path.join(cell.path, name)
-                if not os.path.exists(whole):
-                    shutil.copytree(
-                        os.path.join(other.path, name), whole + ".part", dirs_exist_ok=True
-                    )
-                    os.replace(whole + ".part", whole)
-            return names
-    return []
+    took = []
+    for name, other in _trained(cell, others).items():
+        whole = os.path.join(cell.path, name)
+        if not os.path.exists(whole):
+            its = os.path.join(other.path, name)
+            shutil.copytree(its, whole + ".part", dirs_exist_ok=True)
+            os.replace(whole + ".part", whole)
+            took.append(name)
+    return took
+
+
+def _trained(cell: Cell, others: Sequence[Cell]) -> dict[str, Cell]:
+    """Returns {folder of a stage of a run: another run that has trained it}."""
+    return {
+        name: other
+        for other in others
+        for name in shared_stages(cell, other)
+        if _results(os.path.join(other.path, name), other.options) and _same_stack(other)
+    }
+
+
+def _begun(cell: Cell) -> bool:
+    return os.path.exists(Workdir(cell.path).flags)
 
 
 def _same_stack(cell: Cell) -> bool:

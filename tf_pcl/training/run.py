@@ -140,18 +140,26 @@ def load_data(options: Options, began: Optional[Mapping[str, Any]] = None) -> da
       options: the run's options.
       began: what was recorded of the image files when the run began (datasets.load).
     """
-    return datasets.load(
-        options.dataset,
-        options.data_dir,
-        options.image_size,
-        options.train_examples,
-        options.seed,
-        options.on_bad_image,
+    return datasets.load(**_data_asked(options), began=began)
+
+
+def look_at_data(options: Options) -> tuple[tuple[int, ...], tuple[str, ...], int]:
+    """Returns what `data.look` finds out of the data set of a run; UserError as there."""
+    return datasets.look(**_data_asked(options))
+
+
+def _data_asked(options: Options) -> dict[str, Any]:
+    return dict(
+        name=options.dataset,
+        data_dir=options.data_dir,
+        image_size=options.image_size,
+        train_examples=options.train_examples,
+        seed=options.seed,
+        on_bad_image=options.on_bad_image,
         validation_examples=options.validation_examples,
         test_examples=options.test_examples,
         labels=options.labels,
         labels_columns=options.labels_columns,
-        began=began,
     )
 
 

@@ -260,6 +260,13 @@ class Workdir:
             f.flush()
             yield
 
+    def owner(self) -> Optional[str]:
+        """Returns which other process works in this folder, None if none does."""
+        if not os.path.exists(self.lock):
+            return None
+        with open(self.lock, "r+", encoding="utf-8") as f:
+            return self._locked(f)
+
     def tidy(self) -> None:
         """Removes what a killed process left half written, checkpoints apart."""
         for folder, pattern in (self.path, r".*\.part"), (self.export, r"tmp\w{8}|.*\.part"):
@@ -309,18 +316,24 @@ class Workdir:
 
     def _take(self, lock: TextIO) -> None:
         """Locks an open file until it is closed; UserError if another process has locked it."""
+        if owner := self._locked(lock):
+            raise self._refused(
+                f"another process works in this folder ({owner}): wait for its end, or give "
+                "another workdir"
+            )
+
+    def _locked(self, lock: TextIO) -> Optional[str]:
+        """Locks an open file until it is closed; returns who has locked it if another has."""
         try:
             if fcntl:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno not in (errno.EACCES, errno.EAGAIN):
                 logging.warning("%s cannot be locked: %s", self.path, e.strerror)
-                return
+                return None
             lock.seek(0)
-            raise self._refused(
-                f"another process works in this folder ({lock.read(200).strip()}): wait for its "
-                "end, or give another workdir"
-            ) from e
+            return lock.read(200).strip() or "unknown"
+        return None
 
     def _read_flags(self) -> dict[str, str]:
         """Returns {name: text} of flags.txt."""

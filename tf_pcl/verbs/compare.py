@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import flags
 
-from tf_pcl import compat, options
+from tf_pcl import compat, console, options
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.verbs import train
 from tf_pcl.verbs.verb import Verb
@@ -44,6 +44,21 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "with more than one method",
         flag_values=values,
     )
+    flags.DEFINE_enum(
+        "runner",
+        "local",
+        ("local", "ray"),
+        "where runs train: on this machine, or on a Ray cluster, where ray is installed",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "jobs",
+        None,
+        "how many runs train at the same time; default: 1 on this machine, on a Ray cluster 1 for "
+        "each GPU or, where there is none, for each machine",
+        lower_bound=1,
+        flag_values=values,
+    )
     flags.DEFINE_boolean(
         "dry_run", False, "list the runs with their cost, and train nothing", flag_values=values
     )
@@ -56,11 +71,22 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def _define_lists(values: flags.FlagValues) -> None:
-    flags.DEFINE_list("methods", None, "methods, comma separated", flag_values=values)
-    flags.DEFINE_list("networks", None, "networks, comma separated", flag_values=values)
-    flags.DEFINE_list("datasets", None, "data sets, comma separated", flag_values=values)
+    for plural, what in (
+        ("methods", "methods"),
+        ("networks", "networks"),
+        ("datasets", "data sets"),
+    ):
+        flags.DEFINE_list(
+            plural,
+            None,
+            f"{what}, comma separated; --{_SINGLE[plural]} tells which there are",
+            flag_values=values,
+        )
     flags.DEFINE_list(
-        "seeds", None, "how many seeds, from 0 on, or several numbers", flag_values=values
+        "seeds",
+        None,
+        "how many seeds, from 0 on, or several numbers: 3 is as 0,1,2; default: 1",
+        flag_values=values,
     )
 
 
@@ -103,15 +129,17 @@ def _compare(rest: list[str]) -> None:
     if values.print_commands:
         print(*map(grid.in_a_shell, cells), sep="\n")
         return
-    runner.check(cells)
+    runner.check(cells, alone=not values.dry_run)
     if values.dry_run:
         print(listing.costs(cells))
         return
-    failures = runner.run(cells)
+    failures = runner.run(cells, values.runner, values.jobs)
     if len(failures) < len(cells):
         workdir = os.path.dirname(cells[0].options.workdir)
         made = report.report([workdir], os.path.join(workdir, "report"))
-        print(f"\n{made.markdown}\n{made.files[0]}")
+        print()
+        console.show(made.markdown)
+        print(made.files[0])
     if failures:
         named = "; ".join(f"{f.cell.title} with status {f.status}, see {f.log}" for f in failures)
         raise Stopped(

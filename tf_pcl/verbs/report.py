@@ -2,7 +2,7 @@
 
 from absl import flags
 
-from tf_pcl import compat
+from tf_pcl import compat, console
 from tf_pcl.errors import UserError
 from tf_pcl.verbs.verb import Verb
 
@@ -18,7 +18,7 @@ def _report(rest: list[str]) -> None:
     from tf_pcl.study import report
 
     made = report.report(rest, flags.FLAGS.output)
-    print(made.markdown)
+    console.show(made.markdown)
     print(*made.files, sep="\n")
 
 
