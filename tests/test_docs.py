@@ -15,8 +15,9 @@ from absl import flags
 from helpers import CLASSES, SHAPE, noise, with_labels
 from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, section, shell
 
-from tf_pcl import cli, methods, options
+from tf_pcl import cli, methods, networks, options
 from tf_pcl.methods import METHODS
+from tf_pcl.study import paper
 from tf_pcl.training import cluster, run
 from tf_pcl.training.assemble import Assembly, method_arguments
 
@@ -170,6 +171,45 @@ def test_the_tables_of_methods_have_them_all_and_their_flags():
         assert sorted(row[0] for row in table) == sorted(METHODS_OF_PAPERS)
     for name, *_, own in described:
         assert set(re.findall(r"--(\w+)", own)) <= set(METHODS[name].parameters()), name
+
+
+def test_the_page_of_choices_has_the_figures_of_the_results():
+    methods_of = lambda table: {row[0]: row for row in table if row[0] in METHODS}
+    results = page("docs/results.md")
+    measured = methods_of(rows(results, 7))
+    ideas, chosen = (methods_of(rows(page("docs/which.md"), n)) for n in (3, 8))
+    assert set(ideas) == set(chosen) == METHODS_OF_PAPERS
+    alone = float(measured["baseline"][1])
+    for name, (_, time, arithmetic, memory, gain, _, mean, ends) in chosen.items():
+        assert [time, arithmetic, f"{memory} GiB"] == measured[name][4:]
+        if name == "baseline":
+            continue
+        assert gain == points(alone - float(measured[name][1])), name
+        gains = gains_of_the_paper(name, "cifar100")
+        assert mean == (points(sum(gains) / len(gains)) if gains else ""), name
+        several = len(gains) > 1
+        assert not several or ends == f"{points(min(gains))}, {points(max(gains))}", name
+    # The text has those of seed 1.
+    text = results.split("With `--seed=1`")[1].split("`dml`")[0]
+    second = {n: float(e) for n, e in re.findall(r"`(\w+)`(?:\s+ends)?\s+at\s+(\d+\.\d+)", text)}
+    assert len(second) == 8
+    for name, row in chosen.items():
+        known = name in second and name != "baseline"
+        assert row[5] == (points(second["baseline"] - second[name]) if known else ""), name
+
+
+def points(gain):
+    """A gain as the pages print it."""
+    return f"{gain:+.2f}".replace("-", "−")
+
+
+def gains_of_the_paper(method, dataset):
+    """How much lower the paper's errors are than the baseline's, by its networks."""
+    found = [
+        (paper.figure("baseline", network, dataset), paper.figure(method, network, dataset))
+        for network in sorted(networks.NETWORKS)
+    ]
+    return [alone.mean - mean.mean for alone, mean in found if alone and mean]
 
 
 def test_runs_are_listed_as_printed(tmp_path, monkeypatch, capsys):
