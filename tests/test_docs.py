@@ -95,16 +95,38 @@ def test_what_a_user_brings_trains_as_printed(heading, made, tmp_path):
     assert results["deployed_error"] < 80
 
 
+def printed_as(line):
+    """The pattern of what a line of a page shows: numbers may be others, and … is anything."""
+    pattern = re.escape(" ".join(line.split()))
+    pattern = re.sub(r"\d(?:[\d,]|\\\.)*(?:e\\[+-]\d+)?", r"[\\d.,]+(?:e[+-]\\d+)?", pattern)
+    return pattern.replace(r"\ ", r"\s+").replace("…", ".*")
+
+
 @pytest.mark.slow
-def test_a_first_run_is_served_as_printed(tmp_path):
-    (source,) = blocks(section(README, "## Train"))
-    shorter = re.sub(r"--epochs=\d+", "--epochs=1", source).replace("sh in_venv.sh ", "")
-    done = shell(shorter, tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_first_run_is_toured_and_served_as_printed(tmp_path):
+    """One short run, on which the tour and the page on deployment are tried."""
+
+    def run_shorter(source):
+        shorter = re.sub(r"--epochs=\d+", "--epochs=1", source).replace("sh in_venv.sh ", "")
+        done = shell(re.sub("^tf-pcl", "python -m tf_pcl", shorter, flags=re.M), tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    tour = page("docs/tour.md")
+    (first,) = commands(section(README, "## Train"), TRAIN)
+    assert first in commands(tour, TRAIN)
+    pairs = re.findall(r"^```sh\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", tour, re.M | re.S)
+    assert len(pairs) == 5
+    for source, text in pairs:
+        output = run_shorter(source)
+        for line in text.splitlines():
+            assert re.search(printed_as(line), output), (line, output)
+    assert (tmp_path / "tour/report.html").exists()
+    assert (tmp_path / "runs/digits-resnet8-pcl-seed0/export/model.tflite").exists()
+
     (serve,) = blocks(page("docs/deploy.md"), "python")
     (tmp_path / "serve.py").write_text(serve)
-    done = shell("python serve.py", tmp_path)
-    assert done.returncode == 0 and "shape=(1, 10)" in done.stdout, done.stderr
+    assert "shape=(1, 10)" in run_shorter("python serve.py")
     # The network is judged and used as printed on the same page.
     for name in ("photo.jpg", "scans/0.png", "more/deep/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -114,11 +136,10 @@ def test_a_first_run_is_served_as_printed(tmp_path):
         ("What is in these photos", []),
     ):
         (source,) = blocks(section(page("docs/deploy.md"), f"## {heading}"), "sh")
-        done = shell(re.sub("^tf-pcl", "python -m tf_pcl", source, flags=re.M), tmp_path)
-        assert done.returncode == 0, done.stderr
+        output = run_shorter(source)
         for folder in made:
             assert (tmp_path / folder / "predictions.npz").exists()
-    assert "more/deep/1.png" in done.stdout and '{"path": "scans/0.png"' in done.stdout
+    assert "more/deep/1.png" in output and '{"path": "scans/0.png"' in output
     assert "corruptions" in json.loads((tmp_path / "judged" / "evaluation.json").read_text())
 
 
