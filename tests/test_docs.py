@@ -15,8 +15,9 @@ from absl import flags
 from helpers import CLASSES, SHAPE, noise, with_labels
 from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, section, shell
 
-from tf_pcl import cli, methods, options
+from tf_pcl import cli, methods, networks, options
 from tf_pcl.methods import METHODS
+from tf_pcl.study import paper
 from tf_pcl.training import cluster, run
 from tf_pcl.training.assemble import Assembly, method_arguments
 
@@ -107,16 +108,38 @@ def test_what_a_user_brings_trains_as_printed(heading, made, tmp_path):
     assert results["deployed_error"] < 80
 
 
+def printed_as(line):
+    """The pattern of what a line of a page shows: numbers may be others, and … is anything."""
+    pattern = re.escape(" ".join(line.split()))
+    pattern = re.sub(r"\d(?:[\d,]|\\\.)*(?:e\\[+-]\d+)?", r"[\\d.,]+(?:e[+-]\\d+)?", pattern)
+    return pattern.replace(r"\ ", r"\s+").replace("…", ".*")
+
+
 @pytest.mark.slow
-def test_a_first_run_is_served_as_printed(tmp_path):
-    (source,) = blocks(section(README, "## Train"))
-    shorter = re.sub(r"--epochs=\d+", "--epochs=1", source).replace("sh in_venv.sh ", "")
-    done = shell(shorter, tmp_path)
-    assert done.returncode == 0, done.stderr
+def test_a_first_run_is_toured_and_served_as_printed(tmp_path):
+    """One short run, on which the tour and the page on deployment are tried."""
+
+    def run_shorter(source):
+        shorter = re.sub(r"--epochs=\d+", "--epochs=1", source).replace("sh in_venv.sh ", "")
+        done = shell(re.sub("^tf-pcl", "python -m tf_pcl", shorter, flags=re.M), tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    tour = page("docs/tour.md")
+    (first,) = commands(section(README, "## Train"), TRAIN)
+    assert first in commands(tour, TRAIN)
+    pairs = re.findall(r"^```sh\n(.*?)^```\n(?:\n```text\n(.*?)^```\n)?", tour, re.M | re.S)
+    assert len(pairs) == 5
+    for source, text in pairs:
+        output = run_shorter(source)
+        for line in text.splitlines():
+            assert re.search(printed_as(line), output), (line, output)
+    assert (tmp_path / "tour/report.html").exists()
+    assert (tmp_path / "runs/digits-resnet8-pcl-seed0/export/model.tflite").exists()
+
     (serve,) = blocks(page("docs/deploy.md"), "python")
     (tmp_path / "serve.py").write_text(serve)
-    done = shell("python serve.py", tmp_path)
-    assert done.returncode == 0 and "shape=(1, 10)" in done.stdout, done.stderr
+    assert "shape=(1, 10)" in run_shorter("python serve.py")
     # The network is judged and used as printed on the same page.
     for name in ("photo.jpg", "scans/0.png", "more/deep/1.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -126,11 +149,10 @@ def test_a_first_run_is_served_as_printed(tmp_path):
         ("What is in these photos", []),
     ):
         (source,) = blocks(section(page("docs/deploy.md"), f"## {heading}"), "sh")
-        done = shell(re.sub("^tf-pcl", "python -m tf_pcl", source, flags=re.M), tmp_path)
-        assert done.returncode == 0, done.stderr
+        output = run_shorter(source)
         for folder in made:
             assert (tmp_path / folder / "predictions.npz").exists()
-    assert "more/deep/1.png" in done.stdout and '{"path": "scans/0.png"' in done.stdout
+    assert "more/deep/1.png" in output and '{"path": "scans/0.png"' in output
     assert "corruptions" in json.loads((tmp_path / "judged" / "evaluation.json").read_text())
 
 
@@ -183,6 +205,45 @@ def test_the_tables_of_methods_have_them_all_and_their_flags():
         assert sorted(row[0] for row in table) == sorted(METHODS_OF_PAPERS)
     for name, *_, own in described:
         assert set(re.findall(r"--(\w+)", own)) <= set(METHODS[name].parameters()), name
+
+
+def test_the_page_of_choices_has_the_figures_of_the_results():
+    methods_of = lambda table: {row[0]: row for row in table if row[0] in METHODS}
+    results = page("docs/results.md")
+    measured = methods_of(rows(results, 7))
+    ideas, chosen = (methods_of(rows(page("docs/which.md"), n)) for n in (3, 8))
+    assert set(ideas) == set(chosen) == METHODS_OF_PAPERS
+    alone = float(measured["baseline"][1])
+    for name, (_, time, arithmetic, memory, gain, _, mean, ends) in chosen.items():
+        assert [time, arithmetic, f"{memory} GiB"] == measured[name][4:]
+        if name == "baseline":
+            continue
+        assert gain == points(alone - float(measured[name][1])), name
+        gains = gains_of_the_paper(name, "cifar100")
+        assert mean == (points(sum(gains) / len(gains)) if gains else ""), name
+        several = len(gains) > 1
+        assert not several or ends == f"{points(min(gains))}, {points(max(gains))}", name
+    # The text has those of seed 1.
+    text = results.split("With `--seed=1`")[1].split("`dml`")[0]
+    second = {n: float(e) for n, e in re.findall(r"`(\w+)`(?:\s+ends)?\s+at\s+(\d+\.\d+)", text)}
+    assert len(second) == 8
+    for name, row in chosen.items():
+        known = name in second and name != "baseline"
+        assert row[5] == (points(second["baseline"] - second[name]) if known else ""), name
+
+
+def points(gain):
+    """A gain as the pages print it."""
+    return f"{gain:+.2f}".replace("-", "−")
+
+
+def gains_of_the_paper(method, dataset):
+    """How much lower the paper's errors are than the baseline's, by its networks."""
+    found = [
+        (paper.figure("baseline", network, dataset), paper.figure(method, network, dataset))
+        for network in sorted(networks.NETWORKS)
+    ]
+    return [alone.mean - mean.mean for alone, mean in found if alone and mean]
 
 
 def test_runs_are_listed_as_printed(tmp_path, monkeypatch, capsys):
