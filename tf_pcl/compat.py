@@ -7,6 +7,7 @@ are first asked for: to import this module does not import TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -14,6 +15,7 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "keras_version",
     "lamb",
     "layers",
+    "let_xla_compile_elementwise",
+    "no_lines_of_tensorflow",
     "pairwise_distance",
     "use_keras_2",
 ]
@@ -52,6 +56,22 @@ def use_keras_2() -> None:
     """
     if "tensorflow" not in sys.modules and _is_keras_3():
         os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
+
+
+def let_xla_compile_elementwise() -> bool:
+    """Tells TensorFlow what XLA may compile on the CPU: ReLU, its gradient, and additions.
+
+    It takes effect where `tf.config.optimizer.set_jit` asks for it too, and where this process has
+    not looked for devices yet: TensorFlow reads the variable once. The results stay, bit for bit.
+
+    Returns:
+      Whether TensorFlow was told so; False where the user has given TF_XLA_FLAGS, which stands.
+    """
+    told = (
+        "--tf_xla_cpu_global_jit=true --tf_xla_min_cluster_size=1 "
+        "--tf_xla_ops_to_cluster=Relu,ReluGrad,Relu6,Relu6Grad,AddV2,AddN"
+    )
+    return os.environ.setdefault("TF_XLA_FLAGS", told) == told
 
 
 def __getattr__(name: str) -> Any:
@@ -87,12 +107,19 @@ def import_tensorflow() -> None:
     In the newest releases these come before it reads TF_CPP_MIN_LOG_LEVEL. If the import fails,
     they are written after all.
     """
+    with no_lines_of_tensorflow():
+        importlib.import_module("tensorflow")
+
+
+@contextlib.contextmanager
+def no_lines_of_tensorflow() -> Iterator[None]:
+    """Holds back what is written to the standard error's descriptor, unless there is an error."""
     sys.stderr.flush()
     terminal = os.dup(2)
     with tempfile.TemporaryFile() as written:
         os.dup2(written.fileno(), 2)
         try:
-            importlib.import_module("tensorflow")
+            yield
         except BaseException:
             written.seek(0)
             os.write(terminal, written.read())

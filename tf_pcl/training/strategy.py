@@ -1,21 +1,14 @@
 """Where the training runs."""
 
-import os
 from collections.abc import Callable
 from typing import Any, Optional
 
 import tensorflow as tf
 
-from tf_pcl.compat import keras
+from tf_pcl.compat import keras, let_xla_compile_elementwise, no_lines_of_tensorflow
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.options import Options
 from tf_pcl.training import cluster as clusters
-
-# XLA compiles these operations alone, and single ones too. Their results stay, bit for bit.
-_ELEMENTWISE = (
-    "--tf_xla_cpu_global_jit=true --tf_xla_min_cluster_size=1 "
-    "--tf_xla_ops_to_cluster=Relu,ReluGrad,Relu6,Relu6Grad,AddV2,AddN"
-)
 
 
 def start(options: Options) -> tf.distribute.Strategy:
@@ -28,6 +21,8 @@ def start(options: Options) -> tf.distribute.Strategy:
     prepare(options)
     strategy = make(options.strategy)
     check(strategy, options)
+    if tf.config.optimizer.get_jit():
+        _compile_first()
     return strategy
 
 
@@ -50,19 +45,23 @@ def set_precision(policy: str) -> None:
 
     TensorFlow's own kernels for ReLU and additions are slower there in bfloat16 than in float32,
     and take a third of a ResNet's step. XLA's are several times faster. Convolutions stay with
-    oneDNN, whose kernels are faster than XLA's. The first call must come before the process has
-    computed anything or asked for devices: TensorFlow reads its flags once.
+    oneDNN, whose kernels are faster than XLA's.
 
     Args:
       policy: the name of a Keras policy, such as "mixed_bfloat16".
     """
-    narrow = policy == "mixed_bfloat16"
-    if narrow:  # The user's own stays.
-        os.environ.setdefault("TF_XLA_FLAGS", _ELEMENTWISE)
+    narrow = policy == "mixed_bfloat16" and let_xla_compile_elementwise()
     keras.mixed_precision.set_global_policy(policy)
-    ours = os.environ.get("TF_XLA_FLAGS") == _ELEMENTWISE
     on_cpu = not tf.config.list_physical_devices("GPU")
-    tf.config.optimizer.set_jit("autoclustering" if narrow and ours and on_cpu else False)
+    tf.config.optimizer.set_jit("autoclustering" if narrow and on_cpu else False)
+
+
+def _compile_first() -> None:
+    """Lets XLA compile something small, since TensorFlow writes two lines the first time."""
+    relu = tf.function(tf.nn.relu)
+    with no_lines_of_tensorflow():
+        for _ in range(3):  # A cluster is not compiled when it runs for the first time.
+            relu(tf.ones([2], tf.bfloat16))
 
 
 def make(name: str) -> tf.distribute.Strategy:

@@ -15,6 +15,8 @@ def _train(rest: list[str]) -> None:
     _refuse_words(rest)
     chosen = options.from_flags()
     # TensorFlow takes seconds to import: not before the flags are known to be good.
+    if chosen.precision == "mixed_bfloat16":
+        compat.let_xla_compile_elementwise()
     compat.import_tensorflow()
     from tf_pcl.training import run
 
