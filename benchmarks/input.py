@@ -35,11 +35,15 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags, logging
 
-from tf_pcl import data
+from tf_pcl import compat, data
 from tf_pcl.compat import keras
 from tf_pcl.data import storage
 from tf_pcl.methods import METHODS
+from tf_pcl.training import strategy
 from tf_pcl.training.assemble import Assembly
+
+# Before app.run, in which TensorFlow looks for devices.
+compat.let_xla_compile_elementwise()
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
@@ -250,7 +254,7 @@ def turns(dataset: tf.data.Dataset, events: int) -> Turns:
 
 def step_turns(network: str, loaded: data.ImageData, batch_size: int) -> Turns:
     """Returns what takes turns in training a network on one batch of views, steps a second."""
-    keras.mixed_precision.set_global_policy(FLAGS.precision)
+    strategy.set_precision(FLAGS.precision)
     (stage,) = METHODS[FLAGS.method].stages(Assembly(loaded), network)
     model = stage.build([])
     model.compile(epochs=EPOCHS, steps_per_epoch=100)

@@ -44,14 +44,18 @@ import tensorflow as tf
 import yardsticks
 from absl import app, flags
 
-from tf_pcl import data
+from tf_pcl import compat, data
 from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import training_flop
+from tf_pcl.training import strategy
 from tf_pcl.training.assemble import Assembly
 from tf_pcl.training.callbacks import Record
 from tf_pcl.training.events import Events
 from tf_pcl.training.workdir import Workdir
+
+# Before app.run, in which TensorFlow looks for devices.
+compat.let_xla_compile_elementwise()
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("dataset", "digits", "data set")
@@ -106,19 +110,21 @@ class Trained:
 
     def __init__(self, case: Case, loaded: data.ImageData, batch_size: int, steps: int):
         began = time.perf_counter()
-        keras.mixed_precision.set_global_policy(case.precision)
+        strategy.set_precision(case.precision)
         stages = stages_of(case, loaded)[: case.stage + 1]
         models: list[Any] = []
         for stage in stages:
             models.append(stage.build(models))
         self.model, self.name = models[-1], stages[-1].name
-        self.batch_size, self.steps = batch_size, steps
+        self.precision, self.batch_size, self.steps = case.precision, batch_size, steps
         self.model.compile(epochs=300, steps_per_epoch=steps + 1)
         self.stream = data.train_batches(loaded, batch_size, 300, views=self.model.num_views)
         self.batch = iter(tf.data.Dataset.from_tensors(next(iter(self.stream))).repeat())
         self.step = self.model.make_train_function()
         self.step(self.batch)["loss"].numpy()
         self.first = time.perf_counter() - began
+        for _ in range(2):  # XLA compiles what it compiles in the second step.
+            self.step(self.batch)
         self.alone: list[float] = []
         self.in_fit: list[float] = []
 
@@ -141,6 +147,7 @@ class Trained:
 
     def take_steps(self) -> None:
         """Takes as many steps as a round has, and waits for the last."""
+        strategy.set_precision(self.precision)
         for _ in range(self.steps):
             logs = self.step(self.batch)
         logs["loss"].numpy()

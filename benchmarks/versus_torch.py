@@ -34,11 +34,12 @@ import oracle
 import tensorflow as tf
 from absl import app, flags
 
-from tf_pcl import networks
+from tf_pcl import compat, networks
 from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Exit
 from tf_pcl.optimizer import CoupledSGD
+from tf_pcl.training import strategy
 
 # Names as TensorFlow's layers and PyTorch's options have them.
 PRECISIONS = {"float32": "float32", "bfloat16": "mixed_bfloat16"}
@@ -48,6 +49,9 @@ BLOCKS = {"resnet8": 1, "resnet14": 2, "resnet20": 3, "resnet32": 5}
 RAMP_UP, LARGEST_DECAY, COMPARED = 2, 0.999, 4
 # Relative; of the losses on given logits, and of the first and all compared steps.
 GIVEN, STEPS = 1e-5, {"float32": (1e-4, 1e-2), "bfloat16": (1e-2, 5e-2)}
+
+# Before app.run, in which TensorFlow looks for devices.
+compat.let_xla_compile_elementwise()
 
 FLAGS = flags.FLAGS
 flags.DEFINE_enum("network", "resnet32", list(BLOCKS), "target network")
@@ -95,7 +99,7 @@ class Runner:
 
 def model_of(policy: str) -> Any:
     """Returns tf_pcl's PCL, always with the same weights."""
-    keras.mixed_precision.set_global_policy(policy)
+    strategy.set_precision(policy)
     keras.utils.set_random_seed(0)
     shape = (FLAGS.image_size, FLAGS.image_size, 3)
     model = METHODS["pcl"](

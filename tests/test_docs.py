@@ -33,7 +33,7 @@ OTHER_FLAGS |= {"runner", "jobs"}
 OTHER_FLAGS |= {"format", "exit", "folder", "calibration_images", "fold_batch_norm"}
 # Those of tf-pcl evaluate and tf-pcl predict.
 OTHER_FLAGS |= {"corruptions", "json", "output", "split", "top_k", "worst"}
-OTHER_FLAGS |= {"profile"}  # benchmarks/step.py
+OTHER_FLAGS |= {"profile", "workers"}  # Those of benchmarks.
 IN_A_COPY = "TF_PCL_TESTS_IN_A_COPY"
 
 
