@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -280,6 +281,23 @@ def test_the_notebook_of_the_readme_runs():
     (source,) = blocks(section(README, "### In a notebook"), "python")
     assert source.count("epochs=20") == 2
     exec(compile(source.replace("epochs=20", "epochs=2"), "README.md", "exec"), {})
+
+
+@pytest.mark.slow
+def test_the_notebook_of_the_tour_runs(tmp_path, monkeypatch):
+    """Its cells, one after another in one namespace, with few epochs."""
+    notebook = json.loads(page("docs/tour.ipynb"))
+    sources = ["".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code"]
+    assert notebook["nbformat"] == 4 and sources[0].count("EPOCHS = 60") == 1
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plt, "show", plt.close)
+    made = {}
+    for number, source in enumerate(sources, 1):
+        shorter = source.replace("EPOCHS = 60", "EPOCHS = 2")
+        exec(compile(shorter, f"tour.ipynb, cell {number}", "exec"), made)
+    assert (tmp_path / "tour/saved_model/1/saved_model.pb").exists()
+    np.testing.assert_allclose(made["probabilities"].sum(), 1, rtol=1e-5)
+    assert len(made["history"]["val_error/mean_peer_1"]) == 2
 
 
 @pytest.mark.slow
