@@ -165,7 +165,7 @@ def test_the_input_pipeline_is_compared_with_images_one_by_one(tmp_path):
         assert name == f"{source}-8" and len(alone) == (source != "memory")
         assert ratio == pytest.approx(ours / others, abs=0.01) and min(ours, *alone, 1) > 0
         told = re.fullmatch(
-            r" +feeds ([\d.,]+) steps/s of 8 images; baseline resnet8 takes ([\d.,]+) ± 0\.00 "
+            r" +feeds ([\d.,]+) steps/s of 8 images; baseline resnet8 takes ([\d.,]+) ± 0(?:\.00)? "
             r"steps/s, (\d+) % of it",
             feeds,
         )
@@ -190,12 +190,14 @@ def test_growth_is_fitted_judged_and_drawn(tmp_path):
     assert head.split() == "replicas s/step GFLOP GFLOP/s peak GiB outputs GiB".split()
     one, two = ([*map(float, line.split())] for line in (first, second))
     assert [one[0], two[0]] == [1, 2] and min(one[1:]) > 0 and one[2] == two[2]
-    power = np.log2(two[1] / one[1])
-    assert float(re.search(r"time ∝ x\^(-?[\d.]+)", time)[1]) == pytest.approx(power, abs=0.05)
+    # The lines are rounded, the file is not.
+    rows = json.loads((tmp_path / "growth.json").read_text())["replicas"]
+    assert [row[0] for row in rows] == [1, 2]
+    more = rows[1][1] / rows[0][1] - 1
+    power = np.log2(1 + more)
+    assert float(re.search(r"time ∝ x\^(-?[\d.]+)", time)[1]) == pytest.approx(power, abs=0.01)
     assert "memory ∝ x^" in memory
-    more = two[1] / one[1] - 1
-    assert ("holds" if more <= 0.05 else "MISSED") in verdict or abs(more - 0.05) < 0.02
-    assert json.loads((tmp_path / "growth.json").read_text())["replicas"][1][0] == 2
+    assert ("holds" if more <= 0.05 else "MISSED") in verdict
     assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -45,7 +45,7 @@ def wheel(tmp_path_factory):
 @pytest.mark.slow
 def test_the_wheel_holds_the_package_the_recipes_and_the_paper_s_tables(wheel):
     held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    kinds = (".py", ".csv", ".html", ".jinja")
+    kinds = (".py", ".csv", ".html", ".jinja", ".json")
     package = [p for p in (ROOT / "tf_pcl").rglob("*") if p.suffix in kinds]
     want = {p.relative_to(ROOT).as_posix() for p in package}
     want |= {f"tf_pcl/flags/{p.name}" for p in (ROOT / "flags").iterdir()}
