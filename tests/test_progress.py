@@ -49,9 +49,9 @@ def test_the_time_left_is_that_of_steps_and_tests():
     # A test that was not timed yet costs a third of training as many images.
     assert pace.left(100) == pytest.approx(900 * 0.1 + 9 * 0.1)
     pace.test_begins()
-    clock.now += 20  # It is traced, too.
+    clock.now += 20  # It is traced, too, and says nothing of the others.
     pace.test_ends()
-    assert pace.left(100) == pytest.approx(90 + 9 * 20)
+    assert pace.left(100) == pytest.approx(90 + 9 * 0.1)
     for step in range(101, 201):
         clock.now += 0.1
         pace.stepped(step)

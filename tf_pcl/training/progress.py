@@ -66,6 +66,7 @@ class Pace:
         self._began = clock()
         self._next = 0.0
         self._test: Optional[float] = None
+        self._tests = 0
         self._testing: Optional[float] = None
         self._in_tests = 0.0
 
@@ -100,8 +101,10 @@ class Pace:
         took = self._clock() - self._testing
         self._testing = None
         self._in_tests += took
-        # The first one includes tracing.
-        self._test = took if self._test is None else min(self._test, took)
+        # The first one includes tracing, and says nothing of the others.
+        if self._tests:
+            self._test = took if self._test is None else min(self._test, took)
+        self._tests += 1
 
     @property
     def measured(self) -> float:
