@@ -170,7 +170,12 @@ def _remarks(
         for label in dear
         if not any(c.group.label == label and c.at == "equal cost" for c in found)
     ]
-    if without:
+    if without and not any(g.is_baseline for g in section.groups):
+        remarks.append(
+            "There is no baseline among these runs, so it is not known what the methods gain: train "
+            "one with the same settings, and one that costs as much as the dearest method."
+        )
+    elif without:
         remarks.append(
             f"No baseline that costs as much is among these runs for {_listed(without)}, so it is "
             "not known what is left of a gain at equal cost."
