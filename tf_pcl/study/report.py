@@ -172,8 +172,8 @@ def _remarks(
     ]
     if without and not any(g.is_baseline for g in section.groups):
         remarks.append(
-            "There is no baseline among these runs, so it is not known what the methods gain: train "
-            "one with the same settings, and one that costs as much as the dearest method."
+            "There is no baseline among these runs, so it is not known what the methods gain: "
+            "train one with the same settings, and one that costs as much as the dearest method."
         )
     elif without:
         remarks.append(
