@@ -117,10 +117,13 @@ def test_a_grid_goes_on_after_signals_and_shares_a_teacher_bit_for_bit(tmp_path)
         tmp_path / "grid" / f"kd-helpers.{name}-digits-seed0" for name in ("without_norm", "other")
     )
     # The run that a killed command leaves behind ends, and is not in the way of the next command.
-    for signum, sign in ((signal.SIGKILL, "lock"), (signal.SIGINT, "1-teacher/checkpoints")):
+    lock = first / "lock"
+    for signum in (signal.SIGKILL, signal.SIGINT):
+        before = lock.read_text() if lock.exists() else ""
         process = subprocess.Popen(command, **call)
         deadline = time.monotonic() + 120
-        while not (first / sign).exists():
+        # The file names the process that trains.
+        while not lock.exists() or lock.read_text() in ("", before):
             assert time.monotonic() < deadline and process.poll() is None, process.stderr.read()
             time.sleep(0.01)
         process.send_signal(signum)
