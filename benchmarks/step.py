@@ -74,6 +74,12 @@ flags.DEFINE_bool("yardsticks", True, "measure what the machine and the convolut
 flags.DEFINE_bool("profile", False, "say which kinds of operation the time of a step goes to")
 
 
+def set_precision(policy: str) -> None:
+    """Sets a precision policy in this process, which has several; a run has one."""
+    tf.config.optimizer.set_jit(False)
+    strategy.set_precision(policy)
+
+
 class Clock(keras.callbacks.Callback):
     """Measures the seconds of a step, from the first step's end on."""
 
@@ -110,7 +116,7 @@ class Trained:
 
     def __init__(self, case: Case, loaded: data.ImageData, batch_size: int, steps: int):
         began = time.perf_counter()
-        strategy.set_precision(case.precision)
+        set_precision(case.precision)
         stages = stages_of(case, loaded)[: case.stage + 1]
         models: list[Any] = []
         for stage in stages:
@@ -147,7 +153,7 @@ class Trained:
 
     def take_steps(self) -> None:
         """Takes as many steps as a round has, and waits for the last."""
-        strategy.set_precision(self.precision)
+        set_precision(self.precision)
         for _ in range(self.steps):
             logs = self.step(self.batch)
         logs["loss"].numpy()

@@ -99,6 +99,7 @@ class Runner:
 
 def model_of(policy: str) -> Any:
     """Returns tf_pcl's PCL, always with the same weights."""
+    tf.config.optimizer.set_jit(False)  # As in a run of this precision alone.
     strategy.set_precision(policy)
     keras.utils.set_random_seed(0)
     shape = (FLAGS.image_size, FLAGS.image_size, 3)

@@ -69,4 +69,14 @@ def test_only_bfloat16_on_the_cpu_is_compiled(policy, gpus, own, jit, monkeypatc
         assert keras.mixed_precision.global_policy().name == policy
         assert tf.config.optimizer.get_jit() == jit
     finally:
+        tf.config.optimizer.set_jit(False)
         strategy.set_precision("float32")
+
+
+def test_what_the_user_has_asked_of_xla_stays():
+    try:
+        tf.config.optimizer.set_jit("autoclustering")
+        strategy.set_precision("float32")
+        assert tf.config.optimizer.get_jit() == "autoclustering"
+    finally:
+        tf.config.optimizer.set_jit(False)

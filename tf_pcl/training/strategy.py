@@ -52,8 +52,9 @@ def set_precision(policy: str) -> None:
     """
     narrow = policy == "mixed_bfloat16" and let_xla_compile_elementwise()
     keras.mixed_precision.set_global_policy(policy)
-    on_cpu = not tf.config.list_physical_devices("GPU")
-    tf.config.optimizer.set_jit("autoclustering" if narrow and on_cpu else False)
+    # Nothing is turned off here: whoever has asked for XLA elsewhere keeps it.
+    if narrow and not tf.config.list_physical_devices("GPU"):
+        tf.config.optimizer.set_jit("autoclustering")
 
 
 def _compile_first() -> None:
