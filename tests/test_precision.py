@@ -7,6 +7,7 @@ import sys
 import pytest
 import tensorflow as tf
 
+from tf_pcl import networks
 from tf_pcl.compat import keras
 from tf_pcl.training import strategy
 
@@ -80,3 +81,19 @@ def test_what_the_user_has_asked_of_xla_stays():
         assert tf.config.optimizer.get_jit() == "autoclustering"
     finally:
         tf.config.optimizer.set_jit(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("resnet8", ""),
+        ("densenet40_12", "BatchNorm layers (their channels are not a multiple of 16)"),
+        ("applications.MobileNet", "13 depthwise convolutions"),
+    ],
+)
+def test_layers_that_bfloat16_makes_slower_are_named(name, said, monkeypatch):
+    network = networks.build(name, (32, 32, 3), 10)
+    line = strategy.slow_in_bfloat16(network)
+    assert (said in line) if said else not line
+    monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: ["GPU:0"])
+    assert not strategy.slow_in_bfloat16(network)

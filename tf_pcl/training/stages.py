@@ -86,20 +86,27 @@ class Trainer:
         if options.sync_batch_norm:
             self._synchronize(model)
         # What cannot be deployed is to fail here, before the training.
-        model.deployed()
+        deployed = model.deployed()
+        if options.precision == "mixed_bfloat16":
+            self._say(strategies.slow_in_bfloat16(deployed))
         # TensorFlow's seed enters the shuffling of streams, which is to be the same in all stages.
         tf.random.set_seed(options.seed)
         return model
 
     def _synchronize(self, model: Distiller) -> None:
         if self.strategy.num_replicas_in_sync == 1:
-            line = "there is one replica, whose BatchNorm sees all images anyway"
+            self._say(
+                "`sync_batch_norm`: there is one replica, whose BatchNorm sees all images anyway"
+            )
         elif left := surgery.synchronize(model):
-            line = f"{', '.join(left)} still see the images of their own replica alone"
-        else:
-            return
-        if f"`sync_batch_norm`: {line}" not in self.lines:
-            self.lines.append(f"`sync_batch_norm`: {line}")
+            layers = ", ".join(left)
+            self._say(
+                f"`sync_batch_norm`: {layers} still see the images of their own replica alone"
+            )
+
+    def _say(self, line: str) -> None:
+        if line and line not in self.lines:
+            self.lines.append(line)
 
     def build_all(self, stages: Sequence[Stage]) -> list[Distiller]:
         """Builds every stage once, untrained, so that what cannot be built fails at once."""

@@ -5,10 +5,18 @@ from typing import Any, Optional
 
 import tensorflow as tf
 
+from tf_pcl import surgery
 from tf_pcl.compat import keras, let_xla_compile_elementwise, no_lines_of_tensorflow
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.options import Options
 from tf_pcl.training import cluster as clusters
+
+_DEPTHWISE = (
+    keras.layers.DepthwiseConv1D,
+    keras.layers.DepthwiseConv2D,
+    keras.layers.SeparableConv1D,
+    keras.layers.SeparableConv2D,
+)
 
 
 def start(options: Options) -> tf.distribute.Strategy:
@@ -55,6 +63,35 @@ def set_precision(policy: str) -> None:
     # Nothing is turned off here: whoever has asked for XLA elsewhere keeps it.
     if narrow and not tf.config.list_physical_devices("GPU"):
         tf.config.optimizer.set_jit("autoclustering")
+
+
+def slow_in_bfloat16(network: keras.Model) -> str:
+    """Says which layers take longer in bfloat16 than in float32 on the CPU; "" if there are few.
+
+    In bfloat16, BatchNorm is fast for multiples of 16 channels only. For other numbers of channels
+    it takes three to five times as long as in float32. The gradient of a depthwise filter takes up
+    to four times as long.
+
+    Args:
+      network: a built network.
+    """
+    if tf.config.list_physical_devices("GPU") or tf.config.list_physical_devices("TPU"):
+        return ""
+    layers = surgery.graph.leaves(network)
+    norms = [one for one in layers if isinstance(one, keras.layers.BatchNormalization)]
+    odd = [one for one in norms if one.moving_mean.shape[0] % 16]
+    depthwise = [one for one in layers if isinstance(one, _DEPTHWISE)]
+    slow = []
+    if 4 * len(odd) > len(norms):
+        slow.append(f"{len(odd)} BatchNorm layers (their channels are not a multiple of 16)")
+    if depthwise:
+        slow.append(f"{len(depthwise)} depthwise convolutions")
+    if not slow:
+        return ""
+    return (
+        f"`precision=mixed_bfloat16`: on a CPU, {' and '.join(slow)} are slower than in float32; "
+        "try `precision=float32`"
+    )
 
 
 def _compile_first() -> None:
