@@ -2,7 +2,8 @@
 
     python benchmarks/step.py --dataset=image_folder --data_dir=FOLDER --methods=baseline,pcl
 
-It prints a line for every network, precision and method (each of its stages):
+It prints a line for every network, precision and method (each of its stages), with --recompute also
+for a step that computes outputs of layers again:
 
 - the seconds from nothing to the end of the first step;
 - the images/s (augmented views not counted) of the bare step, which takes one batch of real views
@@ -26,6 +27,7 @@ With --profile, a table follows that says which operations the time goes to.
 """
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -71,6 +73,7 @@ flags.DEFINE_integer("rounds", 3, "rounds")
 flags.DEFINE_bool("in_fit", True, "measure within training too")
 flags.DEFINE_bool("memory", True, "measure memory too; on Linux")
 flags.DEFINE_bool("yardsticks", True, "measure what the machine and the convolutions alone do too")
+flags.DEFINE_bool("recompute", False, "measure steps that recompute outputs of layers too")
 flags.DEFINE_bool("profile", False, "say which kinds of operation the time of a step goes to")
 
 
@@ -95,13 +98,17 @@ class Clock(keras.callbacks.Callback):
 
 
 class Case(NamedTuple):
-    """What is measured: one stage of a method, whose number counts from 0."""
+    """What is measured: one stage of a method, whose number counts from 0.
+
+    With `recompute`, its step computes outputs of layers again (`--recompute` of a run).
+    """
 
     network: str
     teacher_network: str
     precision: str
     method: str
     stage: int
+    recompute: bool = False
 
 
 class Trained:
@@ -123,7 +130,7 @@ class Trained:
             models.append(stage.build(models))
         self.model, self.name = models[-1], stages[-1].name
         self.precision, self.batch_size, self.steps = case.precision, batch_size, steps
-        self.model.compile(epochs=300, steps_per_epoch=steps + 1)
+        self.model.compile(epochs=300, steps_per_epoch=steps + 1, recompute=case.recompute)
         self.stream = data.train_batches(loaded, batch_size, 300, views=self.model.num_views)
         self.batch = iter(tf.data.Dataset.from_tensors(next(iter(self.stream))).repeat())
         self.step = self.model.make_train_function()
@@ -133,7 +140,6 @@ class Trained:
             self.step(self.batch)
         self.alone: list[float] = []
         self.in_fit: list[float] = []
-
         self.convolutions: Optional[yardsticks.Convolutions] = None
 
     def take_turn(self, folder: Optional[str]) -> None:
@@ -219,8 +225,9 @@ def measure(network: str, loaded: data.ImageData) -> tuple[dict, dict]:
     for precision in FLAGS.precisions:
         for method in FLAGS.methods:
             first = Case(network, FLAGS.teacher_network, precision, method, 0)
-            for i in range(len(stages_of(first, loaded))):
-                case = first._replace(stage=i)
+            variants = [False, True] if FLAGS.recompute else [False]
+            for i, recompute in itertools.product(range(len(stages_of(first, loaded))), variants):
+                case = first._replace(stage=i, recompute=recompute)
                 trained[case] = Trained(case, loaded, FLAGS.batch_size, FLAGS.steps)
                 if FLAGS.yardsticks:
                     trained[case].add_yardsticks()
@@ -267,7 +274,8 @@ def cells(
     source: tuple,
 ) -> list[str]:
     """Returns what is printed of a case, whose times are compared to those of `base`."""
-    found = [case.network, case.precision, f"{case.method} {one.name}", f"{one.first:.1f} s"]
+    name = " ".join(filter(None, (case.method, one.name, "recompute" * case.recompute)))
+    found = [case.network, case.precision, name, f"{one.first:.1f} s"]
     found.append(spread(FLAGS.batch_size / np.array(one.alone)))
     found.append(f"{np.median(one.alone) / np.median(base.alone):.2f}")
     if machine and one.convolutions:
@@ -300,7 +308,7 @@ def main(argv: list[str]) -> None:
     for network in FLAGS.networks:
         trained, machines = measure(network, loaded)
         for case, one in trained.items():
-            base = trained[case._replace(method=FLAGS.methods[0], stage=0)]
+            base = trained[case._replace(method=FLAGS.methods[0], stage=0, recompute=False)]
             row = cells(case, one, base, machines.get(case.precision), source)
             print(printed(row), flush=True)
         for precision, machine in machines.items():

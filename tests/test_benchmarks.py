@@ -85,6 +85,17 @@ def test_a_line_for_every_stage(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_line_for_a_step_that_recomputes(tmp_path):
+    only = ["--networks=resnet8", "--methods=baseline", "--precisions=float32", "--batch_size=16"]
+    few = ["--steps=2", "--rounds=1", "--noin_fit", "--noyardsticks"]
+    _, plain, recomputing = printed(tmp_path, "step", *only, *few, "--recompute")
+    number = r"\d+\.\d+"
+    rest = rf"{number} s +{number} \({number}–{number}\) +({number}) +{number} GiB"
+    assert float(re.fullmatch(rf"resnet8 +float32 +baseline +{rest}", plain)[1]) == 1.0
+    assert re.fullmatch(rf"resnet8 +float32 +baseline recompute +{rest}", recomputing)
+
+
 def test_all_convolutions_of_a_step_are_computed_alone():
     """Those of called functions and of gradients too, but none that the step does not need."""
     yardsticks, profiles = benchmark("yardsticks"), benchmark("profiles")
