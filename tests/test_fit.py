@@ -495,6 +495,19 @@ def test_optimizers_and_schedules_of_kerass(method, make):
     assert history["loss"][-1] < history["loss"][0]
 
 
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+@pytest.mark.parametrize("optimizer", [None, "adam"])
+def test_the_step_is_traced_once(optimizer, policy, monkeypatch):
+    keras.mixed_precision.set_global_policy(policy)
+    model, traced = tiny("baseline", optimizer), []
+    step = model.train_step
+    monkeypatch.setattr(model, "train_step", lambda data: traced.append(None) or step(data))
+    # A model that is compiled again starts anew, with what can be trained then.
+    model.compile(model.optimizer)
+    model.fit(IMAGES, LABELS, epochs=2, batch_size=25, verbose=0)
+    assert len(traced) == 1
+
+
 @pytest.mark.parametrize("clip", ["clipnorm", "clipvalue", "global_clipnorm"])
 def test_gradients_are_clipped_before_the_papers_sgd(clip):
     w0, gradients = rng.randn(2, 3), 3 * rng.randn(5, 2, 3)

@@ -106,6 +106,21 @@ class Fitting(keras.Model):
         super().compile(optimizer=optimizer, **kwargs)
         self.mean_of = {name: keras.metrics.Mean(name) for name in self.reported}
 
+    def build_optimizer(self) -> None:
+        """Makes the optimizer's variables, unless they are there."""
+        inner = self._inner_optimizer
+        build = getattr(self.optimizer, "build", getattr(inner, "build", None))
+        # An optimizer of Keras's legacy kind makes its variables in the first step alone.
+        if build and not getattr(inner, "_built", False):
+            build(self.trainable_weights)
+
+    def make_train_function(self, force: bool = False) -> Any:
+        """Returns Keras's function of a step, an iterator of batches -> {name: mean}."""
+        # TensorFlow traces a step a second time if the first trace has made variables.
+        with self.distribute_strategy.scope():
+            self.build_optimizer()
+        return super().make_train_function(force)
+
     @property
     def epochs(self) -> int:
         """The length of training in epochs; UserError if nobody has told it."""

@@ -75,7 +75,7 @@ class Trainer:
                 jit_compile=options.jit_compile,
                 recompute=options.recompute,
             )
-            getattr(model.optimizer, "build", model._inner_optimizer.build)(model.trainable_weights)
+            model.build_optimizer()
         if options.optimizer == "lamb" and model.decay_exceptions:
             raise UserError(
                 f"it does not go with `method={options.method}`, some of whose weights have a "
