@@ -8,7 +8,7 @@ from test_report import BASE, make_run
 
 from tf_pcl.options import Options
 from tf_pcl.training import beside, run
-from tf_pcl.training.workdir import Workdir
+from tf_pcl.training.workdir import TEST_FILES, Workdir
 
 NETWORKS = dict(BASE, network="resnet8,resnet14", method="dml")
 
@@ -78,6 +78,20 @@ def test_runs_that_are_not_done_or_of_other_data_or_damaged_are_not_compared(fol
         os.makedirs(folder / name)
         (folder / name / "results.json").write_bytes(damage)
     assert told(folder) is None
+
+
+def test_a_baseline_on_other_test_images_is_not_compared(folder):
+    of = lambda run: folder / run / "data.json"
+    known = lambda run, number: of(run).write_text(
+        json.dumps({**json.loads(of(run).read_text()), TEST_FILES: number})
+    )
+    # A run of an earlier version does not know them.
+    known("b1", "0000000a")
+    assert "b1 (24.10 %)" in told(folder)
+    given = Options(**{**BASE, "method": "pcl", "seed": 1})
+    for number, name in ("0000000a", "b1"), ("0000000b", "a0"):
+        known("mine", number)
+        assert f"{name} (" in beside.gain({"deployed_error": 2.0}, given, Workdir(folder / "mine"))
 
 
 @pytest.mark.slow
