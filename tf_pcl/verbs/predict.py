@@ -23,15 +23,15 @@ def _define_flags() -> None:
 def _predict(rest: list[str]) -> None:
     if len(rest) < 2:
         raise UserError(
-            "give a network (workdir, SavedModel, .tflite or .onnx file) and after it image files, "
-            "folders or patterns"
+            f"{len(rest)} paths were given: give a network (workdir, SavedModel, .tflite or .onnx "
+            "file) and after it image files, folders or patterns"
         )
     compat.import_tensorflow()
     from tf_pcl.deploy import predict, runtimes
 
+    load = runtimes.find(rest[0])
     paths = predict.find(rest[1:])
-    runtime = runtimes.load(rest[0])
-    found = predict.predict(runtime, paths, flags.FLAGS.top_k)
+    found = predict.predict(load(), paths, flags.FLAGS.top_k)
     bad = [*(_as_json if flags.FLAGS.json else _as_table)(found)]
     if bad:
         named = "; ".join(f"{_plain(one.path)}: {one.problem}" for one in bad[:20])
