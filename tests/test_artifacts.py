@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import pytest
 import tensorflow as tf
 from helpers import CLASSES, SHAPE, build, noise, slow_but, without_norm
 from pages import ROOT, blocks, commands, page, rows, section
+from rich.console import Console
+from rich.markdown import Markdown
 
 from tf_pcl import data, networks
 from tf_pcl.data.datasets import Arrays
@@ -299,3 +302,13 @@ def test_each_exit_is_that_of_the_epoch_that_validation_chose(tmp_path):
     os.mkdir(Workdir(path).checkpoints)
     with pytest.raises(UserError, match=f"no checkpoint of epoch {results['exported_epoch']}"):
         finished.network("peer_2", digits)
+
+
+def test_class_names_are_no_markup_in_a_model_card():
+    name = "a<b>&lt; $x$ [y] *z*"
+    rendered = Markdown(model_card._plain(name))
+    shown = io.StringIO()
+    Console(file=shown, width=99).print(rendered)
+    assert shown.getvalue().strip() == name
+    # GitHub shows what is between two dollar signs as mathematics.
+    assert "\\$x\\$" in model_card._plain(name)

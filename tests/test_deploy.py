@@ -24,7 +24,7 @@ from tensorflow import keras
 
 from tf_pcl.data import image_files
 from tf_pcl.data.storage import Arrays, Stream
-from tf_pcl.deploy import corruptions, evaluate, metrics, predict, runtimes
+from tf_pcl.deploy import corruptions, evaluate, figures, metrics, predict, runtimes
 from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.training import export, report
@@ -434,6 +434,13 @@ def test_what_was_measured_before_on_corrupted_images_goes(tmp_path):
         evaluate.write(dataclasses.replace(found, corruptions=errors), str(tmp_path / "out"))
         for suffix in "csv", "png":
             assert (tmp_path / f"out/corruptions.{suffix}").exists() == corrupted
+
+
+@pytest.mark.parametrize("clean, errors", [(50.0, [98.0, 99.0]), (0.0, [0.0, 0.0])])
+def test_the_highest_error_is_seen_whole(clean, errors):
+    (axes,) = figures.corruptions({"blur": errors}, clean).axes
+    low, high = axes.get_ylim()
+    assert low == 0 and high > 1.04 * max(errors)
 
 
 def test_the_folder_of_a_run_has_what_is_its_own(make_folder, tmp_path, monkeypatch):

@@ -242,7 +242,7 @@ def _markdown(chapters: Sequence[_Chapter], warnings: Sequence[str], notes: Sequ
         parts += ["# Notes", _bullets([*(f"WARNING: {w}" for w in warnings), *notes])]
     text = "\n\n".join(part.strip() for part in parts if part) + "\n"
     # What a label or a folder is called is no markup.
-    return re.sub(r"[<*`$\[\]]", r"\\\g<0>", text)
+    return re.sub(r"[<*`$&\[\]]", r"\\\g<0>", text)
 
 
 def _settings(section: Section) -> str:
