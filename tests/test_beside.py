@@ -101,11 +101,13 @@ def test_a_run_says_at_its_end_what_it_gained(tmp_path, monkeypatch, capsys):
     small = dict(dataset="digits", network="helpers:other", epochs=1, batch_size=256)
     out = {}
     for method in ("baseline", "dml"):
-        options = Options(**small, method=method, workdir=str(tmp_path / method))
+        options = Options(**small, method=method, workdir=str(tmp_path / f"a {method}"))
         error = run.run(options)["deployed_error"]
         out[method] = error, capsys.readouterr().out
     (alone, before), (taught, after) = out["baseline"], out["dml"]
+    # It can be copied into a shell.
+    assert f"tensorboard --logdir '{tmp_path / 'a baseline'}'" in before
     assert "than the baseline" not in before and "as good as" not in before
     (line,) = [line for line in after.splitlines() if "the baseline in" in line]
-    assert f"the baseline in {tmp_path / 'baseline'} ({alone:.2f} %)" in line
+    assert f"the baseline in {tmp_path / 'a baseline'} ({alone:.2f} %)" in line
     assert line.startswith(f"{abs(alone - taught):.2f} points") or alone == taught

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
@@ -80,8 +81,8 @@ class Run:
         if len(labels) != self.data.get("test images", len(labels)) or abs(error - wanted) > near:
             return None, (
                 f"{told}it has an error of {error:.2f} % on {len(labels):,} images, and the run "
-                f"one of {wanted:.2f} % on its test images: tf-pcl evaluate {self.path} writes it "
-                "anew"
+                f"one of {wanted:.2f} % on its test images: tf-pcl evaluate "
+                f"{shlex.quote(self.path)} writes it anew"
             )
         return (labels, logits), None
 

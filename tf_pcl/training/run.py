@@ -1,6 +1,7 @@
 """One run, from options to the SavedModel."""
 
 import functools
+import shlex
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -210,7 +211,7 @@ def _train_all(
         report.table(results),
         beside.gain(results, trainer.options, workdir),
         f"SavedModel:   {saved_model}",
-        f"TensorBoard:  tensorboard --logdir {workdir.path}",
+        f"TensorBoard:  tensorboard --logdir {shlex.quote(workdir.path)}",
         f"Results:      {workdir.results}",
         warning,
     ]
