@@ -412,6 +412,18 @@ def test_the_network_is_looked_for_before_the_images_and_loaded_after_them(tmp_p
             VERBS["predict"].run(list(arguments))
 
 
+def test_a_table_has_no_more_columns_than_there_are_classes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photo.png").write_bytes(png(noise(8, 8, 3)))
+    run = lambda images: np.zeros([len(images), 2], np.float32)
+    runtime = runtimes.Runtime(str(tmp_path), [None, 8, 8, 3], 2, run)
+    monkeypatch.setattr(runtimes, "find", lambda path: lambda: runtime)
+    asked = SimpleNamespace(FLAGS=SimpleNamespace(top_k=3, json=False))
+    monkeypatch.setattr(sys.modules["tf_pcl.verbs.predict"], "flags", asked)
+    VERBS["predict"].run(["network", str(tmp_path / "photo.png")])
+    head = capsys.readouterr().out.splitlines()[1]
+    assert head.split()[1::2] == ["file", "class", "next"]
+
+
 def test_threads_do_not_all_trace_the_decoding(photos, tmp_path, monkeypatch, caplog):
     """TensorFlow warns of threads that have waited for the trace of another one."""
     fit = image_files.fit
