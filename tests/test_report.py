@@ -410,6 +410,8 @@ def test_peers_are_alike_below_a_tenth_of_the_error_rate(diversity, error, found
     assert bool(alike(results)) == found
     if found:
         assert "the peers have become alike" in alike(results)
+        # Nothing is less than a tenth of 0.
+        assert ("less than 0.1 times the error rate" in alike(results)) == (error > 0)
 
 
 @pytest.mark.slow

@@ -263,10 +263,12 @@ def alike(results: Mapping[str, Any]) -> Optional[str]:
     diversity = results.get("diversity")
     if diversity is None or diversity > max(ALIKE * rate, _EQUAL):
         return None
+    below = f", less than {ALIKE:g} times the error rate of {rate:.2g}"
     return (
-        f"the peers have become alike: their diversity is {diversity:.2g}, less than {ALIKE:g} "
-        f"times the error rate of {rate:.2g}, so that they can teach each other little. Look at "
-        "diversity in metrics.csv, and try views of their own, an earlier cut or another seed."
+        f"the peers have become alike: their diversity is {diversity:.2g}"
+        f"{below if diversity < ALIKE * rate else ''}, so that they can teach each other little. "
+        "Look at diversity in metrics.csv, and try views of their own, an earlier cut or another "
+        "seed."
     )
 
 
