@@ -26,7 +26,7 @@ from tf_pcl.errors import Stopped, UserError
 from tf_pcl.options import Options
 from tf_pcl.surgery import Target, deployable, with_features
 from tf_pcl.training import run
-from tf_pcl.training.workdir import Workdir, write_json
+from tf_pcl.training.workdir import TEST_FILES, Workdir, write_json
 
 # For Python 3.9 there is no tf2onnx that goes with TensorFlow.
 ONNX = sys.version_info >= (3, 10)
@@ -180,6 +180,11 @@ def test_runs_that_differ_by_the_seed_are_found_beside_a_run(tmp_path):
     )
     assert Finished.of(paths[0]).exit_name("ensemble") == "mean_ensemble"
     assert Finished.of(paths[0]).exit_name("deployed") == "mean_peer_1"
+    # Those on other test images are no siblings.
+    for path, number in zip(paths, ("0000000a", "0000000b", "0000000a")):
+        data = Workdir(path).read_data()
+        write_json(Workdir(path).data, {**data, TEST_FILES: number})
+    assert [one.options.seed for one in Finished.of(paths[0]).siblings()] == [1, 2]
 
 
 def test_the_card_repeats_the_flags_that_were_given():
