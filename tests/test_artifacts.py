@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import io
 import json
 import os
 import re
@@ -14,6 +15,8 @@ import pytest
 import tensorflow as tf
 from helpers import CLASSES, SHAPE, build, noise, slow_but, without_norm
 from pages import ROOT, blocks, commands, page, rows, section
+from rich.console import Console
+from rich.markdown import Markdown
 
 from tf_pcl import data, networks
 from tf_pcl.data.datasets import Arrays
@@ -23,7 +26,7 @@ from tf_pcl.errors import Stopped, UserError
 from tf_pcl.options import Options
 from tf_pcl.surgery import Target, deployable, with_features
 from tf_pcl.training import run
-from tf_pcl.training.workdir import Workdir, write_json
+from tf_pcl.training.workdir import TEST_FILES, Workdir, write_json
 
 # For Python 3.9 there is no tf2onnx that goes with TensorFlow.
 ONNX = sys.version_info >= (3, 10)
@@ -177,6 +180,11 @@ def test_runs_that_differ_by_the_seed_are_found_beside_a_run(tmp_path):
     )
     assert Finished.of(paths[0]).exit_name("ensemble") == "mean_ensemble"
     assert Finished.of(paths[0]).exit_name("deployed") == "mean_peer_1"
+    # Those on other test images are no siblings.
+    for path, number in zip(paths, ("0000000a", "0000000b", "0000000a")):
+        data = Workdir(path).read_data()
+        write_json(Workdir(path).data, {**data, TEST_FILES: number})
+    assert [one.options.seed for one in Finished.of(paths[0]).siblings()] == [1, 2]
 
 
 def test_the_card_repeats_the_flags_that_were_given():
@@ -299,3 +307,13 @@ def test_each_exit_is_that_of_the_epoch_that_validation_chose(tmp_path):
     os.mkdir(Workdir(path).checkpoints)
     with pytest.raises(UserError, match=f"no checkpoint of epoch {results['exported_epoch']}"):
         finished.network("peer_2", digits)
+
+
+def test_class_names_are_no_markup_in_a_model_card():
+    name = "a<b>&lt; $x$ [y] *z*"
+    rendered = Markdown(model_card._plain(name))
+    shown = io.StringIO()
+    Console(file=shown, width=99).print(rendered)
+    assert shown.getvalue().strip() == name
+    # GitHub shows what is between two dollar signs as mathematics.
+    assert "\\$x\\$" in model_card._plain(name)

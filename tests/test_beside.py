@@ -8,7 +8,7 @@ from test_report import BASE, make_run
 
 from tf_pcl.options import Options
 from tf_pcl.training import beside, run
-from tf_pcl.training.workdir import Workdir
+from tf_pcl.training.workdir import TEST_FILES, Workdir
 
 NETWORKS = dict(BASE, network="resnet8,resnet14", method="dml")
 
@@ -80,6 +80,20 @@ def test_runs_that_are_not_done_or_of_other_data_or_damaged_are_not_compared(fol
     assert told(folder) is None
 
 
+def test_a_baseline_on_other_test_images_is_not_compared(folder):
+    of = lambda run: folder / run / "data.json"
+    known = lambda run, number: of(run).write_text(
+        json.dumps({**json.loads(of(run).read_text()), TEST_FILES: number})
+    )
+    # A run of an earlier version does not know them.
+    known("b1", "0000000a")
+    assert "b1 (24.10 %)" in told(folder)
+    given = Options(**{**BASE, "method": "pcl", "seed": 1})
+    for number, name in ("0000000a", "b1"), ("0000000b", "a0"):
+        known("mine", number)
+        assert f"{name} (" in beside.gain({"deployed_error": 2.0}, given, Workdir(folder / "mine"))
+
+
 @pytest.mark.slow
 def test_a_run_says_at_its_end_what_it_gained(tmp_path, monkeypatch, capsys):
     # It asks a fresh process, which other tests do.
@@ -87,11 +101,13 @@ def test_a_run_says_at_its_end_what_it_gained(tmp_path, monkeypatch, capsys):
     small = dict(dataset="digits", network="helpers:other", epochs=1, batch_size=256)
     out = {}
     for method in ("baseline", "dml"):
-        options = Options(**small, method=method, workdir=str(tmp_path / method))
+        options = Options(**small, method=method, workdir=str(tmp_path / f"a {method}"))
         error = run.run(options)["deployed_error"]
         out[method] = error, capsys.readouterr().out
     (alone, before), (taught, after) = out["baseline"], out["dml"]
+    # It can be copied into a shell.
+    assert f"tensorboard --logdir '{tmp_path / 'a baseline'}'" in before
     assert "than the baseline" not in before and "as good as" not in before
     (line,) = [line for line in after.splitlines() if "the baseline in" in line]
-    assert f"the baseline in {tmp_path / 'baseline'} ({alone:.2f} %)" in line
+    assert f"the baseline in {tmp_path / 'a baseline'} ({alone:.2f} %)" in line
     assert line.startswith(f"{abs(alone - taught):.2f} points") or alone == taught

@@ -18,7 +18,7 @@ from tf_pcl.data import augmentations, class_names, datasets, from_tfds, image_f
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.options import Options
 from tf_pcl.training import report
-from tf_pcl.training.workdir import Workdir
+from tf_pcl.training.workdir import TEST_FILES, Workdir
 
 
 def counted(n=50):
@@ -793,6 +793,28 @@ def test_a_run_goes_on_with_the_files_that_it_began_with(streamed, tmp_path):
         workdir.check_data(report.facts_of(again()))
     breaks.touch()
     np.testing.assert_array_equal(images_of(again()), lacking)
+
+
+@pytest.mark.parametrize("limit", [storage.MEMORY_LIMIT, 0])
+def test_test_images_are_known_by_what_their_files_hold(limit, make_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", limit)
+    images = [noise(8, 8, 3, seed=i) for i in range(3)]
+    folder = make_folder(dict.fromkeys(["train", "test"], {"a": images[:1], "b": images[1:]}))
+    number = lambda folder: report.facts_of(of_folder(folder))[TEST_FILES]
+    here = number(folder)
+    moved = shutil.copytree(folder, tmp_path / "elsewhere")
+    assert number(moved) == here
+    # Neither the training images nor the files' names matter, but the classes do.
+    os.rename(moved / "test/b/1.png", moved / "test/b/x.png")
+    shutil.copy(moved / "train/b/0.png", moved / "train/b/1.png")
+    assert number(moved) == here
+    os.rename(moved / "test/b/x.png", moved / "test/a/x.png")
+    assert number(moved) != here
+    workdir = Workdir(str(tmp_path / "run"))
+    facts = report.facts_of(of_folder(folder))
+    workdir.begin(Options(), facts, {})
+    # A run goes on where a test image has broken, which is told elsewhere.
+    workdir.check_data({**facts, TEST_FILES: "0000000a"})
 
 
 def test_a_class_without_a_readable_image_is_refused(make_folder):

@@ -5,9 +5,14 @@ import csv
 import dataclasses
 import io
 import json
+import logging
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,10 +22,15 @@ from pages import ROOT
 from PIL import Image
 from tensorflow import keras
 
+from tf_pcl.data import image_files
 from tf_pcl.data.storage import Arrays, Stream
-from tf_pcl.deploy import corruptions, evaluate, metrics, predict, runtimes
+from tf_pcl.deploy import corruptions, evaluate, figures, metrics, predict, runtimes
 from tf_pcl.errors import UserError
-from tf_pcl.training import export
+from tf_pcl.options import Options
+from tf_pcl.training import export, report
+from tf_pcl.training.workdir import Workdir
+from tf_pcl.verbs import VERBS
+from tf_pcl.verbs import evaluate as verb
 
 LOGITS = (3 * np.random.RandomState(0).randn(200, 7)).astype(np.float32)
 LABELS = np.random.RandomState(1).randint(0, 7, 200)
@@ -383,6 +393,103 @@ def test_bad_files_are_named_and_the_rest_is_done(photos, tmp_path):
         "is a directory",
     ]
     assert (found[2].classes, len(found[2].probabilities)) == (("x",), 1)
+
+
+def test_the_network_is_looked_for_before_the_images_and_loaded_after_them(tmp_path):
+    (tmp_path / "photo.png").write_bytes(png(noise(8, 8, 3)))
+    (tmp_path / "network.tflite").write_bytes(b"")
+    photo, network, absent = (str(tmp_path / n) for n in ("photo.png", "network.tflite", "absent"))
+    for arguments, text in {
+        (): "0 paths were given: give a network",
+        (photo,): "1 paths were given: give a network",
+        (absent, photo): f"the network {absent} is not there",
+        (absent, absent): f"the network {absent} is not there",
+        (photo, photo): f"the form of the network {photo} is not known",
+        (network, absent): rf"no image is found \({absent}\)",
+        (network, photo): f"{network} cannot be loaded",
+    }.items():
+        with pytest.raises(UserError, match=text):
+            VERBS["predict"].run(list(arguments))
+
+
+def test_a_table_has_no_more_columns_than_there_are_classes(tmp_path, monkeypatch, capsys):
+    (tmp_path / "photo.png").write_bytes(png(noise(8, 8, 3)))
+    run = lambda images: np.zeros([len(images), 2], np.float32)
+    runtime = runtimes.Runtime(str(tmp_path), [None, 8, 8, 3], 2, run)
+    monkeypatch.setattr(runtimes, "find", lambda path: lambda: runtime)
+    asked = SimpleNamespace(FLAGS=SimpleNamespace(top_k=3, json=False))
+    monkeypatch.setattr(sys.modules["tf_pcl.verbs.predict"], "flags", asked)
+    VERBS["predict"].run(["network", str(tmp_path / "photo.png")])
+    head = capsys.readouterr().out.splitlines()[1]
+    assert head.split()[1::2] == ["file", "class", "next"]
+
+
+def test_threads_do_not_all_trace_the_decoding(photos, tmp_path, monkeypatch, caplog):
+    """TensorFlow warns of threads that have waited for the trace of another one."""
+    fit = image_files.fit
+    monkeypatch.setattr(image_files, "fit", lambda *given: (time.sleep(0.2), fit(*given))[1])
+    run = lambda images: np.zeros([len(images), 2], np.float32)
+    runtime = runtimes.Runtime(str(tmp_path), [None, 8, 8, 3], 2, run)
+    logging.getLogger("tensorflow").addHandler(caplog.handler)
+    try:
+        assert not any(one.problem for one in predict.predict(runtime, predict.find([str(photos)])))
+    finally:
+        logging.getLogger("tensorflow").removeHandler(caplog.handler)
+    assert "retracing" not in caplog.text
+
+
+def test_what_was_measured_before_on_corrupted_images_goes(tmp_path):
+    runtime = Fixed(tmp_path, NAMES)
+    for corrupted in True, False:
+        found = evaluate.evaluate(runtime, numbered(), worst=1, corruptions=False)
+        errors = {"blur": [1.0] * 5} if corrupted else {}
+        evaluate.write(dataclasses.replace(found, corruptions=errors), str(tmp_path / "out"))
+        for suffix in "csv", "png":
+            assert (tmp_path / f"out/corruptions.{suffix}").exists() == corrupted
+
+
+@pytest.mark.parametrize("clean, errors", [(50.0, [98.0, 99.0]), (0.0, [0.0, 0.0])])
+def test_the_highest_error_is_seen_whole(clean, errors):
+    (axes,) = figures.corruptions({"blur": errors}, clean).axes
+    low, high = axes.get_ylim()
+    assert low == 0 and high > 1.04 * max(errors)
+
+
+def test_the_folder_of_a_run_has_what_is_its_own(make_folder, tmp_path, monkeypatch):
+    """What is known of other networks, or by other images, lies elsewhere."""
+    several = [noise(8, 8, 3, seed=i) for i in range(4)]
+    folder = pathlib.Path(make_folder({"a": {"": several}, "b": {"": several[::-1]}}))
+    other = shutil.copytree(folder, tmp_path / "other" / "test")
+    shutil.copytree(folder, tmp_path / "other" / "train")
+    (other / "a" / "0.png").write_bytes(png(noise(8, 8, 3, seed=9)))
+    asked = SimpleNamespace(split="test", data_dir=None)
+    monkeypatch.setattr(verb, "flags", SimpleNamespace(FLAGS=asked))
+    given = Options(dataset="image_folder", data_dir=str(folder), test_examples=0.5)
+    workdir = Workdir(str(tmp_path / "run"))
+    workdir.begin(given, report.facts_of(verb._load(given)), {})
+    for path in "export/saved_model/1", "export/mean_ensemble/saved_model/1", "1-teacher/export/1":
+        (tmp_path / "run" / path).mkdir(parents=True)
+        (tmp_path / "run" / path / "saved_model.pb").touch()
+    (tmp_path / "run/export/model.tflite").touch()
+    monkeypatch.chdir(tmp_path)
+    written = lambda path, given: verb._beside(
+        path, str(tmp_path / "run"), given, verb._load(given)
+    )
+    for path, to in {
+        "run": "run/evaluation",
+        "run/export": "run/evaluation",
+        "run/export/saved_model/1": "run/evaluation",
+        "run/export/model.tflite": "run/export/evaluation-model.tflite",
+        "run/export/mean_ensemble": "run/export/evaluation-mean_ensemble",
+        "run/1-teacher": "run/evaluation-1-teacher",
+    }.items():
+        assert written(path, given) == to
+    # They are divided already, which a run on an undivided folder need not stop at.
+    others = dataclasses.replace(given, data_dir="other")
+    with pytest.raises(UserError, match="has 8 test images of its own"):
+        verb._load(others)
+    asked.data_dir = "other"
+    assert written("run", others) == "run/evaluation-other"
 
 
 def called(*arguments, cwd):

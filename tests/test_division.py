@@ -214,7 +214,7 @@ def test_splits_of_a_file_of_labels(make_folder, capsys):
         ("", None, "no lines below"),
         ("file,label\nall/0.png\n", None, "line 2 has 1 cells"),
         ("file,label\nall/0.png, \n", None, r"line 2 \(all/0.png\) has no label"),
-        ("file,label\nall/9.png,a\n", None, "names 1 images that are not there, such as all/9"),
+        ("file,label\nall/9.png,a\n", None, "such as all/9.png: give their paths below `data_dir`"),
         ("file,label\n../all/0.png,a\n", None, "not there"),
         ("file,label\nall/0.png,a\nall/0.png,b\n", None, "stands there twice"),
         ("file,label,set\nall/0.png,a,seven\n", None, "of the split 'seven'; splits are train"),

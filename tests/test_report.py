@@ -14,12 +14,15 @@ import sys
 import numpy as np
 import pages
 import pytest
+from rich.console import Console
+from rich.markdown import Markdown
+from scipy.special import softmax
 
 from tf_pcl.errors import UserError
 from tf_pcl.options import Options
-from tf_pcl.study import paper, report, runs, tables
+from tf_pcl.study import comparisons, paper, report, runs, tables
 from tf_pcl.training.report import alike
-from tf_pcl.training.workdir import Workdir, write_json
+from tf_pcl.training.workdir import TEST_FILES, Workdir, write_json
 from tf_pcl.verbs import VERBS
 
 EPOCHS = 12
@@ -160,6 +163,81 @@ def test_other_data_of_the_same_name_are_another_section(folder):
         "digits (photos, 10 classes, 57 test images)",
         "digits (10 classes, 1,000 test images)",
     }
+
+
+def add_facts(run, **facts):
+    path = run / "data.json"
+    write_json(str(path), {**json.loads(path.read_text()), **facts})
+
+
+def test_as_many_other_test_images_are_another_section(folder):
+    """Two folders may have the same classes and as many images, and tell nothing of each other."""
+    for seed in range(3):
+        # Of the runs of one seed, it is not known: they are of earlier versions.
+        add_facts(folder / f"p{seed}", **{TEST_FILES: "0000000a"} if seed else {})
+    assert len(runs.read([str(folder)]).sections) == 1
+    other = make_run(folder / "other", "baseline", 0, 4.0, data_dir="there/photos")
+    add_facts(other, **{TEST_FILES: "0000000b"})
+    found = {section.data: section for section in runs.read([str(folder)]).sections}
+    facts = "10 classes, 1,000 test images, test files"
+    assert {*found} == {
+        f"digits ({facts} 0000000a)",
+        f"digits (there/photos, {facts} 0000000b)",
+        f"digits ({facts} not known)",
+    }
+    last = found[f"digits (there/photos, {facts} 0000000b)"]
+    assert [(group.label, list(group.runs)) for group in last.groups] == [("baseline", [0])]
+
+
+def test_runs_that_were_trained_on_other_images_are_named(folder):
+    for run in folder.glob("[bp]*"):
+        add_facts(run, **{"training images": 200, "means": [99.001]})
+    add_facts(folder / "b1", means=[99.002])  # Rounded on another machine.
+    # What is drawn depends on the seed.
+    for name in "b2", "p2":
+        add_facts(folder / name, means=[98.0])
+    assert not runs.read([str(folder)]).notes
+    for change in {"means": [97.0]}, {"training images": 199}:
+        add_facts(folder / "p0", **change)
+        (note,) = runs.read([str(folder)]).notes
+        assert note.startswith(f"{folder / 'p0'} was trained on other images than {folder / 'b0'}")
+
+
+@pytest.mark.parametrize("damage", ["cut", "other arrays", "other images", "other network"])
+def test_predictions_that_are_not_the_runs_are_named_and_left_out(damage, folder):
+    path = folder / "b1" / "evaluation" / "predictions.npz"
+    with np.load(path) as arrays:
+        labels, logits = arrays["labels"], arrays["logits"]
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:999])
+    elif damage == "other arrays":
+        np.savez(path, labels=labels)
+    elif damage == "other images":
+        np.savez(path, labels=labels[:500], logits=logits[:500])
+    else:
+        np.savez(path, labels=labels, logits=-logits)
+    ((section,), (note,)) = runs.read([str(folder)])
+    assert note.startswith(f"{path} is left out: it ") and "tf-pcl evaluate" in note
+    first, *_ = comparisons.compare(section, dict.fromkeys(g.label for g in section.groups))
+    assert [*first.mcnemar] == [0, 2] and first.seeds.size == 3
+
+
+def test_kept_predictions_may_differ_by_an_image(folder):
+    path = folder / "b1" / "evaluation" / "predictions.npz"
+    with np.load(path) as arrays:
+        labels, logits = arrays["labels"], arrays["logits"]
+    logits[-1] = np.roll(logits[-1], 1)
+    np.savez(path, labels=labels, logits=logits)
+    assert not runs.read([str(folder)]).notes
+
+
+@pytest.mark.parametrize("change", [{"error": None}, {"deployed_error": float("nan")}])
+def test_a_run_whose_errors_are_none_is_left_out(change, folder):
+    path = folder / "b1" / "results.json"
+    write_json(str(path), {**json.loads(path.read_text()), **change})
+    study = runs.read([str(folder)])
+    assert f"{folder / 'b1'} cannot be read and is left out" in "\n".join(study.notes)
+    assert list(study.sections[0].groups[0].runs) == [0, 2]
 
 
 @pytest.mark.parametrize("what", ["nothing", "unfinished", "missing"])
@@ -332,6 +410,8 @@ def test_peers_are_alike_below_a_tenth_of_the_error_rate(diversity, error, found
     assert bool(alike(results)) == found
     if found:
         assert "the peers have become alike" in alike(results)
+        # Nothing is less than a tenth of 0.
+        assert ("less than 0.1 times the error rate" in alike(results)) == (error > 0)
 
 
 @pytest.mark.slow
@@ -437,6 +517,46 @@ def test_the_page_is_whole_in_itself(folder):
     used = set(re.findall(r"var\((--[\w-]+)\)", text))
     assert used and all(text.count(f"{name}:") == 2 for name in used)
     assert "#0101" not in text
+
+
+def test_what_a_label_holds_is_no_markup(folder):
+    label = "pcl (weights=$x_1$<b>[r]*&lt;)"
+    make_run(folder / "odd", "pcl", 0, 4.0, weights=label[len("pcl (weights=") : -1])
+    page, text = written(folder)[:2]
+    assert label in Page(page).charts[0].split("\n")
+    assert label in [row[0] for row in Page(page).tables[0]]
+    shown = io.StringIO()
+    Console(file=shown, width=999).print(Markdown(text))
+    assert label in shown.getvalue()
+
+
+def test_what_is_worse_has_the_colour_of_what_is_worse(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path / f"b{seed}", "baseline", seed, 5.0 + seed / 10)
+        make_run(tmp_path / f"p{seed}", "pcl", seed, 8.0 + seed)
+        make_run(tmp_path / f"q{seed}", "pcl", seed, 2.0 + seed / 5, peers=2)
+    page = written(tmp_path)[0]
+    cells = [*re.findall(r'<td class="([^"]*clear[^"]*)">([^<]*)', page)]
+    assert [("worse" in kind, text) for kind, text in cells] == [
+        (True, "+3.90, more than noise"),
+        (False, "−2.90, more than noise"),
+        (True, "more than noise"),
+        (False, "more than noise"),
+    ]
+
+
+def test_the_calibration_error_is_that_of_evaluate(folder):
+    told = dict(re.findall(r"(baseline|pcl) (\d+\.\d\d) %", written(folder)[0].split("15 bins")[1]))
+    for method in told:
+        each = []
+        for seed in range(3):
+            with np.load(folder / f"{method[0]}{seed}" / "evaluation" / "predictions.npz") as kept:
+                p = softmax(kept["logits"], axis=1)
+                right = p.argmax(1) == kept["labels"]
+            # All are equally sure here.
+            each.append(abs(p.max(1).mean() - right.mean()))
+        assert float(told[method]) == pytest.approx(100 * np.mean(each), abs=0.006)
+    assert len(told) == 2
 
 
 def test_many_groups_have_a_panel_each(tmp_path):

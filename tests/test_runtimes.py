@@ -120,6 +120,10 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypat
     }.items():
         with pytest.raises(UserError, match=text):
             runtimes.load(str(tmp_path / name))
+    # Of several paths on a command line, it is said which one is meant.
+    for name in "c.bin", "empty", "absent":
+        with pytest.raises(UserError, match=f"the network {tmp_path / name} "):
+            runtimes.find(str(tmp_path / name))
     for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, 1:]):
         with pytest.raises(UserError, match="it takes uint8"):
             runtimes.load(saved_model).logits(images)

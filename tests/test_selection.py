@@ -179,8 +179,12 @@ def test_every_stage_exports_its_best_epoch_and_teaches_with_it(tmp_path, monkey
     assert "the best of validation" in report.table(results)
     assert json.loads((tmp_path / "data.json").read_text())["validation images"] == 100
     before = exported(tmp_path)
-    capsys.readouterr()
+    line = "The run was done before, nothing was trained now: test error "
+    assert line not in capsys.readouterr().out
     again = run.run(options)
-    assert capsys.readouterr().out.count(": done\n") == 2
+    told = capsys.readouterr().out
+    assert told.count(": done\n") == 2
+    line += f"{results['deployed_error']:.2f} % (generation_1), results in {tmp_path}/results.json"
+    assert line in told.splitlines()
     assert {**again, "wall_seconds": 0} == {**results, "wall_seconds": 0}
     np.testing.assert_array_equal(exported(tmp_path)[-1], before[-1])

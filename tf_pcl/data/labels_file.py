@@ -166,8 +166,8 @@ def _say(
         raise _refused(
             path,
             f"it names {len(missing):,} images that are not there, such as "
-            f"{', '.join(map(escape, missing[:3]))}: add them, or leave them out with "
-            "`on_bad_image=skip`",
+            f"{', '.join(map(escape, missing[:3]))}: give their paths below `data_dir`, or leave "
+            "them out with `on_bad_image=skip`",
         )
     if not columns:
         what = zip(("file names", "labels", "splits"), chosen)

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import io
 import os
+import pathlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Optional
 
@@ -264,6 +265,10 @@ def write(evaluation: Evaluation, folder: str, about: Optional[dict[str, Any]] =
         if evaluation.corruptions:
             figure = figures.corruptions(evaluation.corruptions, evaluation.summary()["error"])
             figure.savefig(at("corruptions.png"))
+        else:
+            # Those of an evaluation before may be of another network or other data.
+            for name in ("corruptions.csv", "corruptions.png"):
+                pathlib.Path(at(name)).unlink(missing_ok=True)
         whole = {**(about or {}), **evaluation.summary()}
         whole["classes"] = evaluation.of_class()
         if evaluation.corruptions:

@@ -15,6 +15,7 @@ from tf_pcl.options import Options
 from tf_pcl.training import export, report, run
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training import workdir as workdirs
+from tf_pcl.training.beside import same_test
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.workdir import Workdir
 
@@ -154,7 +155,9 @@ class Finished:
                 other = Finished.of(os.path.dirname(flags))
             except UserError:
                 continue
-            if _settings(other) == _settings(self):
+            mine, its = map(_settings, (self, other))
+            data, its_data = (Workdir(run.path).read_data() for run in (self, other))
+            if mine == its and same_test(data, its_data):
                 found.setdefault(other.options.seed, other)
         return [found[seed] for seed in sorted(found)]
 
@@ -168,12 +171,8 @@ def errors_by_exit(runs: Sequence[Finished]) -> dict[str, list[float]]:
     return {name: [one.results["error"][name] for one in runs] for name in runs[0].results["error"]}
 
 
-def _settings(finished: Finished) -> tuple[Any, ...]:
+def _settings(finished: Finished) -> dict[str, str]:
     """Returns what must be the same for two runs to differ by nothing but the seed."""
     leave = {"seed", *finished.options.run_only()}
     flags = finished.options.as_flags()
-    with open(Workdir(finished.path).data, encoding="utf-8") as f:
-        facts = json.load(f)
-    # Means differ where the seed chooses the training images.
-    known = [facts.get(name) for name in ("classes", "image_shape", "test images")]
-    return {name: value for name, value in flags.items() if name not in leave}, known
+    return {name: value for name, value in flags.items() if name not in leave}

@@ -101,4 +101,4 @@ def _command(options: Options) -> str:
 
 def _plain(name: str) -> str:
     """Returns a name as it can stand in a line of Markdown."""
-    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", " ".join(name.split()))
+    return re.sub(r"([\\`*_|<>&$\[\]])", r"\\\1", " ".join(name.split()))

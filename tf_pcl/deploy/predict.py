@@ -118,6 +118,9 @@ def _reader(
         image = image_files.upright(image_files.decode_any(encoded, shape[-1]), turn)
         return image_files.fit(image, shape)
 
+    # Threads that call it for the first time at once would each trace it.
+    decode = decode.get_concrete_function()
+
     def read(path: str) -> tuple[Optional[np.ndarray], Optional[str]]:
         try:
             with open(path, "rb") as f:

@@ -4,6 +4,7 @@
 table FILES.
 """
 
+import functools
 import json
 import os
 import warnings
@@ -236,21 +237,31 @@ def load(path: str) -> Runtime:
     Raises:
       UserError: if nothing is there, its form is not known, or it cannot be loaded.
     """
+    return find(path)()
+
+
+def find(path: str) -> Callable[[], Runtime]:
+    """Returns a function that loads a trained network; arguments and errors as in `load`.
+
+    Whether something of a known form is there is checked at once, without the time that loading
+    takes.
+    """
     path = os.path.expanduser(path)
     forms = f"a workdir, a SavedModel, or a file that ends in {' or '.join(FILES)}"
     if os.path.isdir(path):
         folder = workdirs.saved_model(path)
         if folder is None:
             raise UserError(
-                f"{path} holds no SavedModel: give the workdir of a run that has ended, or {forms}"
+                f"the network {path} holds no SavedModel: give the workdir of a run that has "
+                f"ended, or {forms}"
             )
-        return SavedModel(folder)
+        return functools.partial(SavedModel, folder)
     if not os.path.isfile(path):
-        raise UserError(f"{path} is not there: give {forms}")
+        raise UserError(f"the network {path} is not there: give {forms}")
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in FILES:
-        raise UserError(f"the form of {path} is not known by its suffix: give {forms}")
-    return FILES[suffix](path)
+        raise UserError(f"the form of the network {path} is not known by its suffix: give {forms}")
+    return functools.partial(FILES[suffix], path)
 
 
 def _is_count(number: Any) -> bool:

@@ -33,6 +33,8 @@ _STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": _INK,
+    # A dollar sign in a label is one.
+    "text.parse_math": False,
     "axes.edgecolor": _RULE,
     "axes.labelcolor": _INK,
     "axes.titlesize": 10,
@@ -247,7 +249,7 @@ def _cost(
         s = statistics.summary(list(group.errors().values()))
         color = look[group.label].line["color"]
         axes.errorbar([cost], [s.mean], [s.deviation or 0], fmt="o", color=color, ms=7, capsize=3)
-        if group.is_baseline or len(drawn) <= _TOGETHER:
+        if group.is_baseline:
             axes.annotate(group.label, (cost, s.mean), (8, 5), textcoords="offset points")
     axes.set_xscale("log")
     low, high = min(cost for _, cost in drawn), max(cost for _, cost in drawn)
@@ -269,7 +271,7 @@ def _cost(
 
 
 def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
-    drawn, lines = [], []
+    drawn, lines, found = [], [], []
     for group in section.groups:
         kept = [run.predictions() for run in group.runs.values()]
         pairs = [pair for pair in kept if pair is not None]
@@ -278,6 +280,9 @@ def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
             logits = np.concatenate([pair[1] for pair in pairs])
             drawn.append(group)
             lines.append(metrics.reliability(logits, labels, 10))
+            # As tf-pcl evaluate has it, which knows one seed.
+            each = [metrics.reliability(logits, labels).error() for labels, logits in pairs]
+            found.append(f"{group.label} {100 * np.mean(each):.2f} %")
     if not drawn:
         return None
     figure = Figure((5.2, 4.4))
@@ -292,10 +297,10 @@ def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     axes.set_ylim(0, 1.02)
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")
-    found = ", ".join(f"{g.label} {100 * line.error():.1f} %" for g, line in zip(drawn, lines))
     note = (
         "How often the network is right where it is so sure, all seeds together. On the dotted "
-        f"line it is as often right as it is sure. Expected calibration error: {found}."
+        "line it is as often right as it is sure. Expected calibration error, "
+        f"{metrics.BINS} bins, the mean over seeds: {', '.join(found)}."
     )
     svg = _svg(figure, "Reliability diagram")
     return Chart("Reliability", note, svg, _legend(drawn, look))
@@ -391,7 +396,9 @@ def _svg(figure: Figure, title: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)
     svg = re.sub(r' xmlns(?::\w+)?="[^"]*"', "", svg)
     width = round(96 * figure.get_size_inches()[0])
-    head = rf'<svg role="img" width="{width}" \1><title>{title}</title>'
+    # Narrow screens scroll what would be too small to read.
+    least = f"max-width: max(100%, {0.7 * width:.0f}px)"
+    head = rf'<svg role="img" width="{width}" style="{least}" \1><title>{title}</title>'
     svg = re.sub(r'^<svg [^>]*(viewBox="[^"]*")[^>]*>', head, svg)
     for color, variable in _VARIABLES.items():
         svg = svg.replace(color, variable)

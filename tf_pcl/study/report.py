@@ -2,6 +2,7 @@
 
 import importlib.resources
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -239,7 +240,9 @@ def _markdown(chapters: Sequence[_Chapter], warnings: Sequence[str], notes: Sequ
         parts += c.remarks
     if warnings or notes:
         parts += ["# Notes", _bullets([*(f"WARNING: {w}" for w in warnings), *notes])]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    text = "\n\n".join(part.strip() for part in parts if part) + "\n"
+    # What a label or a folder is called is no markup.
+    return re.sub(r"[<*`$&\[\]]", r"\\\g<0>", text)
 
 
 def _settings(section: Section) -> str:

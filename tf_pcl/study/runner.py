@@ -147,9 +147,10 @@ class _Board:
             disable=not console.is_terminal,
         )
         self._task = self.bar.add_task("")
-        done = len(cells) - len(self.waiting)
-        if done:
-            self.say(f"{done} of {len(cells)} runs are done already")
+        for cell in cells:
+            if results := results_of(cell):
+                error = results["deployed_error"]
+                self.say(f"{cell.title}: done already, test error {error:.2f} %, {cell.path}")
 
     def begin(self, cell: Cell) -> None:
         """Tells that a run begins."""

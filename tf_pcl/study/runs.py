@@ -2,24 +2,35 @@
 
 import collections
 import dataclasses
+import functools
 import json
 import os
+import shlex
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
 from tf_pcl import options
-from tf_pcl.errors import UserError
+from tf_pcl.deploy import metrics
+from tf_pcl.errors import UserError, one_line
 from tf_pcl.methods import BASELINE, METHODS
 from tf_pcl.options import Options
 from tf_pcl.study import paper
 from tf_pcl.training.beside import FACTS, settings_of
 from tf_pcl.training.report import ended
-from tf_pcl.training.workdir import Workdir
+from tf_pcl.training.workdir import TEST_FILES, Workdir
 
+# Points by which the error of kept predictions may be another one than that of the run, or one
+# image: in other batches or on other devices, images may change sides.
+_NEAR = 0.5
+# Levels of 0 to 255 by which rounded means of the same images may differ.
+_MEANS = 0.002
 # What a run is about; a report has a section for each.
 _SUBJECT = ("data", "network")
+# Facts of data.json that tell of the training images.
+_TRAINING = ("training images", "means")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +58,33 @@ class Run:
 
     def predictions(self) -> Optional[tuple[np.ndarray, np.ndarray]]:
         """Returns labels int64 [N] and logits float32 [N, K] of the test images, if kept."""
+        return self._kept[0]
+
+    @property
+    def unusable(self) -> Optional[str]:
+        """Why the predictions that are kept are not the run's, if so."""
+        return self._kept[1]
+
+    @functools.cached_property
+    def _kept(self) -> tuple[Optional[tuple[np.ndarray, np.ndarray]], Optional[str]]:
         path = os.path.join(self.path, "evaluation", "predictions.npz")
         if not os.path.exists(path):
-            return None
-        with np.load(path) as arrays:
-            return arrays["labels"], arrays["logits"]
+            return None, None
+        told = f"{path} is left out: "
+        try:
+            with np.load(path) as arrays:
+                labels, logits = arrays["labels"], arrays["logits"]
+            error = metrics.error(logits, labels)
+        except (OSError, ValueError, KeyError, IndexError, zipfile.BadZipFile) as e:
+            return None, f"{told}it is damaged ({one_line(e)}); tf-pcl evaluate writes it anew"
+        wanted, near = _results(self)["deployed_error"], max(_NEAR, 101 / len(labels))
+        if len(labels) != self.data.get("test images", len(labels)) or abs(error - wanted) > near:
+            return None, (
+                f"{told}it has an error of {error:.2f} % on {len(labels):,} images, and the run "
+                f"one of {wanted:.2f} % on its test images: tf-pcl evaluate "
+                f"{shlex.quote(self.path)} writes it anew"
+            )
+        return (labels, logits), None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +190,7 @@ def read(paths: Iterable[str]) -> Study:
     for path in dict.fromkeys(os.path.realpath(p) for given in paths for p in _workdirs(given)):
         try:
             found.append(_read(path))
-        except (UserError, ValueError, KeyError, TypeError) as e:
+        except (UserError, ValueError, KeyError, TypeError, AttributeError) as e:
             notes.append(f"{path} cannot be read and is left out: {e}")
     if not any(run.done for run in found):
         raise UserError(
@@ -165,7 +198,8 @@ def read(paths: Iterable[str]) -> Study:
             "hold them" + "".join(f"; {note}" for note in [*notes, *map(_unfinished, found)][:3])
         )
     sections = _sections(found, notes)
-    notes += _gaps(sections) + _versions(found)
+    notes += _gaps(sections) + _other_training(sections) + _versions(found)
+    notes += [run.unusable for run in found if run.done and run.unusable]
     return Study(sections, notes)
 
 
@@ -195,6 +229,9 @@ def _read(path: str) -> Run:
             results.setdefault("diversity", last["val_diversity"])
         if not {"deployed", "deployed_error", "epochs", "error"} <= {*results}:
             raise UserError("its results.json is not that of a run")
+        errors = [*results["error"].values(), results["deployed_error"]]
+        if not np.isfinite(errors).all() or results["deployed"] not in results["error"]:
+            raise UserError("the errors in its results.json are not finite, or not those of a run")
     return Run(path, given, results, rows, data)
 
 
@@ -238,22 +275,29 @@ def _sections(found: Sequence[Run], notes: list[str]) -> list[Section]:
 
 def _data_names(found: Sequence[Run]) -> dict[str, str]:
     """Returns {run's path: the name of its data}; the folder is named where data differ."""
-    kinds: dict[str, set] = collections.defaultdict(set)
-    fingerprint = lambda run: json.dumps([run.data.get(name) for name in FACTS])
+    # {data set: {what is known of it: the numbers of its test files}}
+    kinds: dict[str, dict[str, set[Any]]] = collections.defaultdict(dict)
+    like = lambda run: json.dumps([run.data.get(name) for name in FACTS])
     for run in found:
-        kinds[run.options.dataset].add(fingerprint(run))
-    names = {}
+        numbers = kinds[run.options.dataset].setdefault(like(run), set())
+        # Runs of earlier versions do not know them.
+        numbers.update({run.data.get(TEST_FILES)} - {None})
+    names: dict[tuple[str, str, Any], str] = {}
+    kind_of = {}
     for run in found:
-        name = run.options.dataset
-        if len(kinds[name]) > 1:
-            facts = [
-                os.path.basename(os.path.normpath(run.options.data_dir or "")).strip("."),
-                f"{len(run.data.get('classes', []))} classes",
-                f"{run.data.get('test images', 0):,} test images",
-            ]
-            name += f" ({', '.join(filter(None, facts))})"
-        names[run.path] = name
-    return names
+        name, folder = run.options.dataset, os.path.normpath(run.options.data_dir or "")
+        several = len(kinds[name][like(run)]) > 1
+        number = run.data.get(TEST_FILES, "not known") if several else None
+        facts = [
+            (folder if several else os.path.basename(folder)).strip("."),
+            f"{len(run.data.get('classes', []))} classes",
+            f"{run.data.get('test images', 0):,} test images",
+            f"{TEST_FILES} {number}" if several else "",
+        ]
+        differ = several or len(kinds[name]) > 1
+        kind_of[run.path] = kind = name, like(run), number
+        names.setdefault(kind, name + f" ({', '.join(filter(None, facts))})" * differ)
+    return {path: names[kind] for path, kind in kind_of.items()}
 
 
 def _labelled(data: str, network: str, groups: list[Group]) -> Section:
@@ -310,6 +354,27 @@ def _gaps(sections: Sequence[Section]) -> list[str]:
                 notes.append(
                     f"seed{'s' * several} {', '.join(lacking)} of {group.label} "
                     f"{'are' if several else 'is'} missing ({section.data}, {section.network})"
+                )
+    return notes
+
+
+def _other_training(sections: Sequence[Section]) -> list[str]:
+    """Returns a sentence for runs of a section that were trained on other images than its first."""
+    notes = []
+    for section in sections:
+        first: dict[Any, Run] = {}
+        for run in (run for group in section.groups for run in group.runs.values()):
+            drawn = run.options.train_examples, run.options.validation_examples
+            one = first.setdefault((run.options.seed if any(drawn) else None, drawn), run)
+            mine: list[Any]
+            its: list[Any]
+            mine, its = ([r.data.get(name) for name in _TRAINING] for r in (run, one))
+            if None in (*mine, *its):
+                continue
+            if mine[0] != its[0] or np.abs(np.subtract(mine[1], its[1])).max() > _MEANS:
+                notes.append(
+                    f"{run.path} was trained on other images than {one.path} ({section.data}): "
+                    "what they differ by may be due to that"
                 )
     return notes
 

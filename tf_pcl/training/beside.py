@@ -12,7 +12,7 @@ from tf_pcl.methods import BASELINE, METHODS
 from tf_pcl.options import Options
 from tf_pcl.training.assemble import options_of
 from tf_pcl.training.report import ended
-from tf_pcl.training.workdir import Workdir
+from tf_pcl.training.workdir import TEST_FILES, Workdir
 
 # Facts of data.json that do not depend on the seed.
 FACTS = ("classes", "image_shape", "test images")
@@ -37,6 +37,13 @@ def settings_of(given: Options) -> dict[str, str]:
         for name, text in given.as_flags().items()
         if name not in leave and default_texts.get(name) != text
     }
+
+
+def same_test(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Returns whether two data.json tell of the same classes and, as far as known, test images."""
+    # Runs of earlier versions do not know their test files.
+    files = {data[TEST_FILES] for data in (one, other) if TEST_FILES in data}
+    return len(files) < 2 and all(one.get(name) == other.get(name) for name in FACTS)
 
 
 def gain(results: Mapping[str, Any], given: Options, workdir: Workdir) -> Optional[str]:
@@ -81,8 +88,8 @@ def _baselines(given: Options, workdir: Workdir) -> Iterator[tuple[str, dict[str
             if results["method"] != BASELINE:
                 continue
             its = options.from_file(other.flags)
-            same = _common(its) == _common(given) and _facts(other) == _facts(workdir)
-            if same and ended(results, its):
+            same = same_test(other.read_data(), workdir.read_data())
+            if same and _common(its) == _common(given) and ended(results, its):
                 yield other.path, {**results, "deployed_error": float(results["deployed_error"])}
         except (UserError, OSError, ValueError, KeyError, TypeError):
             continue  # It is no run, or none that this version can read.
@@ -93,11 +100,6 @@ def _common(given: Options) -> dict[str, str]:
     own = {"method", *options_of(given.method)}
     settings = {name: text for name, text in settings_of(given).items() if name not in own}
     return {**settings, "network": given.network.split(",")[0]}
-
-
-def _facts(workdir: Workdir) -> list[Any]:
-    data = _json(workdir.data)
-    return [data[name] for name in FACTS]
 
 
 def _json(path: str) -> dict[str, Any]:

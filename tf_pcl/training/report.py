@@ -18,6 +18,7 @@ from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
 from tf_pcl.training.selection import Selection
+from tf_pcl.training.workdir import TEST_FILES
 
 # Peers are alike where their diversity is below this share of the error rate; `alike` says why.
 ALIKE = 0.1
@@ -35,6 +36,7 @@ def facts_of(data: ImageData) -> dict[str, Any]:
         "test images": len(data.test),
         **({} if data.validation is None else {"validation images": len(data.validation)}),
         **({"division": _fingerprint(data)} if data.lists else {}),
+        **_test_files(data),
         # Channel means fingerprint the pixel data. They are rounded, since machines may differ in
         # the last digits.
         "means": [round(float(m), 3) for m in data.mean],
@@ -49,6 +51,15 @@ def _fingerprint(data: ImageData) -> str:
         if part is not None:
             number = zlib.crc32(part.all_labels().astype("<i4").tobytes(), number)
     return f"{number:08x}"
+
+
+def _test_files(data: ImageData) -> dict[str, str]:
+    """Returns a number that tells what the test images' files hold, and their labels, if any."""
+    origin = getattr(data.test, "origin", None)
+    if origin is None:
+        return {}
+    marks = zip(origin.marks, data.test.all_labels().tolist())
+    return {TEST_FILES: f"{zlib.crc32(repr(sorted(marks)).encode()):08x}"}
 
 
 def opening(
@@ -252,10 +263,12 @@ def alike(results: Mapping[str, Any]) -> Optional[str]:
     diversity = results.get("diversity")
     if diversity is None or diversity > max(ALIKE * rate, _EQUAL):
         return None
+    below = f", less than {ALIKE:g} times the error rate of {rate:.2g}"
     return (
-        f"the peers have become alike: their diversity is {diversity:.2g}, less than {ALIKE:g} "
-        f"times the error rate of {rate:.2g}, so that they can teach each other little. Look at "
-        "diversity in metrics.csv, and try views of their own, an earlier cut or another seed."
+        f"the peers have become alike: their diversity is {diversity:.2g}"
+        f"{below if diversity < ALIKE * rate else ''}, so that they can teach each other little. "
+        "Look at diversity in metrics.csv, and try views of their own, an earlier cut or another "
+        "seed."
     )
 
 

@@ -1,6 +1,7 @@
 """One run, from options to the SavedModel."""
 
 import functools
+import shlex
 from collections.abc import Mapping
 from typing import Any, Optional
 
@@ -201,11 +202,16 @@ def _train_all(
             print(warning, flush=True)
     print("Checking the SavedModel in a fresh process …", flush=True)
     export.check(saved_model, deployed, trainer.data.test.first(32))
+    again = (
+        f"The run was done before, nothing was trained now: test error "
+        f"{results['deployed_error']:.2f} % ({results['deployed']}), results in {workdir.results}"
+    )
     lines = [
+        None if trainer.trained else again,
         report.table(results),
         beside.gain(results, trainer.options, workdir),
         f"SavedModel:   {saved_model}",
-        f"TensorBoard:  tensorboard --logdir {workdir.path}",
+        f"TensorBoard:  tensorboard --logdir {shlex.quote(workdir.path)}",
         f"Results:      {workdir.results}",
         warning,
     ]

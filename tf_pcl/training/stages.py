@@ -39,12 +39,14 @@ class Trainer:
       data: the data set.
       strategy: where the training runs.
       lines: what building said, for people: whole lines, each once, in order.
+      trained: the folders of the stages in which `train` found anything to train.
     """
 
     options: Options
     data: datasets.ImageData
     strategy: tf.distribute.Strategy
     lines: list[str] = dataclasses.field(default_factory=list)
+    trained: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -168,7 +170,9 @@ class Trainer:
         record.show_views(next(iter(self._batches(model)))[0])
         every = self.options.checkpoint_steps(model.steps_per_epoch)
         # Several workers are one run.
-        tracked = start < total and not ended and self.strategy.extended.should_save_summary
+        if unfinished := start < total and not ended:
+            self.trained.add(workdir.path)
+        tracked = unfinished and self.strategy.extended.should_save_summary
         asked = [name for name in trackers.TRACKERS if tracked and getattr(self.options, name)]
         tracking = trackers.tracked(asked, workdir, rows, settings)
         with Save(checkpoints, every, start, total, title, of_all) as save, tracking as further:

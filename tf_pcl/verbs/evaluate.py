@@ -13,6 +13,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.verbs.verb import Verb
 
 if TYPE_CHECKING:
+    from tf_pcl.data import ImageData
     from tf_pcl.deploy.evaluate import Evaluation
     from tf_pcl.options import Options
 
@@ -53,14 +54,13 @@ def _evaluate(rest: list[str]) -> None:
         )
     compat.import_tensorflow()
     from tf_pcl.deploy import evaluate, runtimes
-    from tf_pcl.training import run
 
     values = flags.FLAGS
     runtime = runtimes.load(rest[0])
     workdir = _workdir(rest[0])
     of_run = _options_of_run(workdir)
     chosen = _options(of_run, runtime.image_shape)
-    data = run.load_data(chosen)
+    data = _load(chosen)
     found = evaluate.evaluate(
         runtime,
         data,
@@ -70,7 +70,7 @@ def _evaluate(rest: list[str]) -> None:
         seed=values.seed,
         watch=_watch,
     )
-    folder = os.path.expanduser(values.output or _beside(rest[0], workdir, of_run, chosen))
+    folder = os.path.expanduser(values.output or _beside(rest[0], workdir, chosen, data))
     about = {
         "network": runtime.path,
         "form": runtime.kind,
@@ -114,14 +114,34 @@ def _options(of_run: Optional["Options"], shape: tuple[int, ...]) -> "Options":
     return dataclasses.replace(base, **{n: value for n, value in given.items() if value})
 
 
-def _beside(
-    path: str, workdir: Optional[str], of_run: Optional["Options"], chosen: "Options"
-) -> str:
+def _load(chosen: "Options") -> "ImageData":
+    """Loads the data, which need not be divided as the run's were where they are others."""
+    from tf_pcl.training import run
+
+    try:
+        return run.load_data(chosen)
+    except UserError as e:
+        division = ("test_examples", "validation_examples", "train_examples", "labels")
+        if e.parameter not in division or not flags.FLAGS.data_dir:
+            raise
+        undivided: dict[str, Any] = dict.fromkeys([*division, "labels_columns"])
+        return run.load_data(dataclasses.replace(chosen, **undivided))
+
+
+def _beside(path: str, workdir: Optional[str], chosen: "Options", data: "ImageData") -> str:
     """Returns the folder that is written to by default."""
+    from tf_pcl.training import beside, report
+    from tf_pcl.training.workdir import Workdir, saved_model
+
     path = os.path.abspath(os.path.expanduser(path))
-    other = [chosen.dataset] if of_run and chosen.dataset != of_run.dataset else []
+    other = []
+    known = Workdir(workdir).read_data() if workdir else {}
+    if known and not beside.same_test(known, report.facts_of(data)):
+        folder = chosen.data_dir and os.path.basename(os.path.abspath(chosen.data_dir))
+        other += [folder or chosen.dataset]
     other += [flags.FLAGS.split] if flags.FLAGS.split != "test" else []
-    if workdir and os.path.isdir(path):
+    # A run has other networks too, such as those of its earlier stages.
+    if workdir and os.path.isdir(path) and saved_model(path) == saved_model(workdir):
         return os.path.join(os.path.relpath(workdir), "-".join(["evaluation", *other]))
     folder, name = os.path.split(path)
     return os.path.join(os.path.relpath(folder), "-".join(["evaluation", name, *other]))

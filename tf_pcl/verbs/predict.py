@@ -23,16 +23,18 @@ def _define_flags() -> None:
 def _predict(rest: list[str]) -> None:
     if len(rest) < 2:
         raise UserError(
-            "give a network (workdir, SavedModel, .tflite or .onnx file) and after it image files, "
-            "folders or patterns"
+            f"{len(rest)} paths were given: give a network (workdir, SavedModel, .tflite or .onnx "
+            "file) and after it image files, folders or patterns"
         )
     compat.import_tensorflow()
     from tf_pcl.deploy import predict, runtimes
 
+    load = runtimes.find(rest[0])
     paths = predict.find(rest[1:])
-    runtime = runtimes.load(rest[0])
-    found = predict.predict(runtime, paths, flags.FLAGS.top_k)
-    bad = [*(_as_json if flags.FLAGS.json else _as_table)(found)]
+    runtime = load()
+    top_k = min(flags.FLAGS.top_k, len(runtime.classes))
+    found = predict.predict(runtime, paths, top_k)
+    bad = [*(_as_json(found) if flags.FLAGS.json else _as_table(found, top_k))]
     if bad:
         named = "; ".join(f"{_plain(one.path)}: {one.problem}" for one in bad[:20])
         more = f"; and {len(bad) - 20:,} more" if len(bad) > 20 else ""
@@ -58,12 +60,12 @@ def _as_json(found: Iterable["Prediction"]) -> Iterator["Prediction"]:
         print(json.dumps(line), flush=True)
 
 
-def _as_table(found: Iterable["Prediction"]) -> Iterator["Prediction"]:
+def _as_table(found: Iterable["Prediction"], top_k: int) -> Iterator["Prediction"]:
     """Prints a table of the files and yields those that cannot be used."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "class", *["next"] * (flags.FLAGS.top_k - 1))
+    table = Table("file", "class", *["next"] * (top_k - 1))
     for one in found:
         if one.problem is not None:
             yield one
