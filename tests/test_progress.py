@@ -96,6 +96,15 @@ def test_times_for_people():
     assert told == ["0 s", "99 s", "2 min", "99 min", "2.5 h", "47.8 h", "4.6 days"]
 
 
+def test_a_run_adds_up_what_its_time_is_spent_on():
+    clock = Clock()
+    laps = progress.Laps(clock)
+    for what, spent in [("build", 2), ("train", 200), ("export", 3), ("train", 100)]:
+        clock.now += spent
+        laps.end(what)
+    assert str(laps) == "5 min: 2 s to build, 5 min to train, 3 s to export"
+
+
 def fit(console=None, epochs=2, steps=3):
     """Trains the smallest model and returns its Progress."""
     model = tiny_model()

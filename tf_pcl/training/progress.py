@@ -143,6 +143,28 @@ class Pace:
         return (now - began) / (last - first) if last > first and now > began else None
 
 
+class Laps:
+    """Adds up the seconds that a run spends on one thing after another.
+
+    Args:
+      clock: a function that returns seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock, self._began = clock, clock()
+        self._seconds: dict[str, float] = {}
+
+    def end(self, what: str) -> None:
+        """Tells what the time since the last call, or since the beginning, was spent on."""
+        now = self._clock()
+        self._seconds[what] = self._seconds.get(what, 0.0) + now - self._began
+        self._began = now
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{duration(spent)} to {what}" for what, spent in self._seconds.items())
+        return f"{duration(sum(self._seconds.values()))}: {parts}"
+
+
 def duration(seconds: float) -> str:
     """Returns a time for people, such as "95 s", "24 min", "3.4 h"."""
     for unit, size, most in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):

@@ -18,6 +18,7 @@ from tf_pcl.training import beside, export, report, selection, trackers
 from tf_pcl.training import cluster as clusters
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training.assemble import Assembly, method_arguments
+from tf_pcl.training.progress import Laps
 from tf_pcl.training.stages import Trainer
 from tf_pcl.training.workdir import Workdir
 
@@ -38,6 +39,7 @@ def run(options: Options) -> dict[str, Any]:
       UserError: if the options, the data or the workdir cannot be used; nothing is written then.
       Stopped: if a signal, a bad loss or an error ended the run early.
     """
+    laps = Laps()
     _check_names(options)
     trackers.check(options)
     together = clusters.find() if options.strategy == "multi_worker" else None
@@ -46,7 +48,7 @@ def run(options: Options) -> dict[str, Any]:
         versions = report.versions()
         workdir.check_versions(versions)
         strategy = strategies.start(options)
-        return _run(options, workdir, strategy, versions)
+        return _run(options, workdir, strategy, versions, laps)
 
 
 def _run(
@@ -54,6 +56,7 @@ def _run(
     workdir: Workdir,
     strategy: tf.distribute.Strategy,
     versions: Mapping[str, str],
+    laps: Laps,
 ) -> dict[str, Any]:
     """Runs in a folder that has been checked, under a strategy; see `run`."""
     data = load_data(options, workdir.read_images())
@@ -85,7 +88,8 @@ def _run(
         )
         where = f"workdir: {workdir.path}"
         print(opening, *make.lines, *trainer.lines, checked, where, sep="\n", flush=True)
-        results = _train_all(trainer, stages, first, workdir, gflop)
+        laps.end("load and build")
+        results = _train_all(trainer, stages, first, workdir, gflop, laps)
         if reading and (left_out := reading.summary()):
             print(left_out, flush=True)
         return results
@@ -165,7 +169,12 @@ def _data_asked(options: Options) -> dict[str, Any]:
 
 
 def _train_all(
-    trainer: Trainer, stages: list[Stage], first: Distiller, workdir: Workdir, gflop: list[float]
+    trainer: Trainer,
+    stages: list[Stage],
+    first: Distiller,
+    workdir: Workdir,
+    gflop: list[float],
+    laps: Laps,
 ) -> dict[str, Any]:
     """Trains and exports every stage, the first of which is built; returns the last's results.
 
@@ -175,6 +184,7 @@ def _train_all(
       first: the model of the first one.
       workdir: the folder of the run.
       gflop: what a step of each stage costs.
+      laps: takes the time.
     """
     folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(stages[:-1], 1)]
     models, results = [first], {"wall_seconds": 0.0}
@@ -194,14 +204,17 @@ def _train_all(
         title = f"stage {i + 1} of {len(stages)}, {stage.name}" if folders else ""
         later = [cost / gflop[i] for cost in gflop[i + 1 :]]
         results = trainer.train(models[i], folder, describe, title, results["wall_seconds"], later)
+        laps.end(f"train {stage.name}".rstrip())
         spent += gflop[i] * results["steps"]
         export.check_finite(deployed, trainer.data.test.first(32))
         saved_model = export.export(deployed, trainer.data.classes, folder.export)
         warning = report.warning(results, trainer.data)
         if warning and folder is not workdir:
             print(warning, flush=True)
+        laps.end("export")
     print("Checking the SavedModel in a fresh process …", flush=True)
     export.check(saved_model, deployed, trainer.data.test.first(32))
+    laps.end("check the SavedModel")
     again = (
         f"The run was done before, nothing was trained now: test error "
         f"{results['deployed_error']:.2f} % ({results['deployed']}), results in {workdir.results}"
@@ -210,6 +223,7 @@ def _train_all(
         None if trainer.trained else again,
         report.table(results),
         beside.gain(results, trainer.options, workdir),
+        f"Time:         {laps}" if trainer.trained else None,
         f"SavedModel:   {saved_model}",
         f"TensorBoard:  tensorboard --logdir {shlex.quote(workdir.path)}",
         f"Results:      {workdir.results}",
