@@ -35,9 +35,9 @@ def difference(network: keras.Model, copy: keras.Model) -> str:
     for one, other in zip(ours, theirs):
         if isinstance(one, keras.Model) and not has_own_call(one):
             continue  # It is the graph of its layers.
-        held = _held(one, is_of_keras(type(one))), _held(other, is_of_keras(type(one)))
-        for name in sorted({name for names in held for name in names} - usual):
-            if not _alike(*(names.get(name) for names in held)):
+        a, b = (_held(layer, is_of_keras(type(one))) for layer in (one, other))
+        for name in sorted({*a, *b} - usual):
+            if not _alike(a.get(name), b.get(name)):
                 return f"layer {one.name!r} ({type(one).__name__}) has another `{name}`"
     return ""
 
