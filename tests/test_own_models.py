@@ -267,9 +267,24 @@ def test_what_was_trained_on_floats_is_deployed_for_floats():
         expected = model.predict(images, verbose=0)
         assert np.abs(expected - expected[0]).max() > 1e-4
         np.testing.assert_allclose(model.deployed()(images), expected, atol=1e-5)
+    shifted = X.astype("int32") - 128
+    model = methods.Baseline(network())
+    model.compile("sgd", epochs=1, steps_per_epoch=1, run_eagerly=True)
+    model.fit(shifted // 100, Y, verbose=0)
+    expected = model.predict(shifted, verbose=0)
+    np.testing.assert_allclose(model.deployed()(shifted), expected, rtol=1e-4)
     raw = methods.KD(network(), teacher=methods.Baseline(network()).deployed())
     raw.compile("sgd", epochs=1, steps_per_epoch=1, run_eagerly=True)
     for asked in (raw.fit, raw.evaluate):
         with pytest.raises(UserError, match="go from .* and the teacher takes raw ones"):
             asked(images, Y, verbose=0)
-    raw.fit(X.astype("float32"), Y, verbose=0)
+    raw.fit((X // 100).astype("float32"), Y, verbose=0)
+
+
+def test_arrays_without_labels_or_numbers_are_refused():
+    model = methods.Baseline(network())
+    model.compile("sgd", run_eagerly=True)
+    with pytest.raises(UserError, match="`validation_data` has no labels"):
+        model.fit(X, Y, validation_data=X, verbose=0)
+    with pytest.raises(UserError, match="Failed to convert a NumPy array"):
+        model.fit(X.astype(object), Y, verbose=0)

@@ -345,5 +345,9 @@ def _from_graph(error):
 def _from_keras(error):
     """What Keras says, on several lines, of arrays that it cannot take."""
     text = " ".join(str(error).split())
-    known = ("Data cardinality is ambiguous", "Failed to find data adapter")
+    known = (
+        "Data cardinality is ambiguous",
+        "Failed to find data adapter",
+        "Failed to convert a NumPy array",
+    )
     return text[:300] if isinstance(error, ValueError) and text.startswith(known) else None

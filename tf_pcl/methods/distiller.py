@@ -13,6 +13,9 @@ from tf_pcl.errors import UserError
 from tf_pcl.methods import batches
 from tf_pcl.methods.fitting import Fitting
 
+# Types of images that a network of uint8 takes whatever their values.
+_RAW = (tf.uint8, tf.bool)
+
 
 class Exit(NamedTuple):
     """One prediction of a model.
@@ -170,7 +173,7 @@ class Distiller(Fitting):
         """Returns the network to deploy, which shares its weights with this model.
 
         It is a functional keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
-        After a training on images of floats it takes float32.
+        After a training on images of another type it takes float32.
         """
         raise NotImplementedError
 
@@ -251,7 +254,7 @@ class Distiller(Fitting):
         """Takes one optimizer step on a batch and returns {name: mean over the epoch so far}."""
         images, labels, weights = batches.parts(data)
         views = self._taught(batches.as_views(images, self.num_views, self._image_shape))
-        if views.dtype.is_floating:
+        if views.dtype not in _RAW:
             self.preprocess.takes_floats = True  # So will the network that is deployed.
         if self._own_recipe:
             _ = self.epochs, self.steps_per_epoch  # Its schedule scales with them.
@@ -320,7 +323,7 @@ class Distiller(Fitting):
         raw = [
             t for t in self.untrained if t.inputs and not tf.as_dtype(t.inputs[0].dtype).is_floating
         ]
-        return batches.as_whole(images) if raw and images.dtype.is_floating else images
+        return batches.as_whole(images) if raw and images.dtype not in _RAW else images
 
     def _regularization(self) -> dict[str, tf.Tensor]:
         """Returns the penalties that layers have of their own, but for those of teachers."""

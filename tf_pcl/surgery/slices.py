@@ -110,7 +110,7 @@ def deployable(preprocess: keras.layers.Layer, *parts: keras.Model) -> keras.Mod
 
 
 def raw_images(preprocess: keras.layers.Layer, first: keras.Model) -> Any:
-    """Returns the input of a deployed network, uint8 or, if it was trained on floats, float32.
+    """Returns a deployed network's input, uint8 or, if it was trained on another type, float32.
 
     Args:
       preprocess: the layer in front of it.
