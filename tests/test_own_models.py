@@ -105,6 +105,7 @@ def test_copies_of_kerass_own_layers_are_what_they_were_made_of():
     one = networks.resnet8((8, 8, 3), 4)
     one.compile("sgd", "mse")
     assert not twins.difference(one, type(one).from_config(one.get_config()))
+    pcl(network(bias_initializer=tf.constant_initializer(0)))
 
 
 @pytest.mark.parametrize("end", [None, "softmax"])

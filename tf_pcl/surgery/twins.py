@@ -87,8 +87,9 @@ def _parts(value: Any) -> Optional[dict]:
     if not hasattr(value, "__dict__"):
         return None
     name = type(value).__qualname__
-    if is_of_keras(type(value)) and hasattr(value, "get_config"):
-        # Keras has several classes of one name, which keep their arguments in different ways.
+    tensorflows = type(value).__module__.startswith("tensorflow.")
+    if (tensorflows or is_of_keras(type(value))) and hasattr(value, "get_config"):
+        # TensorFlow's initializers become Keras's of the same name.
         config = value.get_config()
         return {"class": name, **{k: v for k, v in config.items() if "seed" not in k}}
     return {"class": f"{type(value).__module__}.{name}", **_held(value, True)}
