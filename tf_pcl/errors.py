@@ -79,6 +79,8 @@ def choose(what: str, name: Any, allowed: Collection[str], parameter: Optional[s
 
 def one_line(error: BaseException) -> str:
     """Returns an exception's type and text on one line of at most 300 characters."""
-    text = " ".join(str(error).split())
+    # Where AutoGraph has been, it lists the lines of code on the way.
+    text = re.sub(r'in user code:|File "[^"\n]*", line \d+, in .*\n.*\n', "", str(error))
     name = type(error).__name__
+    text = " ".join(text.split()).removeprefix(f"{name}: ")
     return f"{name}: {text[:300]}{'…' if len(text) > 300 else ''}" if text else name

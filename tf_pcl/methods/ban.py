@@ -14,9 +14,11 @@ The parent sees the child's view, in inference mode, which the paper leaves open
 
 import tensorflow as tf
 
+from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit, Stage
+from tf_pcl.methods.peers import check_ends
 from tf_pcl.surgery import Target, deployable, with_logits
 
 
@@ -38,10 +40,13 @@ class BAN(Distiller):
         super().__init__(preprocess)
         self.temperature = temperature
         self.network = with_logits(Target.of(network).new())
+        if isinstance(ancestors, keras.Model):
+            raise UserError("`ancestors` is one network: give a list, the oldest first")
         self.ancestors = [with_logits(one) for one in ancestors]
         *self.ancestor_names, self.deployed_exit = [
             f"generation_{k}" for k in range(len(ancestors) + 1)
         ]
+        check_ends(self.network, dict(zip(self.ancestor_names, self.ancestors)))
         self.exits = (
             self.deployed_exit,
             *self.ancestor_names,
@@ -76,9 +81,7 @@ class BAN(Distiller):
 
     def students(self, views, training):
         return {
-            self.deployed_exit: Exit(
-                **self.network(self.preprocess(views[:, 0]), training=training)
-            )
+            self.deployed_exit: Exit(**self.network(self.seen(views, training), training=training))
         }
 
     def teachers(self, views, training):

@@ -25,9 +25,7 @@ class Baseline(Distiller):
 
     def students(self, views, training):
         return {
-            self.deployed_exit: Exit(
-                **self.network(self.preprocess(views[:, 0]), training=training)
-            )
+            self.deployed_exit: Exit(**self.network(self.seen(views, training), training=training))
         }
 
     def loss_terms(self, labels, student, teacher):

@@ -106,6 +106,20 @@ def as_images(images: tf.Tensor, image_shape: Optional[tuple] = None) -> tf.Tens
     return _of_size(images, [None, *(image_shape or [None] * 3)], image_shape)
 
 
+def as_whole(images: tf.Tensor) -> tf.Tensor:
+    """Returns images whose values a network of raw images, uint8, can take as they are.
+
+    Raises:
+      UserError: if a value known now is a fraction or not in 0–255.
+    """
+    low, high = tf.reduce_min(images), tf.reduce_max(images)
+    whole = tf.reduce_all(images == tf.round(images))
+    right = tf.logical_and(tf.logical_and(low >= 0, high <= 255), whole)
+    text = "and the teacher takes raw ones, whole numbers from 0 to 255: give it and the student"
+    check = demand(right, "the images go from", low, "to", high, text, "the same images")
+    return after([check], images)
+
+
 def _hint(images, count):
     if images.shape.rank == 3:
         return ": batch the data set"
@@ -331,5 +345,9 @@ def _from_graph(error):
 def _from_keras(error):
     """What Keras says, on several lines, of arrays that it cannot take."""
     text = " ".join(str(error).split())
-    known = ("Data cardinality is ambiguous", "Failed to find data adapter")
+    known = (
+        "Data cardinality is ambiguous",
+        "Failed to find data adapter",
+        "Failed to convert a NumPy array",
+    )
     return text[:300] if isinstance(error, ValueError) and text.startswith(known) else None

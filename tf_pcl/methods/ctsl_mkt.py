@@ -38,7 +38,7 @@ from tf_pcl.losses import (
 )
 from tf_pcl.methods.baseline import Baseline
 from tf_pcl.methods.distiller import Distiller, Exit, Stage
-from tf_pcl.methods.peers import check_peers, peer_names
+from tf_pcl.methods.peers import check_ends, check_peers, peer_names
 from tf_pcl.surgery import Target, deployable, proof, with_features
 
 
@@ -83,6 +83,7 @@ class CTSLMKT(Distiller):
         # trained by this process or read from a checkpoint.
         self.networks = {name: with_features(target.copy()) for name, target in targets.items()}
         self.peer_exits = list(self.networks)
+        check_ends(self.networks["peer_1"], self.networks)
         self.alone = {name: with_features(one) for name, one in trained.items()}
         self.exits = (*self.networks, *(f"alone_{name}" for name in self.alone))
 
@@ -123,14 +124,14 @@ class CTSLMKT(Distiller):
         return list(self.alone.values())
 
     def students(self, views, training):
-        images = self.preprocess(views[:, 0])
+        images = self.seen(views, training)
         return {
             name: Exit(**network(images, training=training))
             for name, network in self.networks.items()
         }
 
     def teachers(self, views, training):
-        images = self.preprocess(views[:, 0])
+        images = self.seen(views, training)
         return {
             f"alone_{name}": Exit(**network(images, training=False))
             for name, network in self.alone.items()

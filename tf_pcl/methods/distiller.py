@@ -7,11 +7,14 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
-from tf_pcl import losses, schedules, surgery
+from tf_pcl import compat, losses, schedules, surgery
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.methods import batches
 from tf_pcl.methods.fitting import Fitting
+
+# Types of images that a network of uint8 takes whatever their values.
+_RAW = (tf.uint8, tf.bool)
 
 
 class Exit(NamedTuple):
@@ -88,10 +91,7 @@ class Distiller(Fitting):
         # add up the workers' values.
         self.distribute_reduction_method = "first"
         self._takes_raw = preprocess is None
-        # No preprocessing given: only cast to float32.
-        self.preprocess = preprocess or keras.layers.Activation(
-            "linear", dtype="float32", name="as_they_are"
-        )
+        self.preprocess = _layer(preprocess)
         self.step = tf.Variable(
             0,
             dtype=tf.int64,
@@ -173,6 +173,7 @@ class Distiller(Fitting):
         """Returns the network to deploy, which shares its weights with this model.
 
         It is a functional keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
+        After a training on images of another type it takes float32.
         """
         raise NotImplementedError
 
@@ -196,6 +197,10 @@ class Distiller(Fitting):
         )
 
     # What methods use.
+
+    def seen(self, views: tf.Tensor, training: bool) -> tf.Tensor:
+        """Returns what a method of one view has its networks see, float32 [B, H, W, C]."""
+        return surgery.prepared(self.preprocess, views[:, 0], training)
 
     @property
     def fractional_epoch(self) -> tf.Tensor:
@@ -228,10 +233,29 @@ class Distiller(Fitting):
 
     # The steps.
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Configures training; see Fitting.
+
+        Raises:
+          UserError: as there, and if a weight that is to be trained is a teacher's, too.
+        """
+        frozen = {id(w): model for model in self.untrained for w in model.weights}
+        for layer in self.layers:
+            for weight in layer.trainable_weights if layer.built else ():
+                if id(weight) in frozen and not any(layer is one for one in self.untrained):
+                    raise UserError(
+                        f"the weight {weight.name!r} of {layer.name!r} would not be trained, since "
+                        f"the teacher {frozen[id(weight)].name!r} has it too: give each a network "
+                        "of its own, and a preprocessing without weights that are trained"
+                    )
+        super().compile(*args, **kwargs)
+
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Takes one optimizer step on a batch and returns {name: mean over the epoch so far}."""
         images, labels, weights = batches.parts(data)
-        views = batches.as_views(images, self.num_views, self._image_shape)
+        views = self._taught(batches.as_views(images, self.num_views, self._image_shape))
+        if views.dtype not in _RAW:
+            self.preprocess.takes_floats = True  # So will the network that is deployed.
         if self._own_recipe:
             _ = self.epochs, self.steps_per_epoch  # Its schedule scales with them.
         teacher = self.teachers(views, True)
@@ -262,7 +286,8 @@ class Distiller(Fitting):
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Measures all exits on a batch and returns {name: mean over the images so far}."""
         images, labels, weights = batches.parts(data)
-        exits = self.all_exits(batches.as_images(images, self._image_shape))
+        images = self._taught(batches.as_images(images, self._image_shape))
+        exits = self.all_exits(images)
         labels = batches.as_labels(labels, _classes(exits))
         weights = batches.as_weights(weights, labels)
         loss = losses.cross_entropies(labels, exits[self.deployed_exit].logits)
@@ -292,6 +317,13 @@ class Distiller(Fitting):
     def metrics(self) -> list[keras.metrics.Metric]:
         """The means of what is reported, which Keras resets at the start of each epoch."""
         return list(self.mean_of.values()) if hasattr(self, "mean_of") else []
+
+    def _taught(self, images: tf.Tensor) -> tf.Tensor:
+        """Returns images that all teachers can take: none is cut to integers."""
+        raw = [
+            t for t in self.untrained if t.inputs and not tf.as_dtype(t.inputs[0].dtype).is_floating
+        ]
+        return batches.as_whole(images) if raw and images.dtype not in _RAW else images
 
     def _regularization(self) -> dict[str, tf.Tensor]:
         """Returns the penalties that layers have of their own, but for those of teachers."""
@@ -327,6 +359,25 @@ class Distiller(Fitting):
             count = None if value.shape.rank else tf.shape(labels)[0]
             self.mean_of[name].update_state(value, sample_weight=count)
         return {name: self.mean_of[name].result() for name in values}
+
+
+def _layer(preprocess: Any) -> keras.layers.Layer:
+    """Returns a layer in front of the networks; a function gets images as float32."""
+    if preprocess is None:  # They are only cast.
+        return keras.layers.Activation("linear", dtype="float32", name="as_they_are")
+    if isinstance(preprocess, keras.layers.Layer):
+        return preprocess
+    if foreign := compat.foreign_keras(preprocess):
+        raise UserError(foreign)
+    if not callable(preprocess):
+        raise UserError(
+            "give a keras layer, such as networks.standardise(mean, std)",
+            parameter="preprocess",
+            value=str(preprocess)[:60],
+        )
+    return keras.layers.Lambda(
+        lambda images: preprocess(tf.cast(images, tf.float32)), name="preprocess"
+    )
 
 
 def _classes(exits: Mapping[str, Exit]) -> int:

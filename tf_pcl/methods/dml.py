@@ -14,7 +14,7 @@ forward pass.
 
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
-from tf_pcl.methods.peers import whole_networks
+from tf_pcl.methods.peers import check_ends, whole_networks
 from tf_pcl.surgery import deployable, with_logits
 
 
@@ -40,9 +40,10 @@ class DML(Distiller):
             name: with_logits(one) for name, one in whole_networks(network, peers).items()
         }
         self.exits = self.peer_exits = list(self.networks)
+        check_ends(self.networks["peer_1"], self.networks)
 
     def students(self, views, training):
-        images = self.preprocess(views[:, 0])
+        images = self.seen(views, training)
         return {
             name: Exit(**network(images, training=training))
             for name, network in self.networks.items()

@@ -141,6 +141,8 @@ class Fitting(keras.Model):
         """
         given = _bound(super().fit, x, y, *args, **kwargs)
         given["callbacks"] = self._callbacks(given)
+        if hasattr(given.get("validation_data"), "shape"):
+            raise UserError("`validation_data` has no labels: give (images, labels)")
         weights = given.pop("class_weight", None)
         if weights is not None:
             self._class_weights = batches.as_class_weights(weights, self._ends[1])

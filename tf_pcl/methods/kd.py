@@ -16,6 +16,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.baseline import Baseline
 from tf_pcl.methods.distiller import Distiller, Exit, Stage
+from tf_pcl.methods.peers import check_ends
 from tf_pcl.surgery import Target, deployable, with_logits
 
 
@@ -40,19 +41,7 @@ class KD(Distiller):
         self.temperature = temperature
         self.network = with_logits(Target.of(network).new())
         self.teacher = with_logits(teacher)
-        ends = [
-            (model.input_shape[1:], classes)
-            for model, classes in (
-                (model, model.output_shape["logits"][-1]) for model in (self.teacher, self.network)
-            )
-        ]
-        if ends[0] != ends[1]:
-            (taught, of), (given, asked) = ends
-            raise UserError(
-                f"`teacher` gives {of} classes for images {taught}, where {asked} classes for "
-                f"images {given} are asked: take a teacher that was trained on this data set at "
-                "this size"
-            )
+        check_ends(self.network, {"`teacher`": self.teacher})
 
     @classmethod
     def stages(cls, make, network, teacher=None, teacher_network=None, **arguments):
@@ -95,7 +84,7 @@ class KD(Distiller):
         return [self.teacher]
 
     def students(self, views, training):
-        return {"student": Exit(**self.network(self.preprocess(views[:, 0]), training=training))}
+        return {"student": Exit(**self.network(self.seen(views, training), training=training))}
 
     def teachers(self, views, training):
         return {"teacher": Exit(**self.teacher(views[:, 0], training=False))}

@@ -39,7 +39,7 @@ from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
 from tf_pcl.methods.peers import Peers, peer_names
 from tf_pcl.surgery import Target
-from tf_pcl.surgery.slices import with_logits_output
+from tf_pcl.surgery.slices import raw_images, renamed, with_logits_output
 
 
 class PCL(Distiller):
@@ -224,8 +224,9 @@ class Collaborators(Peers):
 
     def joint(self):
         """Returns all peers with the ensemble classifier (PCL-E), from raw images to z_e."""
-        images = keras.Input(self.trunk.input_shape[1:], dtype=tf.uint8, name="images")
-        low = self.trunk(self.preprocess(images))
+        images = raw_images(self.preprocess, self.trunk)
+        taken = ["images", "logits", self.trunk.name, *(branch.name for branch in self.branches)]
+        low = self.trunk(renamed(self.preprocess, taken, images)(images))
         return with_logits_output(
             images, self.joint_logits([Exit(**branch(low)) for branch in self.branches])
         )

@@ -1,6 +1,6 @@
 """Peers: branches on a shared trunk, or whole networks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 import tensorflow as tf
@@ -8,7 +8,7 @@ import tensorflow as tf
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.methods.distiller import Exit
-from tf_pcl.surgery import Target, deployable, proof, slice_at, with_features
+from tf_pcl.surgery import Target, deployable, prepared, proof, slice_at, with_features
 from tf_pcl.surgery.cuts import Cut, find_cut
 from tf_pcl.surgery.described import described
 from tf_pcl.surgery.target import start_apart
@@ -64,6 +64,8 @@ class Peers(keras.Model):
                 start_apart(branches, branch)
             else:
                 self.trunk = trunk
+                # Called once, so that it has its weights, if any, before somebody pairs them.
+                preprocess(keras.Input(trunk.input_shape[1:], dtype=tf.uint8))
             # Keras wants different names for models that meet in one, as in an ensemble.
             numbered = f"branch_{len(branches) + 1}"
             branches.append(keras.Model(branch.input, branch.output, name=numbered))
@@ -78,12 +80,13 @@ class Peers(keras.Model):
         """Returns the trunk's output [B, …] for each of the v views."""
         if self.trunk_batch == "apart":
             return [
-                self.trunk(self.preprocess(view), training=training)
+                self.trunk(prepared(self.preprocess, view, training), training=training)
                 for view in tf.unstack(views, axis=1)
             ]
         # One batch of v·B images, which share the statistics of the trunk's BatchNorm.
         images = tf.reshape(tf.transpose(views, [1, 0, 2, 3, 4]), [-1, *views.shape[2:]])
-        return tf.split(self.trunk(self.preprocess(images), training=training), views.shape[1])
+        images = prepared(self.preprocess, images, training)
+        return tf.split(self.trunk(images, training=training), views.shape[1])
 
     def high(self, low: list, training: bool = False) -> dict:
         """Returns {name: Exit} of the branches: peer j takes low[j], or all take the one."""
@@ -115,7 +118,10 @@ def _prove(network, whole, trunk, branch, training, known):
         return {key: outputs[key] for key in branch.output}
 
     what = f"network {network.name!r}, cut after {trunk.output_names[0]!r},"
-    proof.same(network, joined, what, reference=reference, training=training, known=known)
+    parts = [whole], [trunk, branch]
+    proof.same(
+        network, joined, what, reference=reference, parts=parts, training=training, known=known
+    )
 
 
 def target_of(networks: Any) -> list:
@@ -150,6 +156,24 @@ def whole_networks(networks: Any, peers: Optional[int] = None) -> dict:
         made[name] = one
     proof.apart(made.values())
     return made
+
+
+def check_ends(network: keras.Model, others: Mapping[str, keras.Model]) -> None:
+    """Raises UserError if networks are for other images or classes than the one to deploy.
+
+    Args:
+      network: the one to deploy.
+      others: {what it is in a sentence: the network}. All give {"logits": …}.
+    """
+    ends = lambda model: (model.input_shape[1:], model.output_shape["logits"][-1])
+    given, asked = ends(network)
+    for name, other in others.items():
+        taught, of = ends(other)
+        if of != asked or not tf.TensorShape(taught).is_compatible_with(given):
+            raise UserError(
+                f"{name} gives {of} classes for images {taught}, where {asked} classes for "
+                f"images {given} are asked: take one for the same classes and images of this size"
+            )
 
 
 def check_peers(several: Sequence, peers: Optional[int]) -> None:

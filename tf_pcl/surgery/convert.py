@@ -42,6 +42,8 @@ def functional(
         )
     network = _with_inputs(network, input_shape)
     _check_ends(network, integers)
+    if network.output is not network.outputs[0]:  # One tensor in a dict or a list.
+        network = keras.Model(network.inputs, network.outputs[0], name=network.name)
     given = tuple(network.inputs[0].shape[1:])
     if input_shape and any(g not in (None, a) for g, a in zip(given, input_shape)):
         raise UserError(
@@ -103,6 +105,8 @@ def _traced(network, images, whole):
     if lost or len(graph.weights) != len(network.weights):
         raise ValueError(f"it holds weights outside of its layers ({', '.join(sorted(lost))})")
     proof.same(whole, graph, "the graph of its layers")
+    if not proof.draws_alike(whole, graph):
+        raise ValueError("it draws random numbers in training alone")
     return graph
 
 

@@ -106,8 +106,8 @@ def _one(network):
 
 
 def _has_logits(network):
-    output = getattr(network, "output", None)
-    return isinstance(output, dict) and "logits" in output
+    """Says whether a network has these outputs by this module, and not by its author."""
+    return getattr(network, "logits_are_proven", False)
 
 
 def _made(network, classifier, wanted, proven=None):
@@ -119,6 +119,7 @@ def _made(network, classifier, wanted, proven=None):
     text = None if proven is None else described(network)
     known = (proven, ("features", text)) if text else None
     _prove(network, made, classifier.normalised, training=rebuilt, known=known)
+    made.logits_are_proven = True
     return made
 
 
@@ -142,6 +143,7 @@ def _prove(network, made, normalised="", training=False, known=None):
         answer,
         what,
         reference=reference,
+        parts=([network], [made]),
         training=training,
         tolerance=tolerance,
         known=known,
@@ -217,9 +219,13 @@ class WithoutActivation(layers.Layer):
     def call(self, x):
         activation, self.layer.activation = self.layer.activation, None
         try:
-            return self.layer.call(tf.cast(x, self.compute_dtype))
+            linear = self.layer.call(tf.cast(x, self.compute_dtype))
         finally:
             self.layer.activation = activation
+        if self.layer.activity_regularizer:
+            # Keras adds this penalty where it calls the layer, which nobody does here.
+            self.layer._handle_activity_regularization(x, activation(linear))
+        return linear
 
 
 def _with_classifier(network) -> tuple:
@@ -252,6 +258,8 @@ def _opened(network) -> Optional[keras.Model]:
         if len(opened.weights) != len(network.weights):
             return None
         proof.same(network, opened, "the network with its last layer opened")
+        if not proof.draws_alike(network, opened):
+            return None
     except Exception:  # Whatever the layer's code raises on a symbolic input.
         return None
     return opened
@@ -417,6 +425,7 @@ def _by_values(network):
         x = layers.Activation("linear", dtype="float32", name=name)(x)
     made = keras.Model(network.input, {"logits": x}, name=network.name)
     _prove(network, made, "softmax" if kind == "probabilities" else "")
+    made.logits_are_proven = True
     return made
 
 

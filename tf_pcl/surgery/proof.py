@@ -22,11 +22,13 @@ TOLERANCE = 1e-3  # Of the largest output; convolutions may sum in another order
 class Run(NamedTuple):
     """What one pass of a model leaves.
 
-    outputs: arrays. changes: one array for each state variable, its change. gradients: for each
-    trainable weight, whether the sum of the squared outputs has a gradient to it.
+    outputs: arrays. penalty: the sum of the losses that layers have of their own. changes: one
+    array for each state variable, its change. gradients: for each trainable weight, whether the sum
+    of the squared outputs has a gradient to it.
     """
 
     outputs: list
+    penalty: np.ndarray
     changes: list
     gradients: Optional[list]
 
@@ -49,11 +51,14 @@ def states(model: keras.Model) -> list:
     return list({id(v): v for v in found}.values())
 
 
-def run(model: Callable, images, training: bool, state: list, weights: list, seed=None) -> Run:
+def run(
+    model: Callable, parts: Iterable, images, training: bool, state: list, weights: list, seed=None
+) -> Run:
     """Runs a model once on `images` and puts `state` back as it was.
 
     Args:
       model: a function (images, training=…) that returns tensors in any structure.
+      parts: the keras.Models whose losses count, all of which it calls.
       state: the variables that the pass may change.
       weights: the weights that gradients are asked for, in training.
       seed: TensorFlow's global seed for this run; afterwards the seed depends on Python's.
@@ -67,10 +72,12 @@ def run(model: Callable, images, training: bool, state: list, weights: list, see
             made = tf.nest.flatten(model(images, training=training))
             outputs = [tf.cast(t, tf.float32) for t in made]
             total = tf.add_n([tf.reduce_sum(tf.square(t)) for t in outputs])
-        return outputs, tape.gradient(total, weights) if training else None
+        losses = [tf.reduce_sum(tf.cast(x, tf.float32)) for part in parts for x in part.losses]
+        penalty = tf.add_n([tf.constant(0.0), *losses])
+        return outputs, penalty, tape.gradient(total, weights) if training else None
 
     strategy = tf.distribute.get_strategy()
-    outputs, gradients = strategy.run(forward, args=(images,))
+    outputs, penalty, gradients = strategy.run(forward, args=(images,))
     first = lambda value: strategy.experimental_local_results(value)[0]
     outputs = [first(t).numpy() for t in outputs]
     changes = [v.numpy() - b if b.dtype.kind == "f" else None for v, b in zip(state, before)]
@@ -78,7 +85,8 @@ def run(model: Callable, images, training: bool, state: list, weights: list, see
         variable.assign(value)
     if seed is not None:
         tf.random.set_seed(random.randrange(2**31))
-    return Run(outputs, changes, gradients and [g is not None for g in gradients])
+    penalty = first(penalty).numpy()
+    return Run(outputs, penalty, changes, gradients and [g is not None for g in gradients])
 
 
 def _close(a, b, tolerance) -> bool:
@@ -104,14 +112,15 @@ def same(
     *,
     reference: Optional[Callable] = None,
     twin: Optional[keras.Model] = None,
+    parts: Optional[tuple] = None,
     training: bool = True,
     tolerance: float = TOLERANCE,
     known: Optional[tuple] = None,
 ) -> None:
     """Proves that what was made of a network computes what the network computes.
 
-    In training, the outputs, the changes of state and the weights that get a gradient must agree,
-    with the same random numbers.
+    The outputs and the layers' own losses must agree; in training also the changes of state and the
+    weights that get a gradient, with the same random numbers.
 
     Args:
       model: the network, which says what images it takes.
@@ -120,6 +129,8 @@ def same(
       reference: what `other` must equal; by default the network itself.
       twin: the keras.Model that `other` belongs to, if it has variables of its own. They must have
         the network's values.
+      parts: the keras.Models of which the two consist, whose losses are compared; by default the
+        two themselves, or none if `other` is a function.
       training: whether to look at training too, not at inference alone.
       tolerance: how far answers and statistics may be apart, as a part of their size.
       known: (a set, what tells the case whole); a case that is in the set was proven before and
@@ -132,8 +143,10 @@ def same(
         return
     with trials:
         images = images_for(model)
-        sides = [(reference or model, model), (other, twin or model)]
-        state = [states(side) for _, side in sides]
+        if parts is None:
+            parts = ([model], [other]) if isinstance(other, keras.Model) else ([], [])
+        sides = [(reference or model, parts[0], model), (other, parts[1], twin or model)]
+        state = [states(side) for _, _, side in sides]
         if twin is not None:  # Generators draw the same numbers from the same states.
             for a, b in zip(*state):
                 b.assign(a)
@@ -142,8 +155,8 @@ def same(
                 differ = _difference(
                     tolerance,
                     *(
-                        run(call, images, phase, variables, side.trainable_weights, seed)
-                        for (call, side), variables in zip(sides, state)
+                        run(call, of, images, phase, variables, side.trainable_weights, seed)
+                        for (call, of, side), variables in zip(sides, state)
                     ),
                 )
                 if not differ:
@@ -159,9 +172,28 @@ def _difference(tolerance: float, one: Run, other: Run) -> str:
     """Says in what two runs differ; "" if in nothing."""
     if not _all_close(one.outputs, other.outputs, tolerance):
         return "its answers differ"
+    if not _close(one.penalty, other.penalty, tolerance):
+        return "its own losses, of regularizers or add_loss, differ"
     if not _all_close(one.changes, other.changes, tolerance):
         return "it changes other statistics"
     return "" if one.gradients == other.gradients else "other weights get a gradient"
+
+
+def draws_alike(model: keras.Model, other: keras.Model) -> bool:
+    """Says whether two models have the same random operations in training.
+
+    Values do not tell, where what is drawn seldom changes them, or little.
+    """
+
+    def drawn(one):
+        forward = tf.function(lambda images: one(images, training=True))
+        spec = tf.TensorSpec(images_for(model).shape, model.inputs[0].dtype)
+        graph = forward.get_concrete_function(spec).graph.as_graph_def()
+        nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
+        return sorted(node.op for node in nodes if "Random" in node.op)
+
+    with trials:
+        return drawn(model) == drawn(other)
 
 
 def apart(models: Iterable[keras.Model]) -> None:

@@ -1,6 +1,8 @@
 """Slices of a functional Keras model: a trunk that peers share, and a branch that each has."""
 
-from typing import Optional
+import inspect
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import tensorflow as tf
 
@@ -9,6 +11,9 @@ from tf_pcl.errors import UserError
 from tf_pcl.surgery.cuts import find_cut
 from tf_pcl.surgery.features import with_features
 from tf_pcl.surgery.graph import calls, continued, last_leaf, phase
+
+# What the inputs and outputs of a deployed network are called.
+_ENDS = ("images", "logits")
 
 
 def split(network: keras.Model, at: Optional[str] = None) -> tuple:
@@ -92,13 +97,54 @@ def deployable(preprocess: keras.layers.Layer, *parts: keras.Model) -> keras.Mod
       parts: models, each of which takes what the one before gives; the last gives {"logits": …}.
 
     Returns:
-      A functional keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
+      A functional keras.Model from raw images [B, H, W, C], see raw_images, to logits float32
+      [B, C].
     """
-    images = keras.Input(parts[0].input_shape[1:], dtype=tf.uint8, name="images")
-    x = preprocess(images)
-    for part in parts:
-        x = part(x)
+    images = raw_images(preprocess, parts[0])
+    x, taken = images, [*_ENDS]
+    for part in (preprocess, *parts):
+        layer = renamed(part, taken, x)
+        x = layer(x)
+        taken.append(layer.name)
     return with_logits_output(images, x["logits"])
+
+
+def raw_images(preprocess: keras.layers.Layer, first: keras.Model) -> Any:
+    """Returns a deployed network's input, uint8 or, if it was trained on another type, float32.
+
+    Args:
+      preprocess: the layer in front of it.
+      first: its first part.
+    """
+    # Keras cuts floats to the type of an input, and images from 0 to 1 would all be black.
+    dtype = tf.float32 if getattr(preprocess, "takes_floats", False) else tf.uint8
+    return keras.Input(first.input_shape[1:], dtype=dtype, name="images")
+
+
+def renamed(layer: keras.layers.Layer, taken: Sequence[str], x: Any) -> keras.layers.Layer:
+    """Returns a layer, in a model of another name if its own is among those taken.
+
+    Keras wants different names for the layers of a model.
+
+    Args:
+      layer: a layer or a model.
+      taken: names.
+      x: a tensor like those that it is called on.
+    """
+    if layer.name not in taken:
+        return layer
+    inner = keras.Input(x.shape[1:], dtype=x.dtype)
+    numbered = (f"{layer.name}_{i}" for i in range(1, len(taken) + 2))
+    return keras.Model(inner, layer(inner), name=next(n for n in numbered if n not in taken))
+
+
+def prepared(preprocess: keras.layers.Layer, images: tf.Tensor, training: bool) -> tf.Tensor:
+    """Calls a layer in front of a network in the phase of the network.
+
+    Without that, layers of random augmentation act in a test, too.
+    """
+    takes = inspect.signature(preprocess.call).parameters
+    return preprocess(images, **({"training": training} if "training" in takes else {}))
 
 
 def with_logits_output(images, logits) -> keras.Model:

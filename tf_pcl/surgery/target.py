@@ -12,7 +12,7 @@ import tensorflow as tf
 from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
-from tf_pcl.surgery import proof
+from tf_pcl.surgery import proof, twins
 from tf_pcl.surgery.convert import functional
 from tf_pcl.surgery.graph import finalize, head, sublayers
 from tf_pcl.surgery.weights import assign_pairs
@@ -136,8 +136,16 @@ class Target:
     def _begin(self):
         made = self._instance if self._instance is not None else self._called()
         network = functional(made, self._shape)
-        proof.answers_once(network)
-        proof.owns_its_variables(network)
+        try:
+            proof.answers_once(network)
+            proof.owns_its_variables(network)
+        except UserError:
+            raise
+        except Exception as e:  # Whatever its layers raise on images.
+            shape = tuple(network.input_shape[1:])
+            raise UserError(
+                f"network {self.name!r} cannot be run on images {shape}: {one_line(e)}"
+            ) from e
         if self._load:
             self._load(network)
             self._loaded = True
@@ -158,8 +166,11 @@ class Target:
             return functional(self._called(), self._shape)
         made = _serialized(self._instance)
         for a, b in zip(sublayers(self._instance), sublayers(made)):
-            if type(a) is type(b) and a.trainable != b.trainable:
-                b.trainable = a.trainable
+            if type(a) is type(b):
+                if a.trainable != b.trainable:
+                    b.trainable = a.trainable
+                # The configurations of most of Keras's layers leave it out.
+                b._activity_regularizer = a._activity_regularizer
         return self._proven(functional(made, self._shape))
 
     def _proven(self, made):
@@ -170,6 +181,9 @@ class Target:
             fresh = made.get_weights()
             assign_pairs(paired(self.first, made))
             finalize(made)
+            unlike = twins.difference(self.first, made)
+            if unlike:
+                raise UserError(f"{what} is not the network that was given: {unlike}")
             # Copies of one configuration are alike: the first shows how they behave in training.
             proof.same(self.first, made, what, twin=made, training=not self._copies)
             self._copies += 1
