@@ -213,7 +213,9 @@ def test_a_frozen_teacher_does_not_change():
 
 def test_kd_refuses_a_teacher_of_other_classes():
     teacher = methods.Baseline(without_norm(SHAPE, CLASSES + 1)).deployed()
-    with pytest.raises(UserError, match=f"gives {CLASSES + 1} classes .* where {CLASSES} classes"):
+    with pytest.raises(
+        UserError, match=f"`teacher` has {CLASSES + 1} classes .* has {CLASSES} classes"
+    ):
         methods.KD(without_norm(SHAPE, CLASSES), teacher=teacher)
 
 

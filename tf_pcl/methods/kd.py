@@ -9,7 +9,7 @@ p^T(z) = softmax(z / T), the student's loss is (section 2)
 The student is deployed.
 
 The paper leaves some things open. Here the teacher sees the student's view, in inference mode; both
-terms weigh 1; and T = 3.
+terms have the weight 1; and T = 3.
 """
 
 from tf_pcl.errors import UserError
@@ -40,26 +40,22 @@ class KD(Distiller):
         self.temperature = temperature
         self.network = with_logits(Target.of(network).new())
         self.teacher = with_logits(teacher)
-        ends = [
-            (model.input_shape[1:], classes)
-            for model, classes in (
-                (model, model.output_shape["logits"][-1]) for model in (self.teacher, self.network)
-            )
-        ]
-        if ends[0] != ends[1]:
-            (taught, of), (given, asked) = ends
+        theirs, ours = (
+            (model.input_shape[1:], model.output_shape["logits"][-1])
+            for model in (self.teacher, self.network)
+        )
+        if theirs != ours:
             raise UserError(
-                f"`teacher` gives {of} classes for images {taught}, where {asked} classes for "
-                f"images {given} are asked: take a teacher that was trained on this data set at "
-                "this size"
+                f"`teacher` has {theirs[1]} classes and takes images {theirs[0]}; the network has "
+                f"{ours[1]} classes and takes images {ours[0]}: take a teacher that was trained on "
+                "this data set at this size"
             )
 
     @classmethod
     def stages(cls, make, network, teacher=None, teacher_network=None, **arguments):
-        """Trains a teacher first, resnet110 unless given, and then the student.
+        """Returns a stage for the teacher, by default a resnet110, and one for the student.
 
-        With `teacher`, the path of an earlier run or of its SavedModel, only the student is
-        trained.
+        With `teacher`, the path of an earlier run or of its SavedModel, there is only the latter.
         """
         if teacher and teacher_network:
             raise UserError(
