@@ -117,7 +117,7 @@ def test_a_method_whose_other_exits_are_no_networks_says_which_it_has():
     model = build("one", "without_norm")
     other = next(name for name in model.exits if name != model.deployed_exit)
     assert model.network_of(model.deployed_exit).output_shape == (None, CLASSES)
-    with pytest.raises(UserError, match=f"`exit={other}`: .* exit {model.deployed_exit} alone"):
+    with pytest.raises(UserError, match=f"`exit={other}`: .* only {model.deployed_exit} is"):
         model.network_of(other)
 
 

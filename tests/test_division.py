@@ -315,7 +315,7 @@ def test_arrays_and_datasets_become_batches_of_views(make_folder):
         (noise(4, 8, 8, 3), [0, 1, 0], {}, r"shapes \(4, 8, 8, 3\) and \(3,\)"),
         (noise(4, 8, 8, 3), [0, 1, 0, 0.5], {}, "whole numbers"),
         (noise(4, 8, 8, 3), [0, 1, 2, 3], dict(classes=["a", "b"]), "label 3 has no name"),
-        (noise(4, 8, 8, 3), [0, 1, 0, 1], dict(test=(noise(4, 9, 9, 3), [0] * 4)), "must have one size"),
+        (noise(4, 8, 8, 3), [0, 1, 0, 1], dict(test=(noise(4, 9, 9, 3), [0] * 4)), "one size"),
         (noise(4, 8, 8, 3), [0] * 4, {}, "1 class"),
     ],
 )
