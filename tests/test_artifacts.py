@@ -120,7 +120,7 @@ def test_a_method_whose_other_exits_are_no_networks_says_which_it_has():
     model = build("one", "without_norm")
     other = next(name for name in model.exits if name != model.deployed_exit)
     assert model.network_of(model.deployed_exit).output_shape == (None, CLASSES)
-    with pytest.raises(UserError, match=f"`exit={other}`: .* exit {model.deployed_exit} alone"):
+    with pytest.raises(UserError, match=f"`exit={other}`: .* only {model.deployed_exit} is"):
         model.network_of(other)
 
 
@@ -142,11 +142,17 @@ def fake_run(folder, seed, error=10.0, **changes):
         ({"formats": ["tflite", "pickle"]}, "`format=pickle`: it is not known. Allowed: onnx, "),
         ({"formats": []}, "`format=`: give at least one"),
         ({"exit_name": "mean_ensembel"}, "`exit=mean_ensembel`: .* Did you mean mean_ensemble?"),
-        ({"path": "nowhere"}, "nowhere is no workdir of a run: it has no flags.txt; give one"),
+        ({"path": "nowhere"}, "nowhere is not a workdir: it has no flags.txt; give that of a run"),
         ({"path": "begun"}, "the run in begun has not ended, since it has no SavedModel yet"),
         ({"path": "odd"}, "odd/results.json is damaged"),
-        ({"folder": "done/export", "exit_name": "peer_1"}, "`folder=done/export`: there lies"),
-        ({"folder": "done/export", "fold_batch_norm": True}, "`folder=done/export`: there lies"),
+        (
+            {"folder": "done/export", "exit_name": "peer_1"},
+            "`folder=done/export`: it has",
+        ),
+        (
+            {"folder": "done/export", "fold_batch_norm": True},
+            "`folder=done/export`: it has",
+        ),
         ({"folder": "done/flags.txt"}, "`folder=done/flags.txt`: the folder cannot be written"),
     ],
 )

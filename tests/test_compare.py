@@ -131,7 +131,7 @@ def test_a_grid_goes_on_after_signals_and_shares_a_teacher_bit_for_bit(tmp_path)
     assert process.returncode == 1 and err.count("\n") == 1 and "goes on from there" in err
     done = subprocess.run(command, **call)
     assert done.returncode == 0, done.stderr
-    assert "kd-helpers.other-digits-seed0: takes 1-teacher from a run before" in done.stdout
+    assert "kd-helpers.other-digits-seed0: takes 1-teacher from an earlier run" in done.stdout
     assert "| kd |" in done.stdout and done.stdout.splitlines()[-1] == "grid/report/report.html"
     # The second run alone, with a teacher of its own.
     train = [sys.executable, "-m", "tf_pcl", "train", *flags, "--method=kd", teacher]

@@ -580,7 +580,7 @@ def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
             f.write("x")
     d = data.load("image_folder", folder, image_size=8)
     assert capsys.readouterr().out.splitlines() == [
-        "Not .jpg or .png, left alone: 2 .txt, 1 .bmp",
+        "Not .jpg or .png, ignored: 2 .txt, 1 .bmp",
         "train: 11 images of 2×3 to 8×12 pixels; 3 grey; 2 with alpha (dropped); 1 of 16 bits; "
         "1 CMYK; 2 turned upright",
         "test: 2 images of 8×8 pixels",
@@ -696,10 +696,10 @@ def test_images_whose_files_break_under_a_run_are_replaced_alike(streamed, how, 
         np.testing.assert_array_equal(images_of(d), expected)
     # Each file is told once.
     name, other = os.fsdecode(paths[index]), os.fsdecode(paths[following])
-    told = f"{name} cannot be read any more: {other}, of its class, stands for it"
+    told = f"{name} can no longer be read: {other}, of its class, replaces it"
     back = "; put it, or an empty file of its name, back" * (how == "vanishes")
     assert caplog.messages == [told + back]
-    count = "cannot be read any more: 1 training images, for which others of their classes stood"
+    count = "can no longer be read: 1 training images, which others of their classes replaced"
     assert count in datasets.reading_of(d).summary()
 
 
@@ -715,15 +715,13 @@ def test_lost_test_images_are_missing_and_lost_classes_end_the_run(streamed, cap
     d = of_folder(streamed)
     (streamed / "test/b/0.png").unlink()
     assert [list(y) for _, y in data.test_batches(d, 1)] == [[0]]
-    assert (
-        len(d.test.first(9)) == 1 and "test/b/0.png cannot be read any more: it is" in caplog.text
-    )
-    assert "0 training images, for which others of their classes stood, and 1 others" in (
+    assert len(d.test.first(9)) == 1 and "test/b/0.png can no longer be read: it is" in caplog.text
+    assert "0 training images, which others of their classes replaced, and 1 others" in (
         datasets.reading_of(d).summary()
     )
     for path in streamed.glob("train/a/*"):
         path.write_bytes(b"")
-    with pytest.raises(Stopped, match="in its class cannot be read any more.*goes on where"):
+    with pytest.raises(Stopped, match="in its class can no longer be read.*same command resumes"):
         with storage.watched(datasets.reading_of(d)):
             batches(d, 4, 1)
 
@@ -742,9 +740,9 @@ def test_files_that_change_or_break_under_a_run_are_named(streamed):
     path.write_bytes(tf.io.encode_png(noise(8, 8, 3, seed=9)).numpy())
     # Another image is no bad image: it could not be left out alike when the run goes on.
     for d in strict, skips:
-        assert named(d).startswith(f"{path} changed since it was read first: put back what it was")
+        assert named(d).startswith(f"{path} has changed since it was first read: restore it")
     path.unlink()
-    line = f"{path} cannot be read any more: mend it, or leave out whatever cannot be read with"
+    line = f"{path} can no longer be read: repair it, or leave out all unreadable files with"
     assert named(strict).startswith(line) and "`on_bad_image=skip`" in named(strict)
     path.write_bytes(good)
     with storage.watched(datasets.reading_of(strict)):
@@ -934,7 +932,7 @@ def test_class_folders_of_any_name(make_folder, monkeypatch):
     d = data.load("image_folder", made)
     assert d.classes == tuple(sorted(["a", *STRANGE_NAMES[:3]])) and len(d.train) == 4
     lines = printed.buffer.getvalue().decode().splitlines()
-    assert lines[0] == "Not .jpg or .png, left alone: 1 .\\xf1"
+    assert lines[0] == "Not .jpg or .png, ignored: 1 .\\xf1"
     assert lines[1] == r"No image of ni\xf1o, two\u000alines, \x80 \xff\xfe in test"
     shutil.rmtree(f"{made}/train/a")
     with pytest.raises(UserError, match="has no image of a in train"):
@@ -1066,7 +1064,7 @@ def test_a_worker_decodes_only_its_part_of_a_stream():
 
 def test_sets_fetched_by_hand_say_so(tmp_path):
     with pytest.raises(
-        UserError, match="has to be fetched by hand. With .*manual as manual_dir: .*ILSVRC2012_img_"
+        UserError, match="downloaded by hand. With .*manual as manual_dir: .*ILSVRC2012_img_"
     ):
         data.load("imagenet2012", str(tmp_path), image_size=32)
     assert os.listdir(tmp_path) == []

@@ -510,7 +510,7 @@ def test_the_verbs_say_what_is_done_and_what_is_not(photos, tmp_path):
     model = keras.Model(images, keras.layers.Dense(10)(x))
     export.export(model, "0123456789", str(tmp_path / "run" / "export"))
     status, _, said = called("evaluate", "run", cwd=tmp_path)
-    assert status == 2 and "say with --dataset what to take" in said
+    assert status == 2 and "name its data with --dataset" in said
     (tmp_path / "run" / "flags.txt").write_text("--dataset=digits\n--method=baseline\n")
     status, said, _ = called("evaluate", "run", "--split=train", cwd=tmp_path)
     assert status == 0 and "1,437 of digits, train" in said

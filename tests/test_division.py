@@ -55,7 +55,7 @@ def test_what_is_held_out_is_of_each_class_its_share(sizes, examples):
 def test_each_class_keeps_an_image_to_train_on():
     left, taken = splits.hold_out(numbered(5, 1, 2), 5, 0, "test_examples", "d")
     assert sorted(left.all_labels()) == [0, 1, 2] and len(taken) == 5
-    with pytest.raises(UserError, match="`test_examples=6`: that is 6 of the 8 images of d"):
+    with pytest.raises(UserError, match="`test_examples=6`: 6 of the 8 images of d are too many"):
         splits.hold_out(numbered(5, 1, 2), 6, 0, "test_examples", "d")
 
 
@@ -182,7 +182,7 @@ def test_labels_of_a_file(make_folder, capsys):
     d = data.load("image_folder", folder, labels=path, test_examples=2)
     out = capsys.readouterr().out.splitlines()
     assert "Labels: the column Image ID for file names, diagnosis for labels" in out
-    assert "Left alone, without a label: 2 images" in out and len(out) == 3
+    assert "Left out: 2 images without a label" in out and len(out) == 3
     # Numbers have the order of numbers.
     assert d.classes == ("9", "10") and len(d.train) == 8 and len(d.test) == 2
     assert all(name.startswith(("0/x", "1/y")) for name in d.lists["train"])
@@ -209,15 +209,19 @@ def test_splits_of_a_file_of_labels(make_folder, capsys):
 @pytest.mark.parametrize(
     "text, columns, problem",
     [
-        ("a,b,c\n1,2,3\n", None, "a, b, c has the file names cannot be told.*`labels_columns="),
-        ("file,label\n", None, "no lines below"),
-        ("", None, "no lines below"),
+        (
+            "a,b,c\n1,2,3\n",
+            None,
+            "not clear which of its columns a, b, c has the file names: .*`labels_columns=",
+        ),
+        ("file,label\n", None, "no lines after"),
+        ("", None, "no lines after"),
         ("file,label\nall/0.png\n", None, "line 2 has 1 cells"),
         ("file,label\nall/0.png, \n", None, r"line 2 \(all/0.png\) has no label"),
         ("file,label\nall/9.png,a\n", None, "such as all/9.png: give their paths below `data_dir`"),
-        ("file,label\n../all/0.png,a\n", None, "not there"),
-        ("file,label\nall/0.png,a\nall/0.png,b\n", None, "stands there twice"),
-        ("file,label,set\nall/0.png,a,seven\n", None, "of the split 'seven'; splits are train"),
+        ("file,label\n../all/0.png,a\n", None, "do not exist"),
+        ("file,label\nall/0.png,a\nall/0.png,b\n", None, "occurs twice"),
+        ("file,label,set\nall/0.png,a,seven\n", None, "has the split 'seven'; allowed are train"),
         ("file,label\nall/0.png,a\n", "file,kind", "has no column kind: it has file, label"),
         ("file,label\nall/0.png,a\n", "file", "two or three columns"),
         (
@@ -278,7 +282,7 @@ def test_webp_and_tiff_are_read_by_pillow(make_folder, monkeypatch, capsys):
         np.testing.assert_array_equal(got[name], expected, err_msg=name)
     monkeypatch.setattr(image_files, "pillow", lambda: None)
     assert len(data.load("image_folder", folder, on_bad_image="skip").train) == 2
-    assert "left alone: 3 .webp, 2 .tif, 1 .TIFF (with Pillow, .tif, .tiff, .webp can be read)" in (
+    assert "ignored: 3 .webp, 2 .tif, 1 .TIFF (with Pillow, .tif, .tiff, .webp can be read)" in (
         capsys.readouterr().out
     )
 
@@ -311,7 +315,7 @@ def test_arrays_and_datasets_become_batches_of_views(make_folder):
         (noise(4, 8, 8, 3), [0, 1, 0], {}, r"shapes \(4, 8, 8, 3\) and \(3,\)"),
         (noise(4, 8, 8, 3), [0, 1, 0, 0.5], {}, "whole numbers"),
         (noise(4, 8, 8, 3), [0, 1, 2, 3], dict(classes=["a", "b"]), "label 3 has no name"),
-        (noise(4, 8, 8, 3), [0, 1, 0, 1], dict(test=(noise(4, 9, 9, 3), [0] * 4)), "of one size"),
+        (noise(4, 8, 8, 3), [0, 1, 0, 1], dict(test=(noise(4, 9, 9, 3), [0] * 4)), "one size"),
         (noise(4, 8, 8, 3), [0] * 4, {}, "1 class"),
     ],
 )

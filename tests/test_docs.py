@@ -91,6 +91,12 @@ def test_flags_in_the_text_exist(path):
     assert named <= set(options.names()) | OTHER_FLAGS
 
 
+def test_the_options_that_may_differ_in_a_workdir_are_listed():
+    text = " ".join(page("docs/runs.md").split())
+    (listed,) = re.findall(r"These may differ: (.*?)\. ", text)
+    assert set(re.findall(r"`--(\w+)`", listed)) == {*options.Options().run_only(), "on_bad_image"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "heading, made",

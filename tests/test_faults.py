@@ -115,7 +115,7 @@ def test_tensorboard_s_points_that_could_not_be_written_are_made_good(tmp_path, 
         v.tag for e in tf.compat.v1.train.summary_iterator(str(path)) for v in e.summary.value
     ]
     assert written.count("loss") == 5 and written.count("views") == 1
-    assert len(told(caplog)) == 2 and "are whole again" in told(caplog)[1]
+    assert len(told(caplog)) == 2 and "are complete again" in told(caplog)[1]
 
 
 def test_a_run_outlives_tensorboard_s_disk_and_its_next_start_writes_all(tmp_path, caplog):

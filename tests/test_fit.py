@@ -216,7 +216,7 @@ WRONG_BATCHES = {
                 tf.TensorSpec([None], tf.int64),
             ),
         ),
-        r"6,8,1.* is wanted",
+        r"6,8,1.* is needed",
     ),
 }
 

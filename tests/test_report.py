@@ -297,12 +297,15 @@ def test_tables_at_equal_epochs_and_at_equal_cost(folder):
 
 def test_without_a_baseline_of_equal_cost_that_is_said(folder):
     shutil.rmtree(folder / "deep")
-    assert "No baseline that costs as much is among these runs for pcl" in written(folder)[1]
+    assert "These runs have no baseline that costs as much as pcl" in written(folder)[1]
     for seed in range(3):
         shutil.rmtree(folder / f"b{seed}")
     make_run(folder / "v0", "pcl", 0, 9.0, views="shared")
     text = written(folder)[1]
-    assert "There is no baseline among these runs" in text and "costs as much is" not in text
+    assert (
+        "There is no baseline among these runs" in text
+        and "no baseline that costs as much" not in text
+    )
     assert (
         "pcl (views=shared) has a test error of 9.00 %, pcl of 5.30 %: 3.70 points more; 1 seed "
         "cannot tell whether that is noise"
@@ -323,7 +326,7 @@ def test_the_cost_of_runs_that_do_not_tell_it_is_worked_out(folder, monkeypatch)
     monkeypatch.setattr(report.cost, "cost_of", cost_of)
     text = written(folder)[1]
     assert "24 GFLOP | 1.0 |" in text and "78 GFLOP | 3.2 |" in text
-    assert "what pcl costs is not known: no such folder" in text
+    assert "the cost of pcl is not known: no such folder" in text
 
 
 def test_the_papers_figures_stand_beside_those_of_the_runs(tmp_path):
@@ -338,7 +341,7 @@ def test_the_papers_figures_stand_beside_those_of_the_runs(tmp_path):
     assert "| pcl (epochs=300) | 0 | 26.00 |" in text and "| 25.86 ± 0.16 |" in text
     assert "| 28.72 ± 0.19 (other protocol) |" in text
     assert (
-        "The paper's figure of baseline has another protocol than these runs: epochs=12 (300 in "
+        "The paper's figure for baseline has another protocol than these runs: epochs=12 (300 in "
         "the paper)."
     ) in text
     assert {row["paper_mean"] for row in errors if row["deployed"] == "1"} == {"25.86", "28.72"}

@@ -219,7 +219,7 @@ def test_foreign_lines_of_the_metrics_are_left_out(tmp_path, caplog):
     lines[2:2] = [b"<<<<<<< HEAD", b"1,7,0.5,9", b"\xff\x00,,", b"1,7,0.5"]
     (tmp_path / "metrics.csv").write_bytes(b"\n".join(lines))
     assert workdir.read_rows() == rows
-    assert "lines 3, 4, 5, 6 are not of this run" in caplog.text
+    assert "lines 3, 4, 5, 6 are not rows of this run" in caplog.text
     for damage in (b"", b"\n", b"\xff\xff", b"what,is,this\n1,2,3\n"):
         (tmp_path / "metrics.csv").write_bytes(damage)
         assert workdir.read_rows() == []
@@ -331,7 +331,7 @@ def test_a_run_outlives_image_files_that_break(make_folder, tmp_path, monkeypatc
 
     monkeypatch.setattr(Checkpoints, "save", breaks)
     line = (
-        rf"^{broken} cannot be read any more: mend it, .*failed at step \d+ of 24: .* goes on from"
+        rf"^{broken} can no longer be read: repair it, .*failed at step \d+ of 24: .* goes on from"
     )
     with pytest.raises(Stopped, match=line):
         run.run(options)
@@ -346,10 +346,10 @@ def test_a_run_outlives_image_files_that_break(make_folder, tmp_path, monkeypatc
     found = run.run(dataclasses.replace(options, on_bad_image="skip"))
     out = capsys.readouterr().out
     assert f"Broken since the run began: {broken}, {folder}/test/b/0.png. In training" in out
-    assert "Left out, since their files cannot be read any more: 1 training images" in out
+    assert "Left out, since their files can no longer be read: 1 training images" in out
     assert "and 1 others" in out.splitlines()[-1] and found["epochs"] == 6
-    assert f"{broken} cannot be read any more: {folder}/train/a/" in caplog.text
-    assert f"{folder}/test/b/0.png cannot be read any more: it is left out" in caplog.text
+    assert f"{broken} can no longer be read: {folder}/train/a/" in caplog.text
+    assert f"{folder}/test/b/0.png can no longer be read: it is left out" in caplog.text
 
 
 # Numbers that are wrong.
@@ -362,7 +362,9 @@ def test_weights_and_terms_that_are_no_numbers_are_named_and_not_saved(tmp_path)
     save.on_train_batch_end(0, {"loss": 1.0, "loss/ce": 1.0})
     kept = sorted(tmp_path.iterdir())
     wrong = {"loss": np.nan, "error/exit_1": 50.0, "loss/ce": 1.0, "loss/kd": np.inf}
-    with pytest.raises(Stopped, match="^loss/kd is inf at step 2: not saved; .* of step 1"):
+    with pytest.raises(
+        Stopped, match="^loss/kd is inf at step 2, which was not saved; .* of step 1"
+    ):
         save.on_train_batch_end(1, wrong)
     weight = model.trainable_weights[0]
     weight.assign(tf.fill(weight.shape, np.inf))

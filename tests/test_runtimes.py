@@ -100,7 +100,7 @@ def test_names_are_those_of_the_nearest_file_that_fits(made, tmp_path, caplog):
     assert runtimes.load(str(path)).classes == ("a b", "c", "d")
     (tmp_path / "classes.json").write_text('["x", "y"]', encoding="utf-8")
     assert runtimes.load(str(path)).classes == ("0", "1", "2")
-    assert "has 3 outputs, and the file of names beside it 2" in caplog.text
+    assert "has 3 outputs, and the file beside it has 2 names" in caplog.text
 
 
 def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypatch):
@@ -113,7 +113,7 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypat
     for name, text in {
         "a.tflite": "cannot be loaded as a TFLite file",
         "b.onnx": "install it with pip install onnxruntime",
-        "c.bin": "is not known by its suffix: give a workdir",
+        "c.bin": "is not that of a known format: give a workdir",
         "d": "cannot be loaded as a SavedModel",
         "empty": "holds no SavedModel",
         "absent": "is not there",

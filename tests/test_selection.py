@@ -83,7 +83,7 @@ def test_the_test_images_choose_no_epoch():
     data = with_labels(noise(4, 8, 8, 1), np.arange(4))
     selection.check(Options(), data)
     for given in (dict(export="best"), dict(early_stop=3)):
-        with pytest.raises(UserError, match="not chosen by the test images.*`validation_examples="):
+        with pytest.raises(UserError, match="chosen by the test images.*`validation_examples="):
             selection.check(Options(**given), data)
     selection.check(Options(export="last"), data)
 

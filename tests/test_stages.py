@@ -213,7 +213,9 @@ def test_a_frozen_teacher_does_not_change():
 
 def test_kd_refuses_a_teacher_of_other_classes():
     teacher = methods.Baseline(without_norm(SHAPE, CLASSES + 1)).deployed()
-    with pytest.raises(UserError, match=f"gives {CLASSES + 1} classes .* where {CLASSES} classes"):
+    with pytest.raises(
+        UserError, match=f"`teacher` has {CLASSES + 1} classes .* has {CLASSES} classes"
+    ):
         methods.KD(without_norm(SHAPE, CLASSES), teacher=teacher)
 
 
@@ -377,7 +379,7 @@ def test_different_networks_learn_together(tmp_path):
     [
         (
             dict(method="kd", image_size=12),
-            r"for images \(8, 8, 1\), where 10 classes for images \(12, 12, 1\)",
+            r"takes images \(8, 8, 1\); the network has 10 classes and takes images \(12, 12, 1\)",
         ),
         (dict(method="kd", teacher="/nowhere"), "/nowhere holds no SavedModel"),
         (
@@ -402,7 +404,7 @@ def test_different_networks_learn_together(tmp_path):
         ),
         (
             dict(method="dml", teacher=None, network="resnet8,helpers:rescaled"),
-            "some scale raw images themselves",
+            "some of the networks scale raw images themselves",
         ),
     ],
 )
@@ -425,7 +427,7 @@ def test_a_teacher_of_other_classes_or_that_is_damaged_is_refused(ban, tmp_path)
     shutil.copytree(ban[0] / "export", teacher)
     labels = (teacher / "labels.txt").read_text()
     (teacher / "labels.txt").write_text(labels.replace("9", "nine"))
-    with pytest.raises(UserError, match="tells 10 classes apart .*same classes"):
+    with pytest.raises(UserError, match="has 10 classes .*same classes"):
         export.load(str(teacher), tuple("0123456789"))
     (teacher / "labels.txt").unlink()
     (teacher / "saved_model/1/keras_metadata.pb").write_bytes(b"no model")

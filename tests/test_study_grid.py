@@ -69,11 +69,11 @@ def test_lines_may_differ_in_any_option_if_they_have_names():
         ("pcl", None),
         ("shared", "shared"),
     ]
-    with pytest.raises(UserError, match="two different runs would be called pcl-"):
+    with pytest.raises(UserError, match="two different runs would have the name pcl-"):
         grid.plan([line("pcl"), line("pcl", views="shared")], "here", SMALL)
 
 
-def test_the_baseline_of_equal_cost_is_as_dear_as_the_dearest_and_its_schedule_is_stretched():
+def test_the_baseline_of_equal_cost_costs_as_much_as_the_costliest_and_its_schedule_is_stretched():
     given = dict(SMALL, lr_decay_epochs=(3.0, 4.5), peers=3)
     cells = grid.plan([line("baseline", "dml", "byot", seeds=[0, 1])], "here", given)
     more = grid.with_equal_cost(cells, "here")[len(cells) :]
@@ -150,7 +150,7 @@ def test_a_teacher_is_shared_between_students_of_one_recipe_and_seed():
         assert grid.shared_stages(mine, other) == []
     cells = [mine, kd("helpers:without_norm", "b"), kd("helpers:other", "c")]
     assert grid.saved_by_sharing(cells) == 2 * mine.stages[0].gflop
-    assert "since stages are shared" in listing.costs(cells)
+    assert "shared stages save" in listing.costs(cells)
 
 
 def test_what_networks_learn_alone_is_shared_whatever_the_methods_options_are():
@@ -221,7 +221,7 @@ exec(train)
     # The first one waits for the third, which needs no stage of the first.
     assert runner.run([first, second, third], jobs=2) == []
     told = re.sub(r"\d+ s", "… s", capfd.readouterr().out).splitlines()
-    order = ["first: test error 5.00 %, … s", "second: takes 1-teacher from a run before"]
+    order = ["first: test error 5.00 %, … s", "second: takes 1-teacher from an earlier run"]
     order += ["second: test error 5.00 %, … s"]
     assert [line for line in told if line in order] == order
     assert {*told} - {*order} == {"third: test error 5.00 %, … s"}

@@ -294,7 +294,7 @@ def test_frozen_weights_are_the_same_in_all_peers():
 def test_a_network_that_is_random_in_inference_is_refused(end):
     images = keras.Input((8, 8, 3))
     network = keras.Model(images, ends(end(L.Conv2D(4, 3)(images))))
-    with pytest.raises(UserError, match="differently each time"):
+    with pytest.raises(UserError, match="gives other outputs for the same images"):
         methods.Baseline(network)
 
 
@@ -489,8 +489,8 @@ class TestTheProofItself:
     @pytest.mark.parametrize(
         "wrong, text",
         [
-            (lambda n: lambda x, training: 1.01 * n(x, training=training), "inference its answers"),
-            (lambda n: lambda x, training: n(x, training=False), "training its answers"),
+            (lambda n: lambda x, training: 1.01 * n(x, training=training), "inference its outputs"),
+            (lambda n: lambda x, training: n(x, training=False), "training its outputs"),
             (
                 lambda n: lambda x, training: (n(x, training=training), n(x, training=training))[0],
                 "changes other statistics",
@@ -522,7 +522,7 @@ def test_logits_that_are_not_the_networks_are_refused(find, activation, monkeypa
     network = keras.Model(images, L.Dense(3, activation=activation)(x))
     find(network)
     monkeypatch.setattr(surgery.features, "_exposed", wrong)
-    with pytest.raises(UserError, match="to have its logits.*answers differ"):
+    with pytest.raises(UserError, match="the model of the logits.*outputs differ"):
         find(network)
 
 

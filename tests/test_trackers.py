@@ -68,7 +68,7 @@ def test_a_tracker_gets_each_epoch_and_goes_on_with_its_run(tmp_path, monkeypatc
         (4.0, 20),
         True,
     ]
-    assert "mlflow has not taken epoch 2: OSError: no server" in caplog.text
+    assert "mlflow has not accepted epoch 2: OSError: no server" in caplog.text
     with pytest.raises(KeyError), trackers.tracked(["mlflow"], workdir, rows, settings):
         raise KeyError
     assert Written.told[-1] is False

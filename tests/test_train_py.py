@@ -243,7 +243,7 @@ def test_help_names_every_flag_with_its_default():
     for line in (
         f"--method: how to train: {', '.join(METHODS)}. Flags",
         "target first. Names: resnet8,",
-        "--dataset: what to learn from: digits (8×8 handwritten digits,",
+        "--dataset: name of the data set: digits (8×8 handwritten digits,",
         "any other name (an image-classification data set of tensorflow-datasets,",
         "--data_dir: folder of the data: image_folder: a folder of SPLIT/CLASS/IMAGE.jpg or .png,",
         "(image_folder, tiny_imagenet)",

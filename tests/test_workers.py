@@ -319,7 +319,7 @@ def test_layers_that_depend_on_the_number_of_replicas(tmp_path):
     workdir.check_versions(report.versions())
     workdir.check_replicas(2, both)
     workdir.check_replicas(1, [])
-    with pytest.raises(UserError, match=r"began on 2 replicas, here are 1, .*\(n1 .*go on with 2"):
+    with pytest.raises(UserError, match=r"began on 2 replicas, not 1, .*\(n1 .*go on with 2"):
         workdir.check_replicas(1, both)
 
 

@@ -2,8 +2,7 @@
 
     from tf_pcl import data, methods, networks
 
-Names are imported when first used, so that what needs no TensorFlow (flags, help) does not wait
-for it.
+Names are imported on first use, so that parts without TensorFlow (flags, help) do not wait for it.
 """
 
 import importlib

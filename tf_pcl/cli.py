@@ -1,6 +1,6 @@
 """The command line: tf-pcl VERB [flags].
 
-Exit status: 0 when done; 2 for what was asked wrongly, with one line on stderr; 1 when a run ended
+Exit status: 0 when done; 2 for an invalid request, with one line on stderr; 1 when a run ended
   early.
 """
 
@@ -50,10 +50,10 @@ def run_verb(verb: str, program: str, arguments: Sequence[str]) -> NoReturn:
       arguments: what follows it on the command line.
     """
     console.protect()
-    # TensorFlow's C++ side reports missing GPU libraries as errors on machines without a GPU, and
-    # what fails in it comes as a Python exception as well.
+    # TensorFlow's C++ code reports missing GPU libraries as errors on machines without a GPU. Its
+    # own failures are also raised as Python exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # A network of the user's own, module:function, is looked for where the command is given.
+    # So that module:function, a network of the user's own, is found in the current folder.
     sys.path.append(os.getcwd())
     row = VERBS[verb]
     modules = set(flags.FLAGS.flags_by_module_dict())
@@ -78,7 +78,7 @@ def _call(row: Verb, program: str, rest: list[str]) -> int:
     """Runs a verb and returns the exit status."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    # A training under way handles signals itself; elsewhere SIGTERM is what Ctrl-C is.
+    # A training handles signals itself; elsewhere SIGTERM acts as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     console.end_with_stdin()
     try:
@@ -87,7 +87,7 @@ def _call(row: Verb, program: str, rest: list[str]) -> int:
         return _refuse(program, _as_flags(e))
     except KeyboardInterrupt:
         print(
-            f"{program}: stopped, not within a training; what was saved stands, and the same "
+            f"{program}: stopped outside of a training; what was saved is kept, and the same "
             "command goes on from there",
             file=sys.stderr,
         )
@@ -106,7 +106,7 @@ def _as_flags(error: Union[UserError, Stopped]) -> str:
 
 
 def _refuse(program: str, text: str) -> int:
-    """Says in one line what was asked wrongly and returns the exit status."""
+    """Prints in one line what is wrong with the request, and returns the exit status."""
     print(f"{program}: {' '.join(text.split())}", file=sys.stderr)
     return 2
 
@@ -136,12 +136,12 @@ def _help(row: Verb, program: str, modules: set[str]) -> str:
 
 
 def _heading(module: str) -> str:
-    """Returns what the flags that a module defines are for."""
+    """Returns the heading of the flags that a module defines."""
     return "Flags of training" if module == options.__name__ else "Flags of this command"
 
 
 def _with_recipes(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments with the recipes' paths for flagfiles that are not there."""
+    """Returns the arguments with the paths of recipes in place of flagfiles that do not exist."""
     found = list(arguments)
     for i, argument in enumerate(arguments):
         match = re.fullmatch(r"--?flagfile(?:=(.*))?", argument)
@@ -153,7 +153,7 @@ def _with_recipes(arguments: Sequence[str]) -> list[str]:
 
 
 def _recipe(name: str) -> str:
-    """Returns the path of a recipe; a file that is there, or any other name, stays as it is."""
+    """Returns the path of a recipe; existing files and all other names stay unchanged."""
     if os.path.exists(os.path.expanduser(name)) or os.path.basename(name) != name:
         return name
     return next((str(folder / name) for folder in RECIPES if (folder / name).is_file()), name)

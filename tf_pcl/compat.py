@@ -1,8 +1,8 @@
 """The one place that decides which Keras, and whether tensorflow-addons, the package uses.
 
-`keras` and `layers` are those of TensorFlow where these are Keras 2. Where TensorFlow comes with
-Keras 3, they are those of tf_keras, which is the name of Keras 2 today. They are imported when they
-are first asked for: to import this module does not import TensorFlow.
+`keras` and `layers` are those of TensorFlow if TensorFlow comes with Keras 2. If it comes with
+Keras 3, they are those of tf_keras, which is the name of Keras 2 today. They are imported on first
+use: importing this module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def use_keras_2() -> None:
     """Asks TensorFlow, if it is not imported yet, to give Keras 2 to everyone in this process.
 
     A user's own network that says `from tensorflow import keras` then gets the Keras of this
-    package. A value that the user has given to TF_USE_LEGACY_KERAS stands.
+    package. If the user has set TF_USE_LEGACY_KERAS, that value is kept.
     """
     if "tensorflow" not in sys.modules and _is_keras_3():
         os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
@@ -61,11 +61,12 @@ def use_keras_2() -> None:
 def let_xla_compile_elementwise() -> bool:
     """Tells TensorFlow what XLA may compile on the CPU: ReLU, its gradient, and additions.
 
-    It takes effect where `tf.config.optimizer.set_jit` asks for it too, and where this process has
-    not looked for devices yet: TensorFlow reads the variable once. The results stay, bit for bit.
+    It takes effect only together with `tf.config.optimizer.set_jit`, and only if this process has
+    not looked for devices yet: TensorFlow reads the variable once. The results stay the same, bit
+    for bit.
 
     Returns:
-      Whether TensorFlow was told so; False where the user has given TF_XLA_FLAGS, which stands.
+      Whether TensorFlow was told so; False if the user has set TF_XLA_FLAGS, which is kept.
     """
     told = (
         "--tf_xla_cpu_global_jit=true --tf_xla_min_cluster_size=1 "
@@ -102,10 +103,10 @@ def _import_keras() -> Any:
 
 
 def import_tensorflow() -> None:
-    """Imports TensorFlow without the lines that its C++ side writes on the way.
+    """Imports TensorFlow without the lines that its C++ code writes meanwhile.
 
-    In the newest releases these come before it reads TF_CPP_MIN_LOG_LEVEL. If the import fails,
-    they are written after all.
+    In the newest releases, it writes them before it reads TF_CPP_MIN_LOG_LEVEL. If the import
+    fails, they are written after all.
     """
     with no_lines_of_tensorflow():
         importlib.import_module("tensorflow")
@@ -146,21 +147,21 @@ def foreign_keras(thing: object) -> str | None:
     others = {_package(c) for c in type(thing).__mro__} & _KERAS_PACKAGES - {own}
     if not others:
         return None
-    # Under tf_keras the other one is Keras 3, which TensorFlow gives unless it is told otherwise.
+    # If the package uses tf_keras, the other one is Keras 3, TensorFlow's default.
     first = (
         "set TF_USE_LEGACY_KERAS=1 before TensorFlow is imported, or " if own == "tf_keras" else ""
     )
     return (
         f"{type(thing).__name__} comes from the package {others.pop()}, and tf_pcl works with "
-        f"Keras 2 of the package {own}: {first}make it with `from tf_pcl.compat import keras`"
+        f"Keras 2 of the package {own}: {first}build it with `from tf_pcl.compat import keras`"
     )
 
 
 def names_are_taken() -> bool:
     """Says whether this Keras makes another one's layers when it reads a configuration.
 
-    TensorFlow 2.15 has one table of Keras's public names, and the Keras that was imported last owns
-    it. That is tf_keras, for instance, once tensorflow-hub was imported.
+    TensorFlow 2.15 has one table of Keras's public names, which belongs to the Keras that was
+    imported last. That is tf_keras, for instance, after an import of tensorflow-hub.
     """
     keras = _import_keras()
     layer = keras.layers.deserialize(keras.layers.serialize(keras.layers.ReLU()))
@@ -194,7 +195,7 @@ def lamb() -> Any:
     if addons is None:
         return None
 
-    # It is of Keras's older kind, which has no `build`.
+    # It is an optimizer of Keras's older kind, which has no `build`.
     build = lambda self, var_list: self._create_all_weights(var_list)
     return type("Lamb", (addons.optimizers.LAMB,), {"build": build})
 
@@ -251,5 +252,6 @@ def _pairwise_distance(features: Any) -> Any:
     products = tf.matmul(features, features, transpose_b=True)
     squared = squares[:, None] + squares[None] - 2.0 * products
     apart = (squared > 0) & ~tf.eye(tf.shape(features)[0], dtype=tf.bool)
-    # The root of 0 has no finite gradient: for equal features the root of 1 is taken and dropped.
+    # The square root of 0 has no finite gradient. So equal features get that of 1, which is
+    # dropped.
     return tf.where(apart, tf.sqrt(tf.where(apart, squared, 1.0)), 0.0)

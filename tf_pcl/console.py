@@ -18,7 +18,7 @@ ENDS_WITH_STDIN = "TF_PCL_ENDS_WITH_STDIN"
 
 
 class Unfailing:
-    """A text stream that drops what cannot be written and is that stream in all else.
+    """A text stream that drops what cannot be written, and otherwise acts as the given stream.
 
     Args:
       stream: the text stream.
@@ -66,7 +66,7 @@ def show(markdown: str) -> None:
     if not sys.stdout.isatty():
         print(markdown)
         return
-    # It takes its time to import.
+    # These imports take a while.
     from rich.console import Console
     from rich.markdown import Markdown
 
@@ -76,8 +76,8 @@ def show(markdown: str) -> None:
 def end_with_stdin() -> None:
     """Makes this process get SIGTERM when its standard input ends, if ENDS_WITH_STDIN is set.
 
-    Where standard input is a pipe from the process that has started this one, it ends with that
-    process, whatever ends it. What this process starts in turn is not asked to do the same.
+    If standard input is a pipe from the process that started this one, it ends when that process
+    ends, for whatever reason. The processes that this one starts do not inherit the variable.
     """
     if os.environ.pop(ENDS_WITH_STDIN, None):
         threading.Thread(target=_wait_for_stdin, daemon=True).start()
@@ -90,8 +90,8 @@ def _wait_for_stdin() -> None:
 
 
 def _open_closed() -> None:
-    # Else the next file that is opened, a checkpoint perhaps, would get the number of a standard
-    # stream, and what C++ says would be written into it.
+    # Otherwise the next file that is opened, perhaps a checkpoint, would get the number of a
+    # standard stream, and C++ code would write its messages into it.
     for number in range(3):
         try:
             os.fstat(number)
@@ -100,7 +100,7 @@ def _open_closed() -> None:
 
 
 def _plainly(error: UnicodeError) -> tuple[str, int]:
-    """Replaces characters that an encoding lacks by plain ones, as an error handler of codecs."""
+    """Replaces characters that an encoding lacks by plain ones; an error handler of codecs."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]

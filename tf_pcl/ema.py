@@ -4,10 +4,10 @@
 class Shadow:
     """Keeps the trained weights of `shadow` at a moving average of those of `source`.
 
-    BatchNorm's moving statistics are left alone unless update() is told to average them: the
-    shadow collects its own from its forward passes, as in Mean Teacher (Tarvainen and Valpola,
-    2017). The shadow stays `trainable`, since a frozen BatchNorm layer would not use batch
-    statistics; whoever trains `source` leaves the shadow's weights out of the optimizer.
+    BatchNorm's moving statistics are averaged only if update() is asked to: by default the shadow
+    collects its own in its forward passes, as in Mean Teacher (Tarvainen and Valpola, 2017). The
+    shadow stays `trainable`, since a frozen BatchNorm layer would not use batch statistics; its
+    weights must be left out of the optimizer.
 
     Args:
       source, shadow: two keras models built alike. The shadow starts as a copy of the source,
@@ -24,7 +24,8 @@ class Shadow:
             )
         shadow.set_weights(source.get_weights())
         self.trained = list(zip(source.trainable_weights, shadow.trainable_weights))
-        # What both hold in common, such as a layer in front of them, and counters have no average.
+        # Weights that both hold, such as those of a layer in front of them, and counters are left
+        # out.
         self.statistics = [
             (s, t)
             for s, t in zip(source.non_trainable_weights, shadow.non_trainable_weights)
@@ -32,12 +33,13 @@ class Shadow:
         ]
 
     def update(self, decay, statistics=False):
-        """θ^t ← φ θ^t + (1 − φ) θ, with φ = `decay` in [0, 1].
+        """Computes θ^t ← φ θ^t + (1 − φ) θ.
 
         Args:
-          decay: φ, a scalar. statistics: whether BatchNorm's moving statistics are averaged in the
-            same way. They are needed where an update moves the weights far between two passes, so
-            that those of the passes before no longer fit.
+          decay: φ, a scalar in [0, 1].
+          statistics: whether BatchNorm's moving statistics are averaged in the same way. This is
+            needed if an update moves the weights so far that the statistics of the passes before
+            no longer fit.
         """
         share = 1.0 - decay
         for source, shadow in self.trained + (self.statistics if statistics else []):

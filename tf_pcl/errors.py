@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection
 from typing import Any, Optional
 
-# A line that lists more names is not read.
+# Nobody reads a line with more names.
 _MOST_LISTED = 50
 
 
@@ -22,7 +22,7 @@ class _NamesParameters(Exception):
 
 
 class UserError(_NamesParameters, ValueError):
-    """Raised when something was asked for that cannot be done.
+    """Raised when the user's request is invalid.
 
     The text names parameters of the library in backquotes, as in "`peers=1`: …". The command line
     turns these into its flags with `as_flags`.

@@ -1,8 +1,8 @@
 """The losses that the methods share: scalars, means over the batch [B, C] of logits.
 
 Inside `weighted(weights)` every image counts with its weight, as with Keras's sample_weight: a loss
-is Σ w·l / B. So an equation reads the same with weights and without. Inside `smoothed(ε)` the same
-holds of labels that are smoothed.
+is Σ w·l / B. Inside `smoothed(ε)` the labels of cross-entropies are smoothed. So an equation reads
+the same with and without weights and smoothing.
 """
 
 import contextlib
@@ -39,8 +39,8 @@ def weighted(weights: Optional[tf.Tensor]) -> Iterator[None]:
 def smoothed(smoothing: float) -> Iterator[None]:
     """Smooths the labels of every `cross_entropy` inside (Szegedy et al., 2016).
 
-    Of a label y, whether class number or probabilities, it makes (1 − ε) y + ε / C. Nothing else
-    changes: what a network learns from a network is as soft as that one says.
+    A label y, class number or probabilities, becomes (1 − ε) y + ε / C. Distillation does not
+    change.
 
     Args:
       smoothing: ε in [0, 1].
@@ -53,12 +53,12 @@ def smoothed(smoothing: float) -> Iterator[None]:
 
 
 def batch_mean(values: tf.Tensor) -> tf.Tensor:
-    """Returns the mean of losses of images, or of pairs or triples of them, each times its weight.
+    """Returns the weighted mean of losses of images, or of pairs or triples of images.
 
     Args:
-      values: [B], one an image; or [G, G] or [G, G, G], one a pair or triple of the images of the
-        global batch. A pair or triple weighs the geometric mean of its images' weights: an image of
-        weight 0 is in none that counts, and weights that are all c make the loss c times as large.
+      values: [B], one for each image; or [G, G] or [G, G, G], one for each pair or triple of images
+        of the global batch. The weight of a pair or triple is the geometric mean of its images'
+        weights: an image of weight 0 removes it, and if all weights are c, so is that of the loss.
 
     Returns:
       A scalar.
@@ -78,7 +78,7 @@ def batch_mean(values: tf.Tensor) -> tf.Tensor:
 def of_all_replicas(values: tf.Tensor) -> tf.Tensor:
     """Returns the values [G, …] of the global batch from those [B, …] of this replica."""
     context = tf.distribute.get_replica_context()
-    # A handle of its own, as in triplet_angles.
+    # The identity gives these values a gradient of their own, as in triplet_angles.
     return (
         context.all_gather(values, axis=0)
         if context is not None and context.num_replicas_in_sync > 1
@@ -135,8 +135,8 @@ def pairwise_distances(features: tf.Tensor) -> tf.Tensor:
       float32 [B, B].
     """
     f = tf.cast(features, tf.float32)
-    # Distances come as ‖u‖² + ‖v‖² − 2 u·v: around the mean these are small, and little is lost in
-    # their difference.
+    # Distances are computed as ‖u‖² + ‖v‖² − 2 u·v. With the mean subtracted, these terms are
+    # small, and their difference loses few digits.
     d = compat.pairwise_distance(f - tf.stop_gradient(tf.reduce_mean(f, axis=0)))
     apart = tf.cast(tf.math.count_nonzero(d), tf.float32)
     return tf.math.divide_no_nan(d * apart, tf.reduce_sum(d))
@@ -145,15 +145,15 @@ def pairwise_distances(features: tf.Tensor) -> tf.Tensor:
 def triplet_angles(features: tf.Tensor) -> tf.Tensor:
     """Returns the cosines of the angles of all triples of features (Park et al., 2019).
 
-    They are 0 where a feature is equal to the corner's.
+    A cosine is 0 if a feature is equal to that of the corner.
 
     Args:
       features: [B, d].
     Returns:
       float32 [B, B, B], at [v, u, w] cos∠(u, v, w), the corner being v.
     """
-    # The gradients of the two uses are added apart from those of other uses: the sum of two has
-    # but one order.
+    # The identity lets the gradients of the two uses below be added first, apart from those of
+    # other uses: a sum of three could be computed in several orders, with different rounding.
     f = tf.identity(tf.cast(features, tf.float32))
     to = f[None] - f[:, None]  # [v, u]: from v to u
     squared = tf.reduce_sum(tf.square(to), axis=-1, keepdims=True)
@@ -163,7 +163,7 @@ def triplet_angles(features: tf.Tensor) -> tf.Tensor:
 
 
 def balanced_class_weights(labels, num_classes: int) -> dict[int, float]:
-    """Returns weights with which all classes count alike, for fit's `class_weight`.
+    """Returns weights that make all classes count equally, for the `class_weight` of fit.
 
     With n_c images of class c, n in all and K classes that have any, class c weighs n / (K n_c), as
     in scikit-learn's "balanced"; the mean weight of an image is 1. A class without images weighs 0.
@@ -178,8 +178,7 @@ def balanced_class_weights(labels, num_classes: int) -> dict[int, float]:
     labels = np.asarray(labels).reshape(-1)
     if not labels.size or not np.issubdtype(labels.dtype, np.integer):
         raise UserError(
-            "balanced weights need class numbers, and "
-            f"{labels.size} labels of type {labels.dtype} came"
+            f"balanced weights need class numbers, not {labels.size} labels of type {labels.dtype}"
         )
     if labels.min() < 0 or labels.max() >= num_classes:
         raise UserError(

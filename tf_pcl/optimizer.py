@@ -14,16 +14,16 @@ LearningRate = Union[float, keras.optimizers.schedules.LearningRateSchedule]
 
 
 class OwnDecays:
-    """What optimizers have in common that can give some weights a weight decay of their own.
+    """Lets an optimizer give some weights a weight decay of their own.
 
-    It stands before a keras.optimizers.Optimizer among the bases of a class.
+    It is a mixin, which comes before a keras.optimizers.Optimizer among the bases of a class.
 
     Args:
-      usual_decay: wd ≥ 0 of all other weights.
+      usual_decay: the decay wd ≥ 0 of all other weights.
       decay_by_name: {variable's name: wd} of the weights that have a decay of their own.
     """
 
-    # What the optimizer has.
+    # Attributes of the optimizer.
     iterations: Any
     jit_compile: Any
     use_ema: Any
@@ -76,8 +76,8 @@ class OwnDecays:
     def _internal_apply_gradients(self, grads_and_vars: Iterable[tuple]) -> Any:
         if tf.distribute.has_strategy() or self.use_ema or getattr(self, "_mesh", None):
             return super()._internal_apply_gradients(grads_and_vars)  # type: ignore[misc]
-        # Without a strategy, Keras's way through one takes half of the time that the updates take
-        # to trace, and does the same.
+        # Keras updates through a strategy even if there is none. That doubles the time of tracing
+        # the updates, and does the same.
         self._update_all(grads_and_vars)
         return self.iterations.assign_add(1)
 
@@ -123,7 +123,7 @@ class CoupledSGD(OwnDecays, keras.optimizers.Optimizer):
         name: str = "SGD",
         **kwargs: Any,
     ):
-        # Keras's default of 0 would take 0 · w from every weight in every step.
+        # With Keras's default of 0, every step would subtract 0 · w from every weight.
         kwargs["weight_decay"] = kwargs.get("weight_decay") or None
         super().__init__(
             name=name, usual_decay=coupled_decay, decay_by_name=decay_by_name, **kwargs
@@ -146,7 +146,7 @@ class CoupledSGD(OwnDecays, keras.optimizers.Optimizer):
         variable.assign_sub(step)
 
     def _rule(self, d: tf.Tensor, velocity: Any, lr: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the new velocity, and what the weight loses."""
+        """Returns the new velocity, and what is subtracted from the weight."""
         v = self.momentum * velocity + d
         return v, lr * (d + self.momentum * v if self.nesterov else v)
 
@@ -154,8 +154,8 @@ class CoupledSGD(OwnDecays, keras.optimizers.Optimizer):
         return self.velocities[self._index_dict[self._key(variable)]]
 
     def _update_all(self, grads_and_vars: Iterable[tuple]) -> None:
-        # Most of a network's variables are vectors, BatchNorm's and biases, and hold next to none
-        # of its weights. One after another, each would take a dozen operations.
+        # Most variables of a network are vectors, of BatchNorm and biases, and small. Updated one
+        # after another, each would take a dozen operations.
         pairs = list(grads_and_vars)
         vectors = [(g, w) for g, w in pairs if isinstance(g, tf.Tensor) and w.shape.rank == 1]
         for dtype in dict.fromkeys(w.dtype for _, w in vectors):
@@ -197,8 +197,8 @@ class CoupledSGD(OwnDecays, keras.optimizers.Optimizer):
 class DecoupledAdam(OwnDecays, keras.optimizers.Adam):
     """Keras's AdamW (Loshchilov and Hutter, 2019), in which weights can have decays of their own.
 
-    w ← w − lr·wd·w, and then Adam's step. Keras's own AdamW decays a weight with the one decay or
-    not at all.
+    A step is w ← w − lr·wd·w and then Adam's step. Keras's own AdamW knows only one decay, which a
+    weight has or has not.
 
     Args:
       learning_rate: a float or a keras LearningRateSchedule of the step.
@@ -252,7 +252,7 @@ def recipe(
     warmup_epochs: float = 0.0,
     clip_norm: Optional[float] = None,
 ) -> Any:
-    """Returns the optimizer of the tables (PCL, section 4.1), or what is asked for in its place.
+    """Returns the optimizer of the tables (PCL, section 4.1), or another one.
 
     That of the tables is SGD with Nesterov momentum 0.9, whose rate is divided by 10 at 1/2 and 3/4
     of training.
@@ -263,11 +263,11 @@ def recipe(
       learning_rate: the rate at the start, or after the warm-up.
       lr_decay_epochs: the epochs after which the rate is divided by 10; by default 150 and 225 of
         300, scaled to `epochs`. For the schedule "steps" alone.
-      weight_decay: L2 decay; "sgd" adds it to the gradient, the others take it from the weight
-        beside their own step.
+      weight_decay: L2 decay; "sgd" adds it to the gradient, the others subtract it from the weight
+        apart from their own step.
       optimizer: "sgd" (CoupledSGD), "adamw" (DecoupledAdam) or "lamb" (tensorflow-addons' LAMB).
       schedule: "steps", or "cosine", which falls to 0 at the end of training.
-      warmup_epochs: in so many epochs the rate rises from 0 to that of the schedule.
+      warmup_epochs: the epochs in which the rate rises to that of the schedule.
       clip_norm: the largest norm of all gradients together, over all replicas; None for any.
 
     Raises:
@@ -306,7 +306,7 @@ def current_rate(optimizer: Any) -> float:
     """Returns the learning rate of an optimizer's last step, or of its first one before that."""
     rate = optimizer.learning_rate
     if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule):
-        # An optimizer of Keras's older kind gives the schedule itself.
+        # Optimizers of Keras's older kind return the schedule itself.
         rate = rate(tf.maximum(optimizer.iterations - 1, 0))
     return float(keras.backend.get_value(rate))
 

@@ -17,9 +17,9 @@ from tf_pcl.errors import UserError, choose
 
 Kind = Union[type, tuple[str, ...]]
 
-# A "~" at their beginning is the home folder; no shell expands it within a flag.
+# Options in which a leading "~" means the home folder; no shell expands it within a flag.
 PATHS = ("workdir", "data_dir", "labels", "weights", "teacher")
-# What float32 holds.
+# The largest number of float32.
 _LARGEST = 3.4e38
 
 
@@ -40,8 +40,9 @@ def _flag(
       help_text: what it is, with its unit.
       kind: int, float, bool, str, list (of floats) or a tuple of the allowed words; by default the
         type of `default`.
-      low, high, above: a number lies in [low, high] and is > above.
-      run_only: whether it leaves the result as it is, and so may differ between calls in a workdir.
+      low, high, above: a number must lie in [low, high] and be larger than `above`.
+      run_only: whether it does not affect the result, so that it may differ between the calls of a
+        run.
     """
     return dataclasses.field(
         default=default,
@@ -57,7 +58,7 @@ def _flag(
 
 
 class Usual(NamedTuple):
-    """What an optimizer takes unless it is given.
+    """The defaults of an optimizer.
 
     Attributes:
       learning_rate: the rate at the start.
@@ -77,7 +78,7 @@ OPTIMIZERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of a run. Each is called as its flag; its help says its unit and default."""
+    """The options of a run. Each has the name of its flag, whose help has its unit and default."""
 
     # What to train.
     method: str = _flag("pcl", "how to train")
@@ -149,7 +150,7 @@ class Options:
     )
 
     # Data.
-    dataset: str = _flag("cifar100", "what to learn from")
+    dataset: str = _flag("cifar100", "name of the data set")
     data_dir: Optional[str] = _flag(
         None,
         "folder of the data",
@@ -180,9 +181,9 @@ class Options:
     )
     validation_examples: Optional[float] = _flag(
         None,
-        "hold so many training images, or this share of them if less than 1, out of training: the "
-        "errors of every epoch are then theirs, and the test images are looked at once, at the "
-        "end; default: none",
+        "hold so many training images, or this share of them if less than 1, out of training: "
+        "every epoch is then tested on them, and the test images are used once, at the end; "
+        "default: none",
         float,
         above=0,
     )
@@ -219,20 +220,20 @@ class Options:
     )
     mixup: float = _flag(
         0.0,
-        "α: each image is mixed with another one, its share is drawn from Beta(α, α), and the "
-        "label is soft; 0: none",
+        "α: each image is mixed with another one, with a share drawn from Beta(α, α), and gets a "
+        "soft label; 0: none",
         low=0,
     )
     cutmix: float = _flag(
         0.0,
-        "α: as --mixup, but a rectangle of the other image stands in the image; with both, each "
-        "image draws one of them; 0: none",
+        "α: as --mixup, but a rectangle of the other image replaces that of the image; with both, "
+        "each image draws one of them; 0: none",
         low=0,
     )
     class_weights: Optional[str] = _flag(
         None,
-        "balanced: an image weighs the less in every loss the more training images its class has; "
-        "default: all images alike",
+        "balanced: each image has a weight in every loss, so that all classes count equally; "
+        "default: all images have the same weight",
         ("balanced",),
     )
 
@@ -268,8 +269,8 @@ class Options:
     )
     weight_decay: float = _flag(
         None,
-        "L2 decay, which sgd adds to the gradient and the others take from the weight, times the "
-        "learning rate; default: "
+        "L2 decay, which sgd adds to the gradient and the others subtract from the weight, times "
+        "the learning rate; default: "
         + ", ".join(f"{usual.weight_decay:g} for {name}" for name, usual in OPTIMIZERS.items()),
         float,
         low=0,
@@ -279,8 +280,8 @@ class Options:
     )
     label_smoothing: float = _flag(
         0.0,
-        "part ε of each label that is shared by all classes, in the cross-entropy with the labels; "
-        "what peers and teachers teach stays as it is",
+        "part ε of each label that is spread over all classes, in the cross-entropy with the "
+        "labels; distillation does not change",
         low=0,
         high=1,
     )
@@ -316,8 +317,8 @@ class Options:
     )
     ema_decay: Optional[float] = _flag(
         None,
-        "largest decay of the mean teacher; default: 0.999, by steps at most "
-        "what averages over 1 % of training",
+        "largest decay of the mean teacher; default: 0.999, with --ema_every=step capped so that "
+        "the average spans at most 1 % of training",
         float,
         low=0,
         high=1,
@@ -357,14 +358,14 @@ class Options:
     deploy: Optional[str] = _flag(
         None, "export one mean peer, or all with the ensemble classifier", ("peer", "ensemble")
     )
-    seed: int = _flag(0, "of weights, subset, order and augmentation", low=0, high=2**31 - 1)
+    seed: int = _flag(0, "seed of weights, subsets, order and augmentation", low=0, high=2**31 - 1)
 
     # Machine.
     strategy: str = _flag(
         "auto",
         "auto: all GPUs of this machine, else the CPU",
         ("auto", "mirrored", "multi_worker", "tpu", "one_device"),
-        # How many replicas that gives is checked by itself: see Workdir.check_replicas.
+        # The number of replicas is checked separately: see Workdir.check_replicas.
         run_only=True,
     )
     precision: str = _flag(
@@ -377,7 +378,7 @@ class Options:
     )
     recompute: bool = _flag(
         False,
-        "keep few outputs of layers for the backward pass and compute them again in it: less "
+        "keep only a few layers' outputs for the backward pass and compute the others again: less "
         "memory, a slower step, the same numbers",
         run_only=True,
     )
@@ -417,7 +418,7 @@ class Options:
         for name in PATHS:
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
-        # What the rest depends on comes first.
+        # The defaults of other options depend on it.
         _check("optimizer", self.optimizer, {"kind": tuple(OPTIMIZERS)})
         for name, usual in OPTIMIZERS[self.optimizer]._asdict().items():
             if getattr(self, name) is None:
@@ -484,7 +485,7 @@ class Options:
         return {name: _text(value) for name, value in given.items() if value is not None}
 
     def told(self, always: Sequence[str] = ("method", "network", "dataset")) -> dict[str, str]:
-        """Returns {flag's name: text} of what is not as by default, and of those in `always`."""
+        """Returns {flag's name: text} of all but defaults, and of the options in `always`."""
         usual = Options().as_flags()
         return {
             name: text
@@ -493,7 +494,7 @@ class Options:
         }
 
     def run_only(self) -> set[str]:
-        """Returns the names of the options that leave the result as it is."""
+        """Returns the names of the options that do not affect the result."""
         return {f.name for f in dataclasses.fields(self) if f.metadata["run_only"]}
 
 
@@ -621,7 +622,7 @@ def given(values: flags.FlagValues = flags.FLAGS) -> dict[str, Any]:
     """Returns {name: value} of the options that parsed absl FlagValues were given.
 
     Raises:
-      UserError: for numbers that are none.
+      UserError: for invalid numbers.
     """
     found: dict[str, Any] = {name: values[name].value for name in names() if values[name].present}
     drops = found.get("lr_decay_epochs")
@@ -641,14 +642,14 @@ def from_file(path: str) -> Options:
     """Returns the Options in a flagfile, such as the flags.txt of a workdir.
 
     Raises:
-      UserError: if it is no such file, or of a version with other options.
+      UserError: if it is not such a file, or comes from a version with other options.
     """
     values = flags.FlagValues()
     define_flags(values)
     try:
         rest = values(["", f"--flagfile={path}"])[1:]
     except (flags.Error, UnicodeError) as e:
-        raise UserError(f"{path} is no list of the options of a run: {e}") from e
+        raise UserError(f"{path} is not a list of a run's options: {e}") from e
     if rest:
-        raise UserError(f"{path} is no list of the options of a run: {rest[0]!r} is none")
+        raise UserError(f"{path} is not a list of a run's options: {rest[0]!r} is not one")
     return from_flags(values)

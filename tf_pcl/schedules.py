@@ -1,4 +1,4 @@
-"""What changes in the course of training: the learning rate, the ramp-up weight ω, the decay φ."""
+"""Values that change during training: the learning rate, the ramp-up weight ω, the decay φ."""
 
 from collections.abc import Sequence
 from typing import Any, Optional, Union
@@ -8,7 +8,7 @@ import tensorflow as tf
 from tf_pcl.compat import keras
 from tf_pcl.errors import choose
 
-# The tables train for 300 epochs; for another number their epochs keep their share of the whole.
+# Shares of the 300 epochs of the tables, which are kept for other numbers of epochs.
 PAPER_RAMPUP = 80 / 300
 PAPER_LR_DECAY = (150 / 300, 225 / 300)
 
@@ -40,7 +40,7 @@ def ema_decay(update: Union[int, tf.Tensor], largest: float) -> tf.Tensor:
 
 
 def default_ema_decay(total_steps: int) -> float:
-    """Returns β for updates by step: 0.999, but no average over more than 1 % of training."""
+    """Returns β for updates by step: 0.999, capped so that the average spans ≤ 1 % of training."""
     return max(0.0, min(0.999, 1.0 - 1.0 / max(1.0, 0.01 * total_steps)))
 
 
@@ -51,10 +51,11 @@ def step_decay(
 
     Args:
       learning_rate: the rate at the start.
-      decay_epochs: increasing, also fractions of epochs.
+      decay_epochs: increasing; they may be fractions.
       steps_per_epoch: optimizer steps in one epoch.
     """
-    # Keras keeps a value up to and including its boundary. The drop acts on the first step after.
+    # Keras keeps a value up to and including its boundary: the next step is the first with the
+    # drop.
     boundaries = [round(e * steps_per_epoch) - 1 for e in decay_epochs]
     values = [learning_rate * 0.1**i for i in range(len(boundaries) + 1)]
     return keras.optimizers.schedules.PiecewiseConstantDecay(boundaries, values)
@@ -107,7 +108,7 @@ def learning_rate(
       schedule: "steps": divided by 10 after each of `decay_epochs`; "cosine": start · (1 +
         cos(π s / S)) / 2 at step s of S.
       decay_epochs: increasing; by default 1/2 and 3/4 of the epochs.
-      warmup_epochs: how many epochs the rate rises to that of the schedule, as in `WarmUp`.
+      warmup_epochs: the epochs in which the rate rises to that of the schedule, as in `WarmUp`.
 
     Raises:
       UserError: if there is no such schedule.

@@ -2,7 +2,7 @@
 
 `datasets` has the table of data sets and `load`; each data set or family of them has a file of its
 own (`digits`, `image_folder`, `tiny_imagenet`, `from_tfds`); `in_memory` has those of arrays and
-tf.data.Datasets. `splits` says which images are trained, validated and tested on, and `storage`
+tf.data.Datasets. `splits` chooses the images for training, validation and tests, and `storage`
 keeps them. `image_files` decodes files, `labels_file` reads labels from a CSV file, `augmentations`
 has the table of random augmentations and `pipeline` makes batches.
 """

@@ -1,7 +1,7 @@
 """Random augmentations of uint8 images [B, H, W, C]: for each, one function and one row.
 
-A function takes images, Draws that hand out its random numbers, and the value that was asked for;
-it returns images of the same shape. Random numbers are stateless: the same key gives the same
+A function takes images, Draws that give it random numbers, and the value of its option; it returns
+images of the same shape. Random numbers are stateless: the same key gives the same
 images. They depend on the augmentation's name and not on other rows. The rows of AUGMENTATIONS are
 applied in their order.
 """
@@ -25,16 +25,16 @@ def fold_in(seed: tf.Tensor, *numbers: Union[int, tf.Tensor]) -> tf.Tensor:
 
 
 class Draws:
-    """Hands out the random numbers of the images at hand.
+    """Gives random numbers for some images of a global batch.
 
-    These images are rows of a global batch. An image's numbers depend on the key, on how many
-    calls came before, and on the image's row in the global batch. Workers that have different rows
-    therefore draw together what one worker with the whole batch would.
+    The numbers of an image depend on the key, on the number of calls before, and on the image's row
+    in the global batch. So workers with different rows together draw what one worker with the
+    whole batch would.
 
     Args:
       key: a seed, int [2].
       total: the size of the global batch.
-      rows: the rows of the global batch that are at hand, B of them.
+      rows: the rows of these images in the global batch, B of them.
     """
 
     def __init__(self, key: tf.Tensor, total: int, rows: slice = slice(None)):
@@ -51,8 +51,8 @@ class Draws:
         """Returns the next random numbers of Beta(α, α), float32 [B], in [0, 1]."""
         key = fold_in(self.key, self._calls)
         self._calls += 1
-        # Beta's numbers are shares of two of Gamma's. For a small α both may be too small for a
-        # float, and the number is 0 then.
+        # A number of Beta is a share of the sum of two numbers of Gamma. For a small α both may
+        # underflow; then the number is 0.
         shape, dtype = [self.total, 2], tf.float64
         gamma = tf.random.stateless_gamma(shape, key, tf.cast(alpha, dtype), dtype=dtype)
         share = tf.math.divide_no_nan(gamma[:, 0], tf.reduce_sum(gamma, 1))
@@ -91,8 +91,8 @@ def inception_crop(images: tf.Tensor, draws: Draws) -> tf.Tensor:
     """Cuts a random window and resizes it to the old size (Szegedy et al., 2015).
 
     A window's ratio of width to height is log-uniform in [3/4, 4/3], its area uniform from 8 % of
-    the image to the largest that fits. It is cut from the image as it is given, which for photos is
-    one already resized.
+    the image to the largest that fits. It is cut from the given image; photos have been resized
+    before.
 
     Args:
       images: uint8 [B, H, W, C].
@@ -126,8 +126,8 @@ def resized_windows(images: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
       windows: those of inception_windows, float32 [B, 4].
     """
     h, w = images.shape[1:3]
-    # crop_and_resize counts from the centre of the first pixel, 0, to that of the last, 1, and
-    # blackens what is beyond.
+    # For crop_and_resize, the centre of the first pixel is 0 and that of the last is 1; everything
+    # beyond becomes black.
     edges = tf.clip_by_value(
         (windows - [0, 0, 1, 1]) / [h - 1, w - 1, h - 1, w - 1], 1e-6, 1 - 1e-6
     )
@@ -137,7 +137,7 @@ def resized_windows(images: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
 def flip(images: tf.Tensor, draws: Draws, value: bool = True) -> tf.Tensor:
     """Mirrors half of the images left-right."""
     del value
-    # TensorFlow reverses rows of pixels, and selects whole images, many times faster than it does
+    # Reversing rows of pixels and selecting whole images is many times faster in TensorFlow than
     # images[:, :, ::-1] and tf.where along the batch.
     rows = tf.reshape(images, [-1, *images.shape[2:]])
     mirrored = tf.reshape(tf.reverse(rows, [1]), tf.shape(images))
@@ -192,9 +192,9 @@ class Augmentation:
     Args:
       function: (images uint8 [B, H, W, C], draws, value) -> images of the same shape.
       allowed: the names that its value may be, or a function that says whether a value is allowed.
-      values: what values are allowed, in words; needed where `allowed` is a function.
-      default: a function of an ImageData that gives the value where none is given. Images are left
-        alone where the value is false or 0.
+      values: the allowed values, in words; needed if `allowed` is a function.
+      default: a function of an ImageData that returns the default value. If the value is false or
+        0, images are not changed.
     """
 
     function: Callable[[tf.Tensor, Draws, Any], tf.Tensor]
@@ -225,8 +225,8 @@ def settle(data: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Returns {name: value} of the augmentations to apply, in the order of AUGMENTATIONS.
 
     Args:
-      data: an ImageData, which gives the value of those that are not given or given as None.
-      given: {name: value} of what was asked for.
+      data: an ImageData, which determines the values that are missing or None.
+      given: {name: value}.
 
     Raises:
       UserError: if there is no such augmentation or it does not take the value.

@@ -1,7 +1,7 @@
 r"""Class names as single lines of text, and back.
 
 A class is named after its folder, and a folder's name may hold a line break, or bytes that are not
-UTF-8, which Python keeps as lone surrogates. Neither can stand in a text file of a name per line.
+UTF-8, which Python keeps as lone surrogates. A text file with one name a line can hold neither.
 """
 
 import re
@@ -29,7 +29,7 @@ def escape(name: str) -> str:
 
 
 def unescape(line: str) -> str:
-    r"""Returns the name of which `escape` made a line; a backslash of another kind stays."""
+    r"""Returns the name that `escape` turned into a line; other backslashes stay."""
 
     def plain(match: "re.Match[str]") -> str:
         if match[1]:

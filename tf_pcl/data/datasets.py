@@ -1,8 +1,8 @@
 """Data sets by name: the table DATASETS and load(name) -> ImageData.
 
-A name that is not in the table is looked up in tensorflow-datasets. How the images of a split are
-kept depends on their size: in memory up to 4 GiB (storage.Arrays), else as files that are read when
-they are needed (storage.Files) or, from tensorflow-datasets, as a stream (storage.Stream).
+A name that is not in the table is looked up in tensorflow-datasets. The images of a split are kept
+in memory up to 4 GiB (storage.Arrays); larger splits are files that are read when they are needed
+(storage.Files) or, from tensorflow-datasets, a stream (storage.Stream).
 """
 
 import collections
@@ -20,8 +20,8 @@ from tf_pcl.data.splits import Loaded, Request, hold_out
 from tf_pcl.data.storage import Arrays, Origin, Reading, Split, Stream
 from tf_pcl.errors import UserError, choose
 
-# A channel that varies less over all images, on the scale 0–255, holds little but the noise of
-# rounding and compression, which standardisation must not blow up.
+# If a channel varies less than this over all images, on the scale 0–255, it holds little but the
+# noise of rounding and compression, which standardisation must not amplify.
 LEAST_DEVIATION = 8.0
 
 
@@ -30,18 +30,18 @@ class ImageData:
     """A data set of labelled images.
 
     Args:
-      name: the name that it was asked for by.
+      name: the name of the data set.
       classes: the names of the classes in the order of the labels.
       image_shape: (H, W, C) of every image.
       train: the training images.
       test: the test images.
       mean: the mean of each channel on the scale 0–255, over the training images (over the first
-        10,000 where they are not in memory).
-      std: the standard deviation of each channel on the same scale, at least 1.
+        10,000 if they are not in memory).
+      std: the standard deviation of each channel on the same scale, at least LEAST_DEVIATION.
       flip: whether a mirrored image keeps its class.
-      validation: images that are neither trained nor tested on, by which an epoch can be chosen;
-        None if there are none.
-      lists: where files were divided by `load`, {split: their paths below the folder}.
+      validation: images that are neither trained nor tested on, to choose an epoch by; None if
+        there are none.
+      lists: {split: paths of its files below the folder}, if `load` divided the files.
     """
 
     name: str
@@ -58,13 +58,13 @@ class ImageData:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A row of DATASETS: how a data set or a family of them is loaded, and what is said of it.
+    """A row of DATASETS: how a data set or a family of data sets is loaded and described.
 
     Args:
       load: a function splits.Request -> splits.Loaded.
       summary: what it is, in a few words.
       folder: what its `data_dir` is; None if it takes none.
-      needs_folder: whether it cannot do without a `data_dir`.
+      needs_folder: whether `data_dir` is required.
       reads_files: whether it reads image files, so that `on_bad_image` applies.
       reads_labels: whether it can read the labels from a file.
       flip: whether a mirrored image keeps its class.
@@ -143,35 +143,35 @@ def load(
     labels_columns: Optional[str] = None,
     began: Optional[Mapping[str, Any]] = None,
 ) -> ImageData:
-    """Loads a data set; nothing is written if it is refused.
+    """Loads a data set.
 
     Args:
       name: one of DATASETS, or an image-classification data set that tensorflow-datasets lists.
-      data_dir: the folder of the data; what it holds is said in DATASETS. For tensorflow-datasets
-        it is the folder where prepared data sets are kept.
-      image_size: cut images to a square in their middle and resize it to this many pixels a side;
-        it is needed where images differ in size.
-      train_examples: use only the first so many of a permutation of the training images, after
-        validation images were taken out.
-      seed: the seed of this permutation, and of what is taken for validation. What is taken for the
-        test does not depend on it.
+      data_dir: the folder of the data, as DATASETS describes it. For tensorflow-datasets it is the
+        folder of the prepared data sets.
+      image_size: cut the square in the middle of each image and resize it to this many pixels a
+        side; needed if images differ in size.
+      train_examples: use only so many training images, the first of a permutation, after the
+        validation images were taken.
+      seed: the seed of this permutation, and of the choice of validation images. The choice of test
+        images does not depend on it.
       on_bad_image: what to do with image files that cannot be read: "fail", or "skip" to leave
-        them out. "skip" is for the data sets that read image files.
+        them out, if the data set reads image files.
       validation_examples: how many of the training images, or which share of them (more than 0,
-        less than 1), are held out of training as validation images, of each class its share.
-      test_examples: how many or which share of the images are the test images, before any others
-        are taken; for a data set that has none of its own.
+        less than 1), are held out as validation images, the same share of each class.
+      test_examples: how many of the images, or which share of them, become test images, which are
+        taken first; for a data set without test images of its own.
       labels: a CSV file that names the images of `data_dir` and their labels, and may name splits.
       labels_columns: its columns as "FILE,LABEL" or "FILE,LABEL,SPLIT"; guessed unless given.
-      began: what `record` returned when a run on these data began, which now goes on: with "skip",
-        the same images count as then, and others stand for those whose files broke since. It is for
-        images that are not kept in memory.
+      began: if a run is resumed, what `record` returned when it began. With "skip", the data then
+        have the same images as at that time, and others replace those whose files have broken
+        since. It is for images that are not kept in memory.
 
     Returns:
-      An ImageData. What was found in image files is printed.
+      An ImageData. A summary of image files is printed.
 
     Raises:
-      UserError: if there is no such data set, it cannot be had, or its images cannot be used.
+      UserError: if there is no such data set, or it or its images cannot be used.
     """
     row = _checked(name, data_dir, on_bad_image, labels, labels_columns)
     request = Request(
@@ -185,19 +185,19 @@ def load(
     found = image_data(name, images, row.flip, lists)
     reading = reading_of(found)
     if began and reading and reading.broken:
-        # The mean over the images that are left would be another one.
+        # The mean over the remaining images would be another one.
         mean, std = tuple(began["mean"]), tuple(began["std"])
         found = dataclasses.replace(found, mean=mean, std=std)
     return found
 
 
 def reading_of(data: ImageData) -> Optional[Reading]:
-    """Returns how the image files of a data set are read; None if none is read by index."""
+    """Returns the Reading of the image files of a data set; None if none is read by index."""
     return storage.reading_of(data.train, data.test, data.validation)
 
 
 def record(data: ImageData) -> Optional[dict[str, Any]]:
-    """Returns what `load` has to know of image files where a run goes on; None if nothing."""
+    """Returns what `load` must know of image files to resume a run; None if nothing."""
     reading = reading_of(data)
     if reading is None:
         return None
@@ -217,16 +217,16 @@ def look(
     labels: Optional[str] = None,
     labels_columns: Optional[str] = None,
 ) -> tuple[tuple[int, ...], tuple[str, ...], int]:
-    """Finds out what a data set is like; of image files it reads no more than the headers.
+    """Returns facts about a data set; of image files it reads only the headers.
 
-    Args are those of `load`.
+    Arguments are those of `load`.
 
     Returns:
       The shape (H, W, C) of the images, the names of the classes in the order of the labels, and
       the number of training images.
 
     Raises:
-      UserError: as `load`, but not for images whose header alone can be read.
+      UserError: as `load`, except for images of which only the header can be read.
     """
     row = _checked(name, data_dir, on_bad_image, labels, labels_columns)
     request = Request(
@@ -253,7 +253,7 @@ def _load(
     test_examples: Optional[Union[int, float]],
     seed: int,
 ) -> Loaded:
-    """Returns the images that a request is answered with, divided; arguments as in `load`."""
+    """Loads and divides the images of a request; arguments as in `load`."""
     images = divided(row.load(request), name, validation_examples, test_examples, seed)
     if train_examples:
         images = images._replace(train=_subset(images.train, name, train_examples, seed))
@@ -267,7 +267,7 @@ def divided(
     test_examples: Optional[Union[int, float]],
     seed: int,
 ) -> Loaded:
-    """Returns the images after those for test and validation were taken out of the others.
+    """Returns the images after test and validation images were taken from the training images.
 
     Raises:
       UserError: if there are test or validation images already, or too few to take some.
@@ -285,7 +285,7 @@ def divided(
                 value=examples,
             )
     if test_examples:
-        # Not by the seed: runs with several seeds are compared on the same test images.
+        # Independent of the seed: runs with several seeds are compared on the same test images.
         train, test = hold_out(train, test_examples, 0, "test_examples", name)
     if validation_examples:
         train, validation = hold_out(train, validation_examples, seed, "validation_examples", name)
@@ -295,7 +295,7 @@ def divided(
 def image_data(
     name: str, images: Loaded, flip: bool, lists: Optional[Mapping[str, Sequence[str]]] = None
 ) -> ImageData:
-    """Returns the ImageData of images that are divided; UserError if they are of one class."""
+    """Returns the ImageData of divided images; UserError if there is only one class."""
     classes, train = images.classes, images.train
     _check_several(name, classes)
     assert images.test is not None
@@ -357,7 +357,7 @@ def _checked(
     labels: Optional[str],
     labels_columns: Optional[str],
 ) -> Dataset:
-    """Returns the row of a data set that goes with the other parameters; UserError if none does."""
+    """Returns the row of a data set; UserError if the other parameters do not fit it."""
     if data_dir and not os.path.isdir(data_dir):
         raise UserError(
             "it is not there: give an existing folder", parameter="data_dir", value=data_dir
@@ -406,7 +406,7 @@ def _subset(train: Split, name: str, count: int, seed: int) -> Split:
 
 
 def _mean_and_std(images: np.ndarray) -> tuple[tuple, tuple]:
-    """Returns mean and standard deviation (at least 1) by channel of images uint8 [N, H, W, C]."""
+    """Returns each channel's mean, and deviation ≥ LEAST_DEVIATION, of uint8 [N, H, W, C]."""
     # Counting the 256 values is exact and needs no float copy of the images.
     counts = [np.bincount(images[..., c].ravel(), minlength=256) for c in range(images.shape[-1])]
     means = [np.average(np.arange(256), weights=n) for n in counts]

@@ -13,7 +13,7 @@ TEST_IMAGES = 360
 def load(request: Request) -> Loaded:
     """Loads 1,797 grey images of 8×8 pixels: the first 1,437 to train on, the last 360 to test on.
 
-    Of the request, the image size alone matters: the images are part of scikit-learn.
+    Only the image size of the request matters: the images are part of scikit-learn.
     """
     from sklearn.datasets import load_digits
 

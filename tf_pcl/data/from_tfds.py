@@ -40,17 +40,17 @@ def base_name(name: str) -> str:
 
 
 def load(name: str, request: Request) -> Loaded:
-    """Loads a data set; it is downloaded and prepared if it was not before.
+    """Loads a data set; it is downloaded and prepared first if necessary.
 
     A split that exceeds storage.MEMORY_LIMIT is kept as a Stream, a smaller one as Arrays.
 
     Args:
-      name: one of names(), with a version or configuration if wanted.
-      request: its folder is that of tensorflow-datasets; None for its own default.
+      name: one of names(), perhaps with a version or configuration.
+      request: its folder is that of tensorflow-datasets, by default its own.
 
     Raises:
       UserError: if it is not for image classification, its images differ in size and `image_size`
-        is not given, or it cannot be had.
+        is not given, or it cannot be prepared.
     """
     import tensorflow_datasets as tfds
 
@@ -70,8 +70,8 @@ def load(name: str, request: Request) -> Loaded:
         and isinstance(features.get("label"), tfds.features.ClassLabel)
     ):
         raise UserError(
-            f"the data set {name} is not for image classification: its features are "
-            f"{', '.join(features)}; an image and a label are needed"
+            f"the data set {name} is not for image classification: it has the features "
+            f"{', '.join(features)}, and an image and a label are needed"
         )
     height, width, channels = features["image"].shape
     if None in (height, width) and not image_size:
@@ -109,7 +109,7 @@ def _encoded(builder, tfds, split):
 
 
 def _labelled_splits(builder, tfds):
-    # The labels of a contest's test images are kept back: ImageNet has -1 for each of its own.
+    # Contests do not publish the labels of their test images: those of ImageNet are all -1.
     return [
         split
         for split in builder.info.splits or ("train", "test")
@@ -130,23 +130,22 @@ def _kept(dataset, decode, shape) -> Split:
 def _prepare(builder, tfds):
     """Makes sure that the data set is on disk.
 
-    It may be prepared already; else it is made from archives in the manual folder or from a
-    download.
+    If it is not prepared yet, it is made from archives in the manual folder or from a download.
     """
     try:
         builder.as_dataset(split="train")
         return
     except AssertionError:
-        pass  # tensorflow-datasets raises this where nothing is prepared.
+        pass  # tensorflow-datasets raises this if nothing is prepared.
     root = builder._data_dir_root
     manual = os.path.join(root, "downloads", "manual")
     by_hand = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None)
     if by_hand and not (os.path.isdir(manual) and os.listdir(manual)):
         raise UserError(
-            f"{builder.name} is not prepared in {root} and has to be fetched by hand. With "
+            f"{builder.name} is not prepared in {root} and must be downloaded by hand. With "
             f"{manual} as manual_dir: {' '.join(by_hand.split())}"
         )
-    urls = getattr(builder, "url_infos", None) or {}  # It is None where no checksums are recorded.
+    urls = getattr(builder, "url_infos", None) or {}  # It is None if no checksums are recorded.
     archives = {url: info.filename or os.path.basename(url) for url, info in urls.items()}
     missing = {
         url: name
@@ -164,7 +163,7 @@ def _prepare(builder, tfds):
         builder.download_and_prepare(
             download_config=tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
         )
-    except Exception as e:  # Downloads, checksums and generators raise whatever they like.
+    except Exception as e:  # Downloads, checksums and generators raise anything.
         raise UserError(
             f"{builder.name} could not be prepared in {root}: {' '.join(str(e).split())[:300]}. "
             f"Its archives can be put in {manual}"
@@ -172,7 +171,7 @@ def _prepare(builder, tfds):
 
 
 def _reachable(url: str, seconds: float = 6) -> bool:
-    """Returns whether the host of `url` answers at all within so many seconds."""
+    """Returns whether the host of `url` answers within so many seconds."""
     answered = []
 
     def ask():
@@ -182,10 +181,10 @@ def _reachable(url: str, seconds: float = 6) -> bool:
             answered.append(True)
         except urllib.error.HTTPError:
             answered.append(True)
-        except Exception:  # Whatever else the network raises, the host does not answer.
+        except Exception:  # Any other error means that the host does not answer.
             pass
 
-    # A daemon thread, because a name server that never answers must not hold up the exit.
+    # A daemon thread, because a name server that never answers must not delay the exit.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -24,17 +24,17 @@ from tf_pcl.data.class_names import escape
 from tf_pcl.data.splits import Request
 from tf_pcl.errors import UserError
 
-# How much of a file is read for its header; what stands there marks the file.
+# How many bytes of a file are read for its header; they also identify the file.
 _START = 1 << 16
 # How WebP and TIFF files begin.
 _PILLOW_STARTS = (b"RIFF", b"II*\0", b"MM\0*")
 
-# What a report says about images that are not plain RGB.
+# How a report describes images that are not plain RGB.
 TRAITS = ("grey", "with alpha (dropped)", "of 16 bits", "CMYK", "turned upright")
 
 
 class Header(NamedTuple):
-    """What an image file says of itself.
+    """The header of an image file.
 
     Args:
       width: in pixels, once the image is upright.
@@ -53,7 +53,7 @@ def header(data: bytes) -> Header:
     """Reads the header of a JPEG, PNG, GIF or BMP file, by Pillow of WebP or TIFF, from its bytes.
 
     Raises:
-      ValueError: if they are of no such file or end within the header.
+      ValueError: if they are not from such a file, or end within the header.
     """
     try:
         if data.startswith(b"\xff\xd8"):
@@ -99,13 +99,13 @@ def _header_by_pillow(data: bytes) -> Header:
 
 
 def _opened(data: bytes) -> Any:
-    """Returns the image as PIL.Image opens it; ValueError if it is none of those read so."""
+    """Opens a WebP or TIFF image with PIL.Image; ValueError if that is not possible."""
     try:
         image = pillow().open(io.BytesIO(data), formats=("WEBP", "TIFF"))
-    except Exception as e:  # Damaged files raise whatever their damage leads to.
+    except Exception as e:  # Damaged files raise anything.
         raise ValueError(str(e)) from e
     if image.mode == "F":
-        raise ValueError("numbers that are not whole are no image")
+        raise ValueError("its pixels are not whole numbers")
     return image
 
 
@@ -114,7 +114,7 @@ def _decode_by_pillow(data: bytes) -> np.ndarray:
     image = _opened(data)
     if image.mode.startswith("I"):
         pixels = np.asarray(image)
-        # Of 16 bits, which Pillow keeps in 32 where a file has signed numbers.
+        # 16 bits, which Pillow keeps in 32 if the numbers of the file are signed.
         return np.repeat(np.clip(pixels >> 8, 0, 255).astype(np.uint8)[..., None], 3, 2)
     if image.mode == "LA":
         image = image.getchannel("L")
@@ -130,12 +130,12 @@ def _jpeg(data: bytes) -> Header:
     while True:
         at = data.index(b"\xff", at)
         marker, size = struct.unpack_from(">xBH", data, at)
-        if marker == 0xFF:  # Any number of these may stand before a marker.
+        if marker == 0xFF:  # Any number of these may precede a marker.
             at += 1
             continue
         if marker == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
             turn = orientation(data[at + 10 : at + 2 + size])
-        # Start of frame; C4, C8 and CC are other segments among their numbers.
+        # Starts of frame are C0 to CF, except for C4, C8 and CC.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width, channels = struct.unpack_from(">xHHB", data, at + 4)
             size = (height, width) if turn >= 5 else (width, height)
@@ -146,7 +146,7 @@ def _jpeg(data: bytes) -> Header:
 
 
 def orientation(exif: bytes) -> int:
-    """Returns the orientation 1–8 in EXIF data, 1 where it has none or is damaged.
+    """Returns the orientation 1–8 in EXIF data; 1 if there is none, or the data are damaged.
 
     Args:
       exif: the bytes from the TIFF header on.
@@ -168,8 +168,7 @@ def orientation(exif: bytes) -> int:
 def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
     """Reads the EXIF orientation of an image file with TensorFlow's operations alone.
 
-    It is what `header` says of every file whose header that can read, and it can be part of a
-    SavedModel.
+    For every file that `header` can read, it has the same result. It can be part of a SavedModel.
 
     Args:
       encoded: the bytes of the file, a string tensor [].
@@ -181,7 +180,7 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
     jpeg = (data.size > 2) & (data.number(tf.constant(0, tf.int64), 2) == 0xFFD8)
 
     def next_segment(at, turn, _):
-        # A segment begins with 0xFF, before which garbage may stand.
+        # A segment begins with 0xFF; garbage may precede it.
         ahead = data.bytes[at : at + 4096] == 0xFF
         found = tf.reduce_any(ahead)
         at += tf.where(found, tf.argmax(ahead), 4096)
@@ -190,14 +189,14 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
         exif = whole & (marker == 0xE1) & (data.number(at + 4, 6) == 0x457869660000)
         end = tf.minimum(at + 2 + length, data.size)
         turn = tf.cond(exif, lambda: _tiff_orientation(data, at + 10, end), lambda: turn)
-        # C4, C8 and CC are other segments among the numbers of starts of frame.
+        # Starts of frame are C0 to CF, except for C4, C8 and CC.
         others = (marker == 0xC4) | (marker == 0xC8) | (marker == 0xCC)
         frame = (marker >= 0xC0) & (marker <= 0xCF) & ~others
-        # Any number of 0xFF may stand before a marker.
+        # Any number of 0xFF may precede a marker.
         following = at + tf.where(marker == 0xFF, tf.constant(1, tf.int64), 2 + length)
         return tf.where(found, following, at), turn, whole & ~frame | ~found
 
-    # The limit ends the search in files that are made to make it long.
+    # The limit ends the search in files that are made to prolong it.
     _, turn, _ = tf.while_loop(
         lambda at, turn, more: more & (at < data.size),
         next_segment,
@@ -208,12 +207,12 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
 
 
 class _Bytes:
-    """Reads numbers in a string tensor []; what is read beyond its end has no meaning."""
+    """Reads numbers in a string tensor []; numbers beyond its end have no meaning."""
 
     def __init__(self, encoded: tf.Tensor):
         read = tf.io.decode_raw(encoded, tf.uint8)
         self.size = tf.size(read, tf.int64)
-        # Never empty, so that there is something to read.
+        # Padded, so that it is never empty.
         self.bytes = tf.pad(read, [[0, 1]])
 
     def number(self, at: tf.Tensor, count: int, little=False) -> tf.Tensor:
@@ -230,7 +229,7 @@ def _tiff_orientation(data: _Bytes, start: tf.Tensor, end: tf.Tensor) -> tf.Tens
     little = order == 0x4949
     known = (little | (order == 0x4D4D)) & (start + 8 <= end)
     entries = tf.where(known, start + data.number(start + 4, 4, little), end)
-    # Of an entry the first 10 bytes are read.
+    # Only the first 10 bytes of an entry are read.
     within = tf.maximum((end - entries - 2 - 10) // 12 + 1, 0)
     count = tf.minimum(data.number(entries, 2, little), within)
     first = entries + 2 + 12 * tf.range(count)
@@ -264,8 +263,8 @@ def upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
 
 def decode(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     """Decodes the bytes of an image file, uint8 [H, W, channels]; an animation's first frame."""
-    # TensorFlow's default for JPEG is up to 6 levels off, and by other values where a photo is
-    # stored turned. The accurate method is that of most other programs.
+    # TensorFlow's default for JPEG is wrong by up to 6 levels, and differently if the photo is
+    # stored turned. Most other programs use the accurate method.
     image = tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.decode_jpeg(encoded, channels, dct_method="INTEGER_ACCURATE"),
@@ -331,11 +330,11 @@ def resize(images: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def fit(image: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
-    """Brings an image of any size to a network's, as `resize` does where that is square.
+    """Brings an image of any size to that of a network, as `resize` does if that is square.
 
     Args:
       image: uint8 [H, W, C].
-      shape: (H, W, C) of the result. Where it is not square, the whole image is stretched.
+      shape: (H, W, C) of the result. If it is not square, the whole image is stretched.
 
     Returns:
       uint8 of that shape.
@@ -354,19 +353,19 @@ def fit(image: tf.Tensor, shape: Sequence[int]) -> tf.Tensor:
 def load(
     splits: Mapping[str, Sequence[tuple[str, int]]], classes: Sequence[str], request: Request
 ) -> dict[str, Union[storage.Arrays, storage.Files]]:
-    """Reads every image file once and prints, in a line a split, what was found.
+    """Reads every image file once and prints a summary, one line for each split.
 
     Args:
       splits: {name: [(path, label)]}, at least one path each; they are shuffled.
       classes: names in the order of the labels.
-      request: says to which size to bring images, and whether to leave out files that cannot be
-        read. Where a run began on these data, those are left out that it left out then, and other
-        images stand for those that cannot be read since. Where it asks for headers only, a file
-        counts as one that can be read if its header can.
+      request: has the size of the images, and whether to leave out files that cannot be read. For
+        a resumed run, the files are left out that it left out at its beginning, and other images
+        replace those that can no longer be read. With `headers_only`, a file counts as readable
+        if its header is.
 
     Returns:
-      {name: the files that can be read, as Arrays, or as Files where they exceed MEMORY_LIMIT or
-      nothing but their headers was read}.
+      {name: the readable files, as Arrays, or as Files if they exceed MEMORY_LIMIT or only their
+      headers were read}.
 
     Raises:
       UserError: if files cannot be read (naming the first of them), images differ in size without
@@ -397,19 +396,19 @@ def load(
         if emptied and skip:
             raise UserError(
                 f"no image of {', '.join(escape(classes[k]) for k in emptied[:3])} in {split} can "
-                f"be read, such as {_names(out + since)}: mend them or take the class out"
+                f"be read, such as {_names(out + since)}: repair them or take the class out"
             )
     if out and not skip:
         raise UserError(
-            f"{_names(out)} cannot be read as a JPEG or PNG image: mend or remove, or leave out "
-            "whatever cannot be read with `on_bad_image=skip`"
+            f"{_names(out)} cannot be read as a JPEG or PNG image: repair or remove, or leave out "
+            "all unreadable files with `on_bad_image=skip`"
         )
     if out:
         print(f"Left out: {_names(out)}", flush=True)
     if since:
         print(
             f"Broken since the run began: {_names(since)}. In training, images of their classes "
-            "stand for theirs",
+            "replace them",
             flush=True,
         )
     paths = [os.path.relpath(os.fsdecode(path), below) for path in out]
@@ -418,11 +417,11 @@ def load(
 
 
 class _Files:
-    """The image files of a split, and what their headers say (None for those without one)."""
+    """The image files of a split, and their headers (None for files without one)."""
 
     def __init__(self, split: str, examples: Sequence[tuple[str, int]]):
-        # Shuffled as by tfds.ImageFolder, so that the first images, of which a mean is taken, are
-        # of all classes.
+        # Shuffled like tfds.ImageFolder, so that the first images, whose mean is computed, have all
+        # classes.
         examples = list(examples)
         random.Random(split).shuffle(examples)
         self.split = split
@@ -448,19 +447,19 @@ class _Files:
           prepare: a function (encoded, orientation) -> uint8 [H, W, C].
           shape: (H, W, C).
           reading: what to do with files that break later.
-          out: the paths of the files that are left out where the images are not kept in memory; by
+          out: the paths of the files that are left out if the images are not kept in memory; by
             default those that cannot be read.
-          headers_only: whether a file counts as one that can be read if its header can.
+          headers_only: whether a file counts as readable if its header is.
 
         Returns:
-          The images; the paths that are left out; those that are not, though they cannot be read;
-          the labels of which no image can be read.
+          The images; the paths that are left out; those that are kept, though they cannot be read;
+          the labels that have no readable image.
         """
         count = len(self.paths)
         in_memory = not headers_only and count * np.prod(shape) <= storage.MEMORY_LIMIT
         if not (in_memory or headers_only):
             print(
-                f"{self.split}: reading {count:,} images once, to find those that cannot be read …",
+                f"{self.split}: reading {count:,} images once, to find unreadable ones …",
                 flush=True,
             )
 
@@ -485,7 +484,7 @@ class _Files:
             stays = np.array([path not in out for path in self.paths])
         good, labels = np.flatnonzero(stays), self.labels[stays]
         emptied = [*np.setdiff1d(self.labels, self.labels[readable & stays])]
-        # What cannot be read is no copy of anything.
+        # An unreadable file is not a copy of another one.
         self.origin.marks[~readable] = b""
         found = [*self.paths[~stays]], [*self.paths[stays & ~readable]], emptied
         origin = self.origin.subset(good)
@@ -495,7 +494,7 @@ class _Files:
         return storage.Files(*files, prints[good], reading), *found
 
     def _decodable(self, read):
-        """Yields (indices, what `read` makes of them) of the files that can be decoded."""
+        """Yields (indices, results of `read`) for the files that can be decoded."""
         index = np.array([i for i, h in enumerate(self.headers) if h], np.int64)
         files = tf.data.Dataset.from_tensor_slices(
             (index, tf.constant(self.paths[index], tf.string), self.turns[index])
@@ -512,13 +511,13 @@ def _names(paths: Sequence[bytes]) -> str:
 
 
 def _starts(paths: np.ndarray) -> list[tuple[Optional[Header], bytes]]:
-    """Returns (header, mark) of files; what cannot be read has None for a header.
+    """Returns (header, mark) of files; the header of an unreadable file is None.
 
-    The mark is the same for files of one length that begin with the same _START bytes. It begins
-    as the file does.
+    Files of the same length that begin with the same _START bytes have the same mark. It begins
+    like the file.
     """
-    # Several at once, since a network disk answers late; in parts, since a task costs more than
-    # a header.
+    # Several at once, since network disks are slow to answer; in parts, since a task costs more
+    # than a header.
     parts = [paths[i : i + 500] for i in range(0, len(paths), 500)]
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         return [
@@ -538,17 +537,17 @@ def _start_of(path: bytes) -> tuple[Optional[Header], bytes]:
             mark += hashlib.blake2b(start, digest_size=16).digest()
             try:
                 return header(start), mark
-            except ValueError:  # A colour profile may stand before the size.
+            except ValueError:  # A colour profile may precede the size.
                 return header(start + f.read()), mark
     except (OSError, ValueError):
         return None, mark
 
 
 def duplicates(splits: Mapping[str, Optional[storage.Origin]]) -> list[tuple[str, bytes, bytes]]:
-    """Finds files of which another split has a copy, byte for byte.
+    """Finds files that are byte-for-byte copies of a file in another split.
 
     Args:
-      splits: {name: the origin of a split's images}; those that are None are passed over.
+      splits: {name: the origin of a split's images}; None is ignored.
 
     Returns:
       (name of the split, path, path of a copy in an earlier split) for each such file.
@@ -572,14 +571,14 @@ def _same(path: bytes, other: bytes, mark: bytes) -> bool:
     """Returns whether two files with the same mark are the same."""
     if struct.unpack_from("<Q", mark, 4)[0] <= _START:
         return True
-    # Not filecmp.cmp, which takes files for the same that were written together.
+    # filecmp.cmp would consider files equal that were written at the same time.
     with open(path, "rb") as a, open(other, "rb") as b:
         digests = [hashlib.blake2b(f.read()).digest() for f in (a, b)]
     return digests[0] == digests[1]
 
 
 def _one_shape(splits: Sequence[_Files]) -> tuple[int, int, int]:
-    """Returns the (H, W, 3) that all images have; UserError, naming two files, if they differ."""
+    """Returns the shape (H, W, 3) of all images; UserError, naming two files, if they differ."""
     known = [(path, h) for part in splits for path, h in zip(part.paths, part.headers) if h]
     if not known:
         return (1, 1, 3)

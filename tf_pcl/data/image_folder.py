@@ -1,4 +1,4 @@
-"""Folders of a user's own images: SPLIT/CLASS/IMAGE, CLASS/IMAGE, or any with a file of labels."""
+"""Folders of a user's own images: SPLIT/CLASS/IMAGE, CLASS/IMAGE, or any folder with labels."""
 
 import collections
 import os
@@ -10,7 +10,7 @@ from tf_pcl.errors import UserError
 
 LAYOUT = "SPLIT/CLASS/IMAGE.jpg or .png"
 SUFFIXES = (".jpg", ".jpeg", ".png")
-# Read where Pillow is installed.
+# Suffixes that are read if Pillow is installed.
 PILLOW_SUFFIXES = (".webp", ".tif", ".tiff")
 
 # {split: {class: paths of images}}
@@ -20,9 +20,9 @@ Files = dict[str, dict[str, list[str]]]
 def load(request: Request) -> Loaded:
     """Loads the images of a folder.
 
-    Each class is a folder of each split, or of the folder itself if the request is `divisible`, or
-    the request has a file of labels. The images have the order that tfds.ImageFolder gives them.
-    Names that begin with a dot are hidden and do not count. What was found is printed.
+    Each split has a folder for each class, or the folder itself has if the request is `divisible`,
+    or the request has a file of labels. The order of the images is that of tfds.ImageFolder. Names
+    that begin with a dot are hidden and do not count. A summary is printed.
 
     Args:
       request: its folder holds the images.
@@ -64,7 +64,7 @@ def load(request: Request) -> Loaded:
 
 
 def _scan(data_dir: str) -> tuple[Files, collections.Counter]:
-    """Returns the images of SPLIT/CLASS and how many other files there are of each kind."""
+    """Returns the images of SPLIT/CLASS, and the numbers of other files by their kinds."""
     files: Files = {}
     others: collections.Counter = collections.Counter()
     for split in _folders(data_dir):
@@ -73,10 +73,10 @@ def _scan(data_dir: str) -> tuple[Files, collections.Counter]:
 
 
 def _without_splits(data_dir: str, divisible: bool) -> tuple[Files, collections.Counter]:
-    """Returns what `_scan` does of the images of CLASS, all for training.
+    """Returns what `_scan` does for the images of CLASS, all for training.
 
     Raises:
-      UserError: if there are such images and they are not to be divided.
+      UserError: if there are such images and they may not be divided.
     """
     others: collections.Counter = collections.Counter()
     classes = _classes(data_dir, others)
@@ -85,7 +85,7 @@ def _without_splits(data_dir: str, divisible: bool) -> tuple[Files, collections.
     if not divisible:
         raise UserError(
             "it has images as CLASS/IMAGE, without splits: give `test_examples=0.2` to test on a "
-            "fifth of them, or put them into train/CLASS, and some that are not trained on into "
+            "fifth of them, or move training images into train/CLASS and test images into "
             "test/CLASS",
             parameter="data_dir",
             value=data_dir,
@@ -104,7 +104,7 @@ def _classes(folder: str, others: collections.Counter) -> dict[str, list[str]]:
 
 
 def _labelled(request: Request) -> tuple[Files, collections.Counter]:
-    """Returns what `_scan` does, of images at any depth, by the file of labels."""
+    """Returns what `_scan` does for images at any depth, by the file of labels."""
     assert request.data_dir and request.labels
     below: list[str] = []
     others: collections.Counter = collections.Counter()
@@ -132,7 +132,7 @@ def _say_others(others: collections.Counter) -> None:
         kinds = (f"{count:,} {escape(kind)}" for kind, count in others.most_common(5))
         readable = {kind.lower() for kind in others} & {*PILLOW_SUFFIXES}
         advice = f" (with Pillow, {', '.join(sorted(readable))} can be read)" if readable else ""
-        print(f"Not .jpg or .png, left alone: {', '.join(kinds)}{advice}")
+        print(f"Not .jpg or .png, ignored: {', '.join(kinds)}{advice}")
 
 
 def _kind(name: str) -> str:
@@ -140,14 +140,14 @@ def _kind(name: str) -> str:
 
 
 def _check_classes(classes, files, used, data_dir):
-    """Refuses classes without training images, the first split; others are only named."""
+    """Refuses classes without images in the first split, for training; names those of others."""
     for split in used:
         missing = [escape(label) for label in classes if not files[split].get(label)]
         named = ", ".join(missing[:5])
         if missing and split == used[0]:
             raise UserError(
-                f"it has no image of {named} in {split}: every class needs some; add them, or "
-                "take the folders out of all splits",
+                f"it has no image of {named} in {split}, and every class needs some: add them, or "
+                "take these classes out of all splits",
                 parameter="data_dir",
                 value=data_dir,
             )

@@ -27,25 +27,25 @@ def from_arrays(
     flip: bool = True,
     name: str = "arrays",
 ) -> ImageData:
-    """Makes a data set of arrays, of which `train_batches` makes batches of views.
+    """Makes a data set of arrays, for `train_batches` and `test_batches`.
 
     Args:
-      images: the training images [N, H, W, C] or, if they are grey, [N, H, W]: uint8, or other
-        numbers from 0 to 255, which are rounded.
+      images: the training images [N, H, W, C] or, if they are grey, [N, H, W], of uint8 or of
+        other numbers from 0 to 255, which are rounded.
       labels: class numbers [N] or [N, 1], or one-hot [N, K].
       classes: the names of the K classes; "0", "1" … by default.
       test: (images, labels) to test on.
       validation: (images, labels) by which to choose an epoch.
-      test_examples: how many or which share (less than 1) of the training images to take for the
-        test, of each class its share; where `test` is not given. If neither is, there are no test
-        images.
+      test_examples: if `test` is not given, how many of the training images, or which share of them
+        (less than 1), to take for the test, the same share of each class. Without both, there are
+        no test images.
       validation_examples: the same for validation.
-      seed: the seed of what is taken for validation.
+      seed: the seed of the choice of validation images.
       flip: whether a mirrored image keeps its class.
-      name: what to call it in messages.
+      name: the name of the data set in messages.
 
     Raises:
-      UserError: if these are no images and labels, or do not fit together.
+      UserError: if these are not images and labels, or do not fit together.
     """
     train = _arrays(images, labels, "images")
     tested, validated = (
@@ -55,7 +55,7 @@ def from_arrays(
     parts = [part for part in (train, tested, validated) if part is not None]
     shapes = {tuple(part.images.shape[1:]) for part in parts}
     if len(shapes) > 1:
-        raise UserError(f"images of one size are needed, and these are {sorted(shapes)}")
+        raise UserError(f"images must have one size, and these have {sorted(shapes)}")
     most = 1 + max(int(part.all_labels().max()) for part in parts)
     names = [str(k) for k in range(most)] if classes is None else [str(name) for name in classes]
     if len(names) < most:
@@ -75,18 +75,18 @@ def from_dataset(
     validation: Optional[tf.data.Dataset] = None,
     **arguments: Any,
 ) -> ImageData:
-    """Makes a data set of what tf.data.Datasets hold, which is kept in memory.
+    """Makes a data set of tf.data.Datasets, whose images are kept in memory.
 
     Args:
-      dataset: (images, labels) or (image, label) to train on, such as
-        keras.utils.image_dataset_from_directory gives. It is read once.
-      classes: the names of the classes; by default the dataset's `class_names`, where it has them.
-      test: the same to test on.
-      validation: the same to choose an epoch by.
+      dataset: (images, labels) or (image, label) to train on, as
+        keras.utils.image_dataset_from_directory returns them. It is read once.
+      classes: the names of the classes; by default the dataset's `class_names`, if it has them.
+      test: such a dataset to test on.
+      validation: such a dataset to choose an epoch by.
       **arguments: further arguments of `from_arrays`.
 
     Raises:
-      UserError: as `from_arrays` does, and if an element is no pair.
+      UserError: as `from_arrays`, and if an element is not a pair.
     """
     held = [None if d is None else _read(d) for d in (dataset, test, validation)]
     assert held[0] is not None
@@ -104,13 +104,13 @@ def _read(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
     spec = dataset.element_spec
     if not isinstance(spec, tuple) or len(spec) != 2:
         raise UserError(
-            f"a dataset of pairs (images, labels) is needed, and the elements of this are {spec}"
+            f"the dataset must have pairs (images, labels), and its elements are {spec}"
         )
     if spec[0].shape.rank == 3:
         dataset = dataset.batch(512)
     images, labels = [], []
     for x, y in dataset.as_numpy_iterator():
-        images.append(_uint8(x, "dataset"))  # Keras's own batches are of float32.
+        images.append(_uint8(x, "dataset"))  # Keras's own batches are float32.
         labels.append(y)
     if not images:
         raise UserError("the dataset is empty")
@@ -132,11 +132,11 @@ def _arrays(images: Any, labels: Any, parameter: str) -> Arrays:
         y = y.argmax(1) if y.shape[1] > 1 else y[:, 0]
     if x.ndim != 4 or y.shape != x.shape[:1] or not len(y):
         raise UserError(
-            f"{parameter}: images [N, H, W, C] and labels [N] are needed, and these have the "
-            f"shapes {np.shape(images)} and {np.shape(labels)}"
+            f"{parameter}: images must be [N, H, W, C] and labels [N], and these have the shapes "
+            f"{np.shape(images)} and {np.shape(labels)}"
         )
     if (y != np.floor(y)).any() or y.min() < 0:
-        raise UserError(f"{parameter}: labels are whole numbers from 0 on")
+        raise UserError(f"{parameter}: labels must be whole numbers of at least 0")
     return Arrays(x, y.astype(np.int32))
 
 
@@ -150,6 +150,6 @@ def _uint8(images: np.ndarray, parameter: str) -> np.ndarray:
 
 def _scaled(parameter: str, images: np.ndarray) -> UserError:
     return UserError(
-        f"{parameter}: images are of raw values from 0 to 255, and these are from {images.min():g} "
-        f"to {images.max():g}: give them as they were before they were scaled"
+        f"{parameter}: images must have raw values from 0 to 255, and these go from "
+        f"{images.min():g} to {images.max():g}: give the images before they are scaled"
     )

@@ -10,7 +10,7 @@ from tf_pcl.data.class_names import escape
 from tf_pcl.data.splits import NAMES, TRAIN
 from tf_pcl.errors import UserError
 
-# What columns are called, in lower case without spaces, hyphens and underscores.
+# The usual names of columns, in lower case without spaces, hyphens and underscores.
 FILE_COLUMNS = (
     *("file", "filename", "filepath", "path", "filenames", "files"),
     *("image", "imagename", "imagepath", "imagefile", "imageid", "img", "id", "name"),
@@ -33,7 +33,7 @@ class Columns(NamedTuple):
 def read(
     path: str, columns: Optional[str], images: Collection[str], skip_missing: bool
 ) -> dict[str, dict[str, list[str]]]:
-    """Reads a CSV file and prints which columns were guessed and what was left out.
+    """Reads a CSV file, and prints which columns were guessed and which images are left out.
 
     Args:
       path: the CSV file, whose first line names the columns.
@@ -42,10 +42,10 @@ def read(
       skip_missing: whether names without an image are left out, and not refused.
 
     Returns:
-      {split: {class: paths of images}}. Without a column of splits all is of the split train.
+      {split: {class: paths of images}}. Without a column of splits, all images are for training.
 
     Raises:
-      UserError: if the file cannot be read, its columns cannot be told, an image is missing, has
+      UserError: if the file cannot be read, its columns cannot be guessed, an image is missing, has
         no label or several, or its split is not known.
     """
     header, rows = _rows(path)
@@ -64,16 +64,14 @@ def read(
         if split not in NAMES:
             raise _refused(
                 path,
-                f"line {number} ({escape(name)}) is of the split {escape(split)!r}; splits are "
+                f"line {number} ({escape(name)}) has the split {escape(split)!r}; allowed are "
                 f"{', '.join(NAMES)}",
             )
         image = known.get(os.path.normpath(name))
         if image is None:
             missing.append(name)
         elif seen.setdefault(image, (label, split)) != (label, split):
-            raise _refused(
-                path, f"{escape(name)} stands there twice, with different labels or splits"
-            )
+            raise _refused(path, f"{escape(name)} occurs twice, with different labels or splits")
         elif image not in files[split][label]:
             files[split][label].append(image)
     _say(path, header, chosen, columns, missing, len(set(images)) - len(seen), skip_missing)
@@ -81,7 +79,7 @@ def read(
 
 
 def in_order(classes: Collection[str]) -> list[str]:
-    """Returns class names in their order: whole numbers by their value, others by the alphabet."""
+    """Returns sorted class names: whole numbers by their value, others alphabetically."""
     if all(name.isdecimal() for name in classes):
         return sorted(classes, key=int)
     return sorted(classes)
@@ -92,7 +90,7 @@ def _rows(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     try:
         with open(path, encoding="utf-8-sig", newline="") as f:
             start = f.readline()
-            # Of the usual separators the one that the first line has most of.
+            # The usual separator that the first line has most of.
             separator = max(",;\t", key=start.count)
             f.seek(0)
             reader = csv.reader(f, delimiter=separator)
@@ -102,7 +100,7 @@ def _rows(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
         reason = e.strerror if isinstance(e, OSError) else str(e)
         raise _refused(path, f"it cannot be read as a CSV file ({reason})") from e
     if not rows:
-        raise _refused(path, "it has no lines below that of the names of the columns")
+        raise _refused(path, "it has no lines after the names of the columns")
     for number, row in rows:
         if len(row) < len(header):
             raise _refused(path, f"line {number} has {len(row)} cells, the first has {len(header)}")
@@ -131,7 +129,7 @@ def _guessed(path: str, header: Sequence[str]) -> Columns:
     plain = [name.lower().translate(str.maketrans("", "", " -_")) for name in header]
     found = lambda names: next((plain.index(name) for name in names if name in plain), None)
     file, label, split = map(found, (FILE_COLUMNS, LABEL_COLUMNS, SPLIT_COLUMNS))
-    # Where there are two columns beside that of the splits, knowing one is enough.
+    # If there are two columns beside that of the splits, knowing one is enough.
     rest = {*range(len(header))} - {file, label, split}
     if len(rest) == 1 and (file is None) != (label is None):
         file, label = (rest.pop() if column is None else column for column in (file, label))
@@ -139,8 +137,8 @@ def _guessed(path: str, header: Sequence[str]) -> Columns:
         what = "file names" if file is None else "labels"
         raise _refused(
             path,
-            f"which of its columns {', '.join(map(escape, header))} has the {what} cannot be told: "
-            "name them with `labels_columns=FILE,LABEL`",
+            f"it is not clear which of its columns {', '.join(map(escape, header))} has the "
+            f"{what}: name them with `labels_columns=FILE,LABEL`",
         )
     return Columns(file, label, split)
 
@@ -165,7 +163,7 @@ def _say(
     if missing and not skip_missing:
         raise _refused(
             path,
-            f"it names {len(missing):,} images that are not there, such as "
+            f"it names {len(missing):,} images that do not exist, such as "
             f"{', '.join(map(escape, missing[:3]))}: give their paths below `data_dir`, or leave "
             "them out with `on_bad_image=skip`",
         )
@@ -174,9 +172,9 @@ def _say(
         told = (f"{escape(header[k])} for {name}" for name, k in what if k is not None)
         print(f"Labels: the column {', '.join(told)}")
     if missing:
-        print(f"Left out, not there: {len(missing):,} images that {path} names")
+        print(f"Left out: {len(missing):,} images that {path} names and that do not exist")
     if unlabelled:
-        print(f"Left alone, without a label: {unlabelled:,} images")
+        print(f"Left out: {unlabelled:,} images without a label")
 
 
 def _refused(path: str, problem: str) -> UserError:

@@ -1,7 +1,7 @@
 """Mixup and CutMix: images of a batch that are mixed in pairs, with soft labels.
 
-Rows 2k and 2k + 1 of the global batch are partners; where the batch is odd, its last image stays as
-it is. Since an epoch is shuffled, a partner is a random image. Each image of a pair draws its own
+Rows 2k and 2k + 1 of the global batch are partners; if the batch is odd, its last image does not
+change. Since an epoch is shuffled, a partner is a random image. Each image of a pair draws its own
 λ. All views of an image have the same partner and the same λ, and view j is mixed with the
 partner's view j.
 """
@@ -15,7 +15,7 @@ from tf_pcl.errors import UserError
 
 
 def check(mixup: float, cutmix: float, rows: int, parts: int) -> None:
-    """Checks the values and that partners stand in one part of the batch.
+    """Checks the values, and that partners are in the same part of the batch.
 
     Args:
       mixup, cutmix: as in `mixed`.
@@ -23,7 +23,7 @@ def check(mixup: float, cutmix: float, rows: int, parts: int) -> None:
       parts: how many parts the global batch has.
 
     Raises:
-      UserError: if a value is below 0, or the parts have an odd number of images each.
+      UserError: if a value is negative, or the number of images in a part is odd.
     """
     for name, value in (("mixup", mixup), ("cutmix", cutmix)):
         if not 0 <= value < float("inf"):
@@ -42,18 +42,18 @@ def mixed(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Mixes each image of a batch with its partner.
 
-    Mixup (Zhang et al., 2018) makes λ x + (1 − λ) x' of an image and its partner, λ from
-    Beta(α, α), and CutMix (Yun et al., 2019) replaces a random rectangle, 1 − λ of the image's area
-    before it is cut off at the borders, by the partner's. The label is λ y + (1 − λ) y', in CutMix
-    with the λ that is left of the image.
+    Mixup (Zhang et al., 2018) makes λ x + (1 − λ) x' of an image and its partner, with λ from
+    Beta(α, α). CutMix (Yun et al., 2019) replaces a random rectangle by the partner's; its area is
+    1 − λ of the image before it is cut off at the borders. The label is λ y + (1 − λ) y'; in CutMix
+    λ is the share of the image that remains.
 
     Args:
-      views: uint8 [B, m, H, W, C], whole pairs of partners but for the last image of an odd batch.
+      views: uint8 [B, m, H, W, C], whole pairs of partners; an odd batch has one image more.
       labels: class numbers int32 [B].
       draws: the random numbers of these images.
       classes: the number of classes, K.
       mixup: α ≥ 0 of mixup; 0 for none.
-      cutmix: α ≥ 0 of CutMix; 0 for none. Where both are asked for, each image draws one of them.
+      cutmix: α ≥ 0 of CutMix; 0 for none. With both, each image draws one of them.
 
     Returns:
       Views uint8 [B, m, H, W, C], where mixup rounds to whole numbers, and labels float32 [B, K].
@@ -78,7 +78,7 @@ def mixed(
 
 
 def _outside(draws: Draws, alpha: float, h: int, w: int) -> tf.Tensor:
-    """Returns 1 outside and 0 inside of a random rectangle of each image, float32 [B, h, w]."""
+    """Returns 0 in a random rectangle of each image and 1 outside of it, float32 [B, h, w]."""
     side = tf.sqrt(1 - draws.beta(alpha))[:, None]
     centre = draws.uniform(2)
 

@@ -1,9 +1,9 @@
 """tf.data pipelines: training batches of several views, test batches.
 
-A training batch is a pure function of (seed, step): its images are a stateless permutation of the
-epoch, its views are drawn from stateless random numbers keyed by step and view. So a run goes on at
+A training batch is a pure function of (seed, step): its images come from a stateless permutation of
+the epoch, and its views from stateless random numbers keyed by step and view. So a run resumes at
 any step without a stored iterator, two methods see the same images (and the same first view), and
-workers need not talk to each other.
+workers need not communicate.
 """
 
 from typing import Any
@@ -39,11 +39,11 @@ def train_batches(
       epochs: how many epochs.
       views: m, the number of independent augmentations of each image.
       seed: an integer; the same seed gives the same batches.
-      start: the step, counted over all epochs, with which to begin.
+      start: the first step, counted over all epochs.
       shard: (i, n) for only the i-th of n equal parts of each batch.
       mixup, cutmix: α of each, as in `mixing.mixed`; 0 for none.
-      **augmentations: the values of augmentations by their names in AUGMENTATIONS; None or no
-        value stands for the default. `augment` is "crop" (zero-pad by an eighth of the side and cut
+      **augmentations: the values of augmentations by their names in AUGMENTATIONS; None means the
+        default. `augment` is "crop" (zero-pad by an eighth of the side and cut
         the old size) or "inception" (cut 8 to 100 % of the area and resize it), by default crop for
         sides up to 64 pixels, else inception. `flip` is whether to mirror half of the views, by
         default what the data set says. `color_jitter` is a strength in [0, 1], by default 0.
@@ -96,11 +96,11 @@ def train_batches(
 
 
 def shuffled_index(places: tf.Tensor, key: tf.Tensor, size: int) -> tf.Tensor:
-    """Returns what stands at some places of a random permutation of 0 … size - 1.
+    """Returns the indices at some places of a random permutation of 0 … size - 1.
 
-    This is tf.random.experimental.index_shuffle with 8 rounds of its cipher in place of 4. After 4
-    rounds, 50,000 indices have a serial correlation of -0.06, and images that shared a batch meet
-    again in the next epoch a quarter more often than chance; after 8 rounds neither is seen.
+    This is tf.random.experimental.index_shuffle with 8 rounds of its cipher instead of 4. After 4
+    rounds, 50,000 indices have a serial correlation of -0.06, and images of one batch meet again in
+    the next epoch a quarter more often than by chance; after 8 rounds neither is measurable.
 
     Args:
       places: int64 [n] in [0, size).
@@ -136,12 +136,12 @@ def steps_per_epoch(data: ImageData, batch_size: int) -> int:
 def test_batches(data: ImageData, batch_size: int, split: str = "test") -> tf.data.Dataset:
     """Returns the test images in their order, in batches of which the last may be smaller.
 
-    What cannot be read any more is missing in its batch, where such images are left out.
+    If unreadable images are left out, they are missing in their batches.
 
     Args:
       data: an ImageData (datasets.load).
       batch_size: how many images a batch has.
-      split: "test", or "validation" or "train" for the images of these, as they are.
+      split: "test", "validation" or "train"; none of them is augmented.
 
     Returns:
       A tf.data.Dataset of (images uint8 [≤B, H, W, C], labels int32 [≤B]).
@@ -164,7 +164,7 @@ def test_batches(data: ImageData, batch_size: int, split: str = "test") -> tf.da
             num_parallel_calls=tf.data.AUTOTUNE,
         )
         if isinstance(test, Files) and test.reading.skip:
-            # All files of a batch may be lost.
+            # All files of a batch may be unreadable.
             batches = batches.filter(lambda images, labels: tf.size(labels) > 0)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA

@@ -1,4 +1,4 @@
-"""Which images are trained on, which choose the epoch, and which are tested on."""
+"""Chooses the images for training, for the choice of an epoch, and for tests."""
 
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, Optional, Union
@@ -8,29 +8,29 @@ import numpy as np
 from tf_pcl.data.storage import Split, Stream
 from tf_pcl.errors import UserError
 
-# Of the names of one split the first that is there is taken.
+# Names of the splits; the first one that exists is taken.
 TRAIN = ("train", "training")
 VALIDATION = ("val", "validation", "valid", "dev")
-# Where there is no test split, the validation split is tested on.
+# Without a test split, the validation split is used for tests.
 TEST = ("test", *VALIDATION)
 NAMES = (*TRAIN, *TEST)
 
 
 class Request(NamedTuple):
-    """What a data set is asked for.
+    """How to load a data set.
 
     Attributes:
-      data_dir: the folder of the data, None where none was given.
-      image_size: cut images to a square in their middle and resize it to this many pixels a side;
-        None leaves them as they are.
+      data_dir: the folder of the data; None if none was given.
+      image_size: cut the square in the middle of each image and resize it to this many pixels a
+        side; None leaves the images as they are.
       on_bad_image: what to do with image files that cannot be read: "fail", or "skip" to leave
         them out.
-      divisible: whether a data set without test images is welcome, since some of its training
-        images will be taken for the test.
-      labels: a CSV file of file names and labels; None where folders tell the classes.
+      divisible: whether test images may be missing, since some of the training images will be
+        taken for the test.
+      labels: a CSV file of file names and labels; None if folders are the classes.
       labels_columns: the columns of this file, "FILE,LABEL" or "FILE,LABEL,SPLIT"; None to guess.
-      began: what a run on these data recorded when it began (datasets.load); None if none did.
-      headers_only: whether image files need not be decoded, since nobody will look at the pixels.
+      began: the record of a resumed run from its beginning (datasets.load); None for a new run.
+      headers_only: whether image files need not be decoded, since their pixels are not used.
     """
 
     data_dir: Optional[str] = None
@@ -44,13 +44,13 @@ class Request(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """The images of a data set, split as it is split itself.
+    """The images of a data set, in its own splits.
 
     Attributes:
       classes: the names of the classes in the order of the labels.
       train: the training images.
-      test: the test images; None only where the request is `divisible`.
-      validation: the validation images, where there are some besides test images.
+      test: the test images; None only if the request is `divisible`.
+      validation: the validation images, if there are any besides test images.
     """
 
     classes: list[str]
@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """The names of the splits that are used; None for a split that is not there."""
+    """The names of the splits that are used; None for a missing split."""
 
     train: str
     test: Optional[str]
@@ -74,13 +74,13 @@ def choose(
     parameter: str = "",
     divisible: bool = False,
 ) -> Chosen:
-    """Returns which splits are trained on, tested on and validated on.
+    """Returns the splits for training, tests and validation.
 
     Args:
       splits: the names of all splits that have labelled images.
-      where: what has these splits, for the text of the error.
-      layout: how the splits should be laid out, for the text of the error.
-      parameter: the name of the parameter whose value `where` is, if it is one.
+      where: the folder, file or data set with these splits, for errors.
+      layout: how the splits should be laid out, for errors.
+      parameter: the name of the parameter that has the value `where`, if there is one.
       divisible: whether the test split may be missing.
 
     Raises:
@@ -105,20 +105,19 @@ def choose(
 def hold_out(
     images: Split, examples: Union[int, float], seed: int, parameter: str, name: str
 ) -> tuple[Split, Split]:
-    """Takes some images out of a split, of each class the same share.
+    """Takes some images out of a split, the same share of each class.
 
-    Which images these are is a function of the labels, their order, `examples`, `seed` and
-    `parameter`.
+    The choice is a function of the labels, their order, `examples`, `seed` and `parameter`.
 
     Args:
       images: the images.
       examples: how many to take, or which share of them, more than 0 and less than 1.
       seed: the seed of the choice.
-      parameter: which of the parameters this is for; the choice for each is another one.
-      name: the name of the data set, for the text of the error.
+      parameter: the parameter that asks for these images; each has its own choice.
+      name: the name of the data set, for errors.
 
     Returns:
-      The images that are left and those that were taken, both in their order.
+      The remaining images and those that were taken, both in their order.
 
     Raises:
       UserError: if there are not enough images, or they are read in order.
@@ -134,8 +133,8 @@ def hold_out(
     most = len(labels) - len(np.unique(labels))
     if wanted > most:
         raise UserError(
-            f"that is {wanted:.0f} of the {len(labels)} images of {name}, of which at most {most} "
-            "can be taken, since each class needs one to train on",
+            f"{wanted:.0f} of the {len(labels)} images of {name} are too many: at most {most} can "
+            "be taken, since each class needs one to train on",
             parameter=parameter,
             value=examples,
             allowed=f"at most {most}",
@@ -145,18 +144,18 @@ def hold_out(
 
 
 def _stratified(labels: np.ndarray, count: int, seed: list[int]) -> np.ndarray:
-    """Returns bool [N]: `count` of the examples, of each class its share, rounded up or down."""
+    """Chooses `count` of the examples, the same share of each class, rounded; bool [N]."""
     numbers = np.unique(labels, return_inverse=True)[1]
     sizes = np.bincount(numbers)
     shares = sizes * count / len(labels)
     quotas = np.floor(shares).astype(int)
-    # The largest remainders are rounded up; of equal ones those of the first classes.
+    # The largest remainders are rounded up; among equal ones, those of the first classes.
     for k in np.argsort(quotas - shares, kind="stable"):
         quotas[k] += quotas.sum() < count and quotas[k] < sizes[k] - 1
-    # Where many classes have but one or two images, the others give more than their share.
+    # If many classes have only one or two images, the others give more than their share.
     for k in np.argsort(-sizes, kind="stable"):
         quotas[k] += min(count - quotas.sum(), sizes[k] - 1 - quotas[k])
-    # NumPy promises the numbers of a RandomState for all its versions.
+    # NumPy guarantees the same numbers of a RandomState in all versions.
     random, taken = np.random.RandomState(seed), np.zeros(len(labels), bool)
     for k, quota in enumerate(quotas):
         taken[random.permutation(np.flatnonzero(numbers == k))[:quota]] = True

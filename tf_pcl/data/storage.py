@@ -1,18 +1,18 @@
-"""How the images of a split are kept: in memory, as files, or as a stream.
+"""Storage of the images of a split: in memory, as files, or as a stream.
 
 - Arrays are decoded in memory, up to MEMORY_LIMIT. A batch is a pure function of (seed, step).
-- Files are image files that exceed this limit. They are read by index, so the same holds.
+- Files are image files that exceed this limit. They are read by index, so that is still true.
 - A Stream is a split of tensorflow-datasets that exceeds it, such as ImageNet's. Records are read
-  in order through a shuffle buffer, whose seed is a function of (seed, epoch). A batch still is a
+  in order through a shuffle buffer, whose seed is a function of (seed, epoch). A batch is a
   function of (seed, epoch, step): a run resumes at the exact step (it reads the epoch's earlier
   records again, without decoding them), and each of n workers reads all records but decodes only
-  its part of each batch. An epoch's order is only as random as the buffer is large.
+  its part of each batch. The order of an epoch is as random as the buffer is large.
 """
 
 import contextlib
 import functools
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Callable, NamedTuple, Optional, Union
 
 import numpy as np
@@ -27,11 +27,11 @@ SHUFFLE_BUFFER = 16384  # encoded images; 1.8 GB of ImageNet's
 
 
 class Origin(NamedTuple):
-    """The files of which the images of a split were read.
+    """The files of the images of a split.
 
     Attributes:
       paths: bytes [N].
-      marks: bytes [N], the same for files that begin alike and are of one length.
+      marks: bytes [N], equal for files of the same length that begin alike.
     """
 
     paths: np.ndarray
@@ -42,81 +42,82 @@ class Origin(NamedTuple):
         return Origin(self.paths[index], self.marks[index])
 
 
-# How many files of a class are tried in the place of one that cannot be read.
+# How many files of a class are tried in place of an unreadable one.
 _TRIES = 20
 # How many files are named in lines of their own.
 _NAMED = 20
 
 
 class Reading:
-    """How the files of a data set are read, and which of them broke since.
+    """How the files of a data set are read, and which of them have broken since.
 
     Args:
-      skip: whether images whose files cannot be read any more are left out; otherwise they end
-        what reads them.
-      left_out: the paths, below the folder of the data, of files that could not be read when the
-        run began.
+      skip: whether images are left out if their files can no longer be read; otherwise such a file
+        ends the reading.
 
     Attributes:
-      broken: whether files were broken already when this process began, and not when the run did.
-      lost: {path: path of the file whose image stands for its image in training, None in a test}
-        of the files that could not be read any more.
+      left_out: the sorted paths, below the folder of the data, of files that could not be read when
+        the run began.
+      broken: whether files have broken between the beginning of the run and that of this process.
+      lost: {path: path of the file that replaces it in training, None in a test} of the files that
+        could no longer be read.
       problem: what has ended the reading, a clause that names the file; None if nothing has.
     """
 
-    def __init__(self, skip: bool = False, left_out: Collection[str] = ()):
-        self.skip, self.left_out = skip, sorted(left_out)
+    def __init__(self, skip: bool = False):
+        self.skip = skip
+        self.left_out: list[str] = []
         self.broken = False
         self.lost: dict[bytes, Optional[bytes]] = {}
         self.problem: Optional[str] = None
 
     def note(self, path: bytes, other: Optional[bytes]) -> None:
-        """Says, once, that a file cannot be read and which one stands for it."""
+        """Warns, once, that a file cannot be read, and names the one that replaces it."""
         if path in self.lost:
             return
         self.lost[path] = other
         if len(self.lost) > _NAMED:
             return
-        instead = f"{_shown(other)}, of its class, stands for it" if other else "it is left out"
-        # A run that goes on needs its place among the others.
+        instead = f"{_shown(other)}, of its class, replaces it" if other else "it is left out"
+        # A resumed run needs its place among the others.
         back = "" if os.path.exists(path) else "; put it, or an empty file of its name, back"
-        logging.warning("%s cannot be read any more: %s%s", _shown(path), instead, back)
+        logging.warning("%s can no longer be read: %s%s", _shown(path), instead, back)
         if len(self.lost) == _NAMED:
-            logging.warning("More of them are counted at the end")
+            logging.warning("Further files are only counted, at the end")
 
     def refuse(self, path: bytes, problem: str) -> None:
-        """Ends what reads a file; `watched` tells why."""
+        """Ends the reading of a file; `watched` reports why."""
         self.problem = f"{_shown(path)} {problem}"
         raise OSError(self.problem)
 
     def summary(self) -> Optional[str]:
-        """Returns a line that counts what was left out since this process began, None if nothing.
+        """Returns a line that counts the images left out since this process began; None for none.
 
-        The images of a test are counted where they were looked at.
+        Test images are counted only if they were read.
         """
         if not self.lost:
             return None
         trained = sum(other is not None for other in self.lost.values())
         return (
-            f"Left out, since their files cannot be read any more: {trained:,} training images, "
-            f"for which others of their classes stood, and {len(self.lost) - trained:,} others"
+            f"Left out, since their files can no longer be read: {trained:,} training images, "
+            f"which others of their classes replaced, and {len(self.lost) - trained:,} others"
         )
 
 
 def reading_of(*splits: Optional["Split"]) -> Optional[Reading]:
-    """Returns how the files of a data set's splits are read; None if none is read by index."""
+    """Returns the Reading of a data set's splits; None if no files are read by index."""
     return next((split.reading for split in splits if isinstance(split, Files)), None)
 
 
 @contextlib.contextmanager
 def watched(reading: Optional[Reading]) -> Iterator[None]:
-    """Names the file that cannot be read, where that ends what is done inside.
+    """Names the file that cannot be read, if that ends the body.
 
     Args:
-      reading: of the data set; None if it has none.
+      reading: that of the data set; None if it has none.
 
     Raises:
-      Stopped: in place of an error of TensorFlow's, if a file cannot be read any more or changed.
+      Stopped: in place of an error of TensorFlow, if a file can no longer be read or has changed.
     """
     try:
         yield
@@ -124,7 +125,7 @@ def watched(reading: Optional[Reading]) -> Iterator[None]:
         failure = e.__cause__ if isinstance(e, Stopped) else e
         if not (reading and reading.problem and isinstance(failure, (OSError, tf.errors.OpError))):
             raise
-        what = str(e) if isinstance(e, Stopped) else "the same command goes on where the run stands"
+        what = str(e) if isinstance(e, Stopped) else "the same command resumes the run"
         raise Stopped(f"{reading.problem}; {what}") from None
 
 
@@ -133,7 +134,7 @@ def _shown(path: bytes) -> str:
 
 
 def fingerprint(encoded: tf.Tensor) -> tf.Tensor:
-    """Returns a number ≥ 0 that tells the bytes of a file from others, int64 []."""
+    """Returns a hash ≥ 0 of the bytes of a file, int64 []."""
     return tf.strings.to_hash_bucket_fast(encoded, (1 << 63) - 1)
 
 
@@ -143,7 +144,7 @@ class Arrays:
     Args:
       images: uint8 [N, H, W, C].
       labels: int [N].
-      origin: the files of which they were read, if they were.
+      origin: their files, if they come from files.
     """
 
     def __init__(self, images, labels, origin: Optional[Origin] = None):
@@ -177,13 +178,13 @@ class Files:
 
     Args:
       paths: bytes or str [N].
-      orientations: int [N], how each image is turned (image_files.upright).
+      orientations: int [N], the EXIF orientation of each image (image_files.upright).
       labels: int [N].
       decode: a function (encoded, orientation) -> uint8 [H, W, C].
       shape: (H, W, C).
-      origin: the files of which they are read.
-      fingerprints: int64 [N], `fingerprint` of each file's bytes, -1 where that is not known.
-      reading: what to do with files that cannot be read; by default they end the reading.
+      origin: their files.
+      fingerprints: int64 [N], the `fingerprint` of each file's bytes; -1 if it is not known.
+      reading: what to do with unreadable files; by default they end the reading.
     """
 
     def __init__(
@@ -209,16 +210,15 @@ class Files:
     def fetch(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns (images uint8 [n, H, W, C], labels int32 [n]) of the indices int [n].
 
-        Where a file cannot be read any more and such are left out, the image stands there of the
-        next file of its class, in the order of the indices, that can be read. So a batch is a
-        function of the indices and of which files are broken.
+        If unreadable files are left out, the image of the next readable file of the same class, in
+        the order of the indices, replaces theirs. So a batch is a function of the indices and of
+        which files are broken.
         """
         index = tf.cast(index, tf.int64)
         rows, images = self._readable(index)
 
         def completed() -> tf.Tensor:
-            # Stateless, as far as TensorFlow is concerned: else --deterministic would read batch
-            # after batch.
+            # Declared stateless: otherwise determinism would read one batch after another.
             return tf.numpy_function(
                 self._completed, [index, rows, images], tf.uint8, stateful=False
             )
@@ -227,7 +227,7 @@ class Files:
         return tf.ensure_shape(images, [None, *self.shape]), tf.gather(self.labels, index)
 
     def fetch_readable(self, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Does what `fetch` does, but the images that it would replace are missing."""
+        """Does what `fetch` does, without the images that it would replace."""
         index = tf.cast(index, tf.int64)
         rows, images = self._readable(index)
 
@@ -243,7 +243,7 @@ class Files:
         return self.labels.numpy()
 
     def first(self, count: int) -> np.ndarray:
-        """Returns the first `count` images, uint8 [count, H, W, C], or those that can be read."""
+        """Returns the readable ones of the first `count` images, uint8 [≤count, H, W, C]."""
         index = tf.range(min(count, len(self)), dtype=tf.int64)
         rows, images = self._readable(index)
         for i in np.delete(index, rows):
@@ -273,7 +273,7 @@ class Files:
             same = (known < 0) | (fingerprint(encoded) == known)
             return row, self.decode(encoded, self.orientations[i]), same
 
-        # Something always follows the images, so that there is a batch even if there are none.
+        # A last element follows the images, so that there is a batch even without images.
         last = tf.constant(-1, tf.int64), tf.zeros(self.shape, tf.uint8), tf.constant(True)
         count = tf.size(index, tf.int64)
         images = (
@@ -291,13 +291,13 @@ class Files:
         rows = tf.cond(tf.reduce_all(same), lambda: rows, changed)
         return tf.ensure_shape(rows, [None])[:-1], images[:-1]
 
-    # What follows runs in Python, where a file broke or changed.
+    # The following methods run in Python, if a file is broken or has changed.
 
     def _changed(self, index: np.ndarray, rows: np.ndarray, same: np.ndarray) -> np.ndarray:
         path = self.paths[index[rows[np.argmin(same)]]].numpy()
         self.reading.refuse(
             path,
-            "changed since it was read first: put back what it was, or go on with what it is now",
+            "has changed since it was first read: restore it, or go on with the new file",
         )
         return rows
 
@@ -315,7 +315,7 @@ class Files:
         return whole
 
     def _other(self, i: int) -> np.ndarray:
-        """Returns the image that stands for that of index `i`."""
+        """Returns the image that replaces that of index `i`."""
         self._lost(i)
         labels = self.labels.numpy()
         members = np.flatnonzero(labels == labels[i])
@@ -327,8 +327,8 @@ class Files:
                 return images[0].numpy()
         self.reading.refuse(
             self.paths[i].numpy(),
-            f"and the {_TRIES} files that follow it in its class cannot be read any more: see to "
-            "the disk",
+            f"and the {_TRIES} files that follow it in its class can no longer be read: check the "
+            "disk",
         )
         raise AssertionError
 
@@ -336,7 +336,7 @@ class Files:
         if not self.reading.skip:
             self.reading.refuse(
                 self.paths[i].numpy(),
-                "cannot be read any more: mend it, or leave out whatever cannot be read with "
+                "can no longer be read: repair it, or leave out all unreadable files with "
                 "`on_bad_image=skip`",
             )
 
@@ -373,21 +373,21 @@ class Stream:
     ) -> tf.data.Dataset:
         """Returns some rows of the whole batches of shuffled epochs.
 
-        What is not returned is read but not decoded.
+        The other rows are read but not decoded.
 
         Args:
           seed: the seed of the order.
           epochs: how many epochs.
           batch_size: the size of the whole batches.
           rows: the rows of each batch that are returned, n of them.
-          start: the batch, counted over all epochs, with which to begin.
+          start: the first batch, counted over all epochs.
 
         Returns:
           A data set of (images uint8 [n, H, W, C], labels int32 [n]).
         """
 
         def epoch(number):
-            # Shuffle buffers take seeds that are plain numbers, hence one data set for each epoch.
+            # Shuffle buffers need seeds that are plain numbers, so each epoch has its own data set.
             order = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
             shuffled = self.dataset.shuffle(
                 SHUFFLE_BUFFER, seed=order, reshuffle_each_iteration=False

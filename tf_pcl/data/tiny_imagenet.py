@@ -12,16 +12,16 @@ FOLDER = "the folder tiny-imagenet-200 of cs231n.stanford.edu/tiny-imagenet-200.
 def load(request: Request) -> Loaded:
     """Loads Tiny ImageNet; its validation images are the test images.
 
-    The images of its folder test have no labels and are not used. What was found is printed.
+    The images of its folder test have no labels and are not used. A summary is printed.
 
     Args:
       request: its folder is tiny-imagenet-200, or the one that holds it.
 
     Returns:
-      The images; a class has the first word of its name.
+      The images; the name of a class is the first of its synonyms.
 
     Raises:
-      UserError: if the folder is not as it is unpacked, or image_files.load refuses the images.
+      UserError: if the folder is not that of the archive, or image_files.load refuses the images.
     """
     data_dir = request.data_dir or ""
     root = os.path.join(data_dir, "tiny-imagenet-200")

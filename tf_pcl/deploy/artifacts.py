@@ -1,8 +1,8 @@
-"""Writes a trained network in several forms, and compares what each of them answers.
+"""Writes a trained network in several formats, and compares their outputs.
 
-Every form takes raw images uint8 [N, H, W, C], 0–255, and gives `logits` and `probabilities`,
-float32 [N, K]: the preprocessing lies within. A SavedModel's second signature, serve_bytes, decodes
-image files by operations that neither TFLite nor ONNX has; the other forms do without it.
+Every format takes raw images uint8 [N, H, W, C], 0–255, and gives `logits` and `probabilities`,
+float32 [N, K]: it includes the preprocessing. Only a SavedModel has the signature serve_bytes:
+TFLite and ONNX have no operations for image files.
 """
 
 import contextlib
@@ -32,27 +32,28 @@ from tf_pcl.training import export
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.workdir import Workdir
 
-# The newest that tf2onnx writes without experimental operators and that older runtimes read.
+# The newest opset that tf2onnx writes without experimental operators and that older runtimes read.
 OPSET = 17
-# Of how many training images the value ranges of an integer network are taken.
+# The number of training images that give the value ranges of an integer network.
 CALIBRATION_IMAGES = 200
-# The folder of artifacts with folded BatchNorm, and how far logits may then be apart, as a part of
-# the largest one, which counts as 1 at least: float32 sums in another order.
+# The folder of artifacts with folded BatchNorm, and how much logits may then differ, relative to
+# the largest one or to 1: float32 sums in another order.
 FOLDED, FOLDING_TOLERANCE = "folded", 1e-4
-# How often a single image is asked for, to measure latency; the first calls are not counted.
+# The number of calls that measure the latency of a single image, and of those before that do not
+# count.
 CALLS, WARM_UP_CALLS = 50, 5
 TABLE = "artifacts.json"
 
 
 class Source(NamedTuple):
-    """What an artifact is made from.
+    """The source of an artifact.
 
     Attributes:
       network: a functional keras.Model from raw images uint8 [N, H, W, C] to logits.
       data: the data set that it was trained on.
-      folder: where the artifacts lie.
+      folder: the folder of the artifacts.
       calibration: how many training images calibrate an integer network.
-      has_saved_model: whether the SavedModel that the run has made and checked lies there.
+      has_saved_model: whether the folder has the SavedModel that the run has made and checked.
     """
 
     network: keras.Model
@@ -72,16 +73,16 @@ def export_run(
     calibration_images: int = CALIBRATION_IMAGES,
     fold_batch_norm: bool = False,
 ) -> dict[str, Any]:
-    """Writes the network of a run in other forms, with a table that compares them and a model card.
+    """Writes the network of a run in other formats, with a table of comparison and a model card.
 
     Args:
       path: the workdir of a run that has ended.
       formats: names in FORMATS.
-      exit_name: whose network; see Finished.exit_name.
-      data_dir: where the data set lies now, if it was moved.
-      folder: where the artifacts go; by default the run's export folder, and for another exit than
-        the deployed one a folder of its name there. Those with folded BatchNorm go into a folder
-        FOLDED of it.
+      exit_name: the exit of the network; see Finished.exit_name.
+      data_dir: the present folder of the data set, if it was moved.
+      folder: the folder for the artifacts; by default the run's export folder, or for another exit
+        than the deployed one, a folder of its name there. Artifacts with folded BatchNorm go into
+        a folder FOLDED of it.
       calibration_images: how many training images calibrate an integer network, at least 1.
       fold_batch_norm: whether BatchNorm is folded into the layers before it; see surgery.fold.
 
@@ -90,7 +91,7 @@ def export_run(
 
     Raises:
       UserError: if the run has not ended, a name is not known, a package is missing, or the data
-        set or the network cannot be had.
+        set or the network cannot be loaded.
       Stopped: if the network cannot be converted.
     """
     if not formats:
@@ -107,7 +108,7 @@ def export_run(
     is_own = os.path.realpath(folder) == os.path.realpath(own)
     if is_own and (fold_batch_norm or not is_deployed):
         raise UserError(
-            "there lies the SavedModel of the deployed exit as it was trained: give another",
+            "it has the SavedModel of the deployed exit as it was trained: give another folder",
             parameter="folder",
             value=folder,
         )
@@ -139,39 +140,39 @@ def export_run(
 
 
 def folded(network: keras.Model, data: ImageData) -> tuple[keras.Model, dict[str, Any]]:
-    """Folds a network's BatchNorm, and proves on all test images that it answers the same.
+    """Folds a network's BatchNorm, and checks on all test images that its outputs stay the same.
 
     Args:
       network: a keras.Model from raw images uint8 to logits.
       data: the data set.
 
     Returns:
-      The folded network, and {"batch_norm": {"folded": how many, "left": names of those that stay,
-      "largest_difference": of logits}}.
+      The folded network, and {"batch_norm": {"folded": how many, "left": names of the others,
+      "largest_difference": that of logits}}.
 
     Raises:
       UserError: if there is nothing to fold, or the network cannot be rebuilt.
-      Stopped: if an answer differs by more than FOLDING_TOLERANCE of the largest logit, or the
-        number of errors does.
+      Stopped: if logits differ by more than FOLDING_TOLERANCE of the largest one, or the numbers of
+        errors differ.
     """
     refused = functools.partial(UserError, parameter="fold_batch_norm", value="True")
     try:
         made = surgery.fold_batch_norm(network)
-    except Exception as e:  # Layers of the user's own, in a copy that they were not made for.
+    except Exception as e:  # The user's own layers may not work in a copy.
         raise refused(
             f"the network cannot be rebuilt with folded BatchNorm ({one_line(e)}): leave it out"
         ) from e
     if not made.folded:
         raise refused(
-            f"of the network's {len(made.left)} BatchNorm layers none follows a convolution or a "
-            "dense layer directly: leave it out"
+            f"none of the network's {len(made.left)} BatchNorm layers directly follows a "
+            "convolution or a dense layer: leave it out"
         )
     one, other = (_in_graph(model) for model in (network, made.network))
     wrong, apart, largest = np.zeros(2, int), 0.0, 1.0
     for images, labels in datasets.test_batches(data, runtimes.BATCH):
         a, b = one(images).numpy(), other(images).numpy()
         wrong += [int((z.argmax(-1) != labels.numpy()).sum()) for z in (a, b)]
-        # A value that is no number is the largest difference of all.
+        # NaN counts as the largest difference.
         apart = float(np.maximum(apart, np.abs(a - b).max()))
         largest = max(largest, float(np.abs(a).max()))
     if not apart <= FOLDING_TOLERANCE * largest or wrong[0] != wrong[1]:
@@ -191,18 +192,18 @@ def _in_graph(network: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
 def compare(
     network: keras.Model, loaded: Mapping[str, runtimes.Runtime], data: ImageData
 ) -> dict[str, Any]:
-    """Compares what several forms of a network answer to the test images.
+    """Compares the outputs of several formats of a network for the test images.
 
     Args:
       network: the network, a keras.Model from raw images uint8 to logits.
-      loaded: {name: the network in another form, loaded by its own runtime}.
+      loaded: {name: the network in another format, loaded by its own runtime}.
       data: the data set.
 
     Returns:
       "test_images", their number; "original", a row for the network; "artifacts", {name: row}. A
-      row has "error" (percent of the test images) and "latency_ms" (median of one image); those
-      of artifacts have "largest_difference" (of logits) and "same_class" (percent of the images
-      that get the same class as by the network).
+      row has "error" (percent of the test images) and "latency_ms" (median of one image); rows of
+      artifacts also have "largest_difference" (of logits) and "same_class" (percent of the images
+      that get the same class as from the network).
     """
     graph = _in_graph(network)
     answers: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -219,7 +220,7 @@ def compare(
             top = logits.argmax(-1)
             wrong[name] += int((top != labels.numpy()).sum())
             same[name] += int((top == expected.argmax(-1)).sum())
-            # A value that is no number is the largest difference of all.
+            # NaN counts as the largest difference.
             largest[name] = float(np.maximum(largest[name], np.abs(logits - expected).max()))
     count, one = len(data.test), data.test.first(1)
     rows = {
@@ -273,7 +274,7 @@ def table(contents: Mapping[str, Any]) -> str:
 
 
 def _latency(answer: Callable[[np.ndarray], np.ndarray], image: np.ndarray) -> float:
-    """Returns the median of the milliseconds that an answer takes."""
+    """Returns the median of the milliseconds of a call."""
     seconds = []
     for _ in range(WARM_UP_CALLS + CALLS):
         start = time.perf_counter()
@@ -295,12 +296,12 @@ def _make_folder(folder: str) -> None:
 
 
 def _written(name: str, source: Source) -> str:
-    """Writes one form of a network and returns its path."""
+    """Writes a network in one format and returns its path."""
     path = os.path.join(source.folder, FORMATS[name].file)
     try:
         with _quiet():
             content = FORMATS[name].convert(source)
-    # Converters raise whatever the operation that they do not know leads to.
+    # Converters raise anything for operations that they do not know.
     except Exception as e:
         raise Stopped(
             f"`format={name}`: this network cannot be converted ({one_line(e)}): leave this format "
@@ -315,7 +316,7 @@ def _written(name: str, source: Source) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps back what converters and runtimes write to the process's output and error streams."""
+    """Discards what converters and runtimes write to the standard streams of the process."""
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
@@ -343,11 +344,11 @@ def _size(path: str) -> int:
     )
 
 
-# The forms.
+# The formats.
 
 
 def _function(network: Callable[..., Any], shape: Sequence[int], dtype: tf.DType = tf.uint8) -> Any:
-    """Returns a tf.function from images [N, H, W, C] to what serving_default gives."""
+    """Returns a tf.function from images [N, H, W, C] to the outputs of serving_default."""
 
     @tf.function(input_signature=[tf.TensorSpec([None, *shape], dtype, name="images")])
     def serving_default(images: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -372,15 +373,15 @@ def _tflite(
     """Returns a TFLite file.
 
     Args:
-      source: what it is made from.
-      change: a function that sets what the converter is to do otherwise than by default.
-      network: what is converted; by default the network.
-      dtype: of the images that it takes.
+      source: the source of the artifact.
+      change: a function that changes the settings of the converter.
+      network: the network to convert; by default that of the source.
+      dtype: the type of its input images.
     """
     module = tf.Module()
     module.network = network or source.network
     serve = _function(module.network, source.data.image_shape, dtype)
-    # From a SavedModel, since the names of input and outputs then stand in the file.
+    # From a SavedModel, so that the file has the names of input and outputs.
     with tempfile.TemporaryDirectory() as folder:
         tf.saved_model.save(module, folder, signatures={"serving_default": serve})
         converter = tf.lite.TFLiteConverter.from_saved_model(
@@ -399,13 +400,12 @@ def _tflite_float16(source: Source) -> bytes:
 
 
 def _tflite_int8(source: Source) -> bytes:
-    """Returns a network whose weights and values are integers of 8 bits.
+    """Returns a network whose weights and activations are integers of 8 bits.
 
-    It takes uint8 images as they are. The logits and probabilities are turned to float32 at its
-    end.
+    It takes raw uint8 images. Logits and probabilities are converted to float32 at its end.
     """
     images = _sample(source.data.train, source.calibration).astype(np.float32)
-    # The input then has the scale 1 and the zero point 0, whatever the images: raw values fit.
+    # So the input always has the scale 1 and the zero point 0, which raw values need.
     images[0].flat[0], images[0].flat[-1] = 0, 255
 
     def change(converter: Any) -> None:
@@ -419,16 +419,16 @@ def _tflite_int8(source: Source) -> bytes:
 
 def _sample(split: Split, count: int) -> np.ndarray:
     """Returns images uint8 [count, H, W, C] of a split, drawn at random but always the same."""
-    # The first ones may be of one class. A stream is read in order alone.
+    # The first images may all have one class. A stream can only be read in order.
     if not isinstance(split, Stream):
         split = split.subset(np.random.RandomState(0).permutation(len(split))[:count])
     return split.first(count)
 
 
 def _of_floats(network: keras.Model) -> keras.Model:
-    """Returns a network that takes its raw images as float32, so that integers can stand for them.
+    """Returns a network that takes raw images as float32, so that its input can be quantised.
 
-    A model casts what it is given to the type of its input. The layer after the input takes both.
+    A model casts its inputs to the type of its input layer. The layer after that takes both types.
     """
     first = calls(network)[0]
     rest = keras.Model(first.outputs, network.output)
@@ -443,7 +443,7 @@ def _onnx(source: Source) -> bytes:
     model, _ = tf2onnx.convert.from_function(
         function, input_signature=function.input_signature, opset=OPSET
     )
-    # Constants of layers, such as the mean of the training images, come as inputs.
+    # tf2onnx turns constants of layers, such as the mean of the training images, into inputs.
     traced = function.get_concrete_function()
     captured = {
         tensor.name: value.numpy()
@@ -462,13 +462,13 @@ def _onnx(source: Source) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A form in which a network is written.
+    """A format in which a network is written.
 
     Attributes:
       file: its path below the folder of artifacts.
       summary: what it is, in a few words.
-      convert: a function from a Source to the contents of the file; None where it has written it.
-      packages: packages that it needs and that are in the extra onnx.
+      convert: a function from a Source to the contents of the file, or None if it wrote the file.
+      packages: the packages that it needs, which are in the extra onnx.
     """
 
     file: str
@@ -477,11 +477,11 @@ class Format:
     packages: tuple[str, ...] = ()
 
     def check_packages(self, name: str) -> None:
-        """Raises UserError if a package that the form needs cannot be imported."""
+        """Raises UserError if a package that the format needs cannot be imported."""
         for package in self.packages:
             try:
                 importlib.import_module(package)
-            # A package that does not fit to another raises whatever comes of it.
+            # A package that does not fit another one raises anything.
             except Exception as e:
                 raise UserError(
                     f"it needs {package} ({one_line(e)}): install the extra with pip install "

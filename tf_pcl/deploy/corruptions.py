@@ -1,7 +1,7 @@
-"""Corruptions of images at five strengths, a function of the image's number, strength and seed.
+"""Corruptions of images at five strengths, as functions of the image's number, strength and seed.
 
 They are five of those of Hendrycks and Dietterich (arXiv 1903.12261), in TensorFlow and SciPy. The
-strengths are the authors' for CIFAR where the smaller side has at most 64 pixels, else those for
+strengths are the authors' for CIFAR if the smaller side has at most 64 pixels, else those for
 ImageNet.
 """
 
@@ -23,8 +23,8 @@ class Corruption(NamedTuple):
 
     Attributes:
       apply: a function (images float32 [B, H, W, C] in [0, 1], strength, random numbers) -> images,
-        which are clipped afterwards. The random numbers are a function: it returns standard
-        normal ones of the images' shape.
+        which are clipped afterwards. The random numbers are a function that returns standard
+        normal numbers of the images' shape.
       small: its five strengths for small images.
       large: the same for large ones.
     """
@@ -43,9 +43,9 @@ def corrupted(
       images: uint8 [B, H, W, C].
       name: one of CORRUPTIONS.
       strength: from 1 to STRENGTHS.
-      first: the number of the first image; what is drawn for an image depends on its number and
-        not on the batch that it comes in.
-      seed: of what is drawn at random.
+      first: the number of the first image; the random numbers of an image depend on its number and
+        not on its batch.
+      seed: the seed of the random numbers.
 
     Returns:
       uint8 [B, H, W, C].

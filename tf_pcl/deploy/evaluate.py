@@ -1,4 +1,4 @@
-"""What a trained network is worth on a data set: errors, calibration, confusions, robustness."""
+"""Evaluates a trained network on a data set: errors, calibration, confusions, robustness."""
 
 import csv
 import dataclasses
@@ -35,9 +35,9 @@ class Wrong:
       index: their numbers in the split, int [n].
       images: uint8 [n, H, W, C].
       labels: int [n].
-      predicted: the classes that they are taken for, int [n].
-      confidence: the probabilities of these, float64 [n].
-      paths: their files, or "" where they come from none.
+      predicted: the predicted classes, int [n].
+      confidence: the probabilities of the predicted classes, float64 [n].
+      paths: their files; "" for images without files.
     """
 
     index: np.ndarray
@@ -50,14 +50,14 @@ class Wrong:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What came out.
+    """The results of an evaluation.
 
     Args:
       labels: int64 [N], in the order of the split.
       logits: float32 [N, K].
       classes: the names of the classes.
       worst: the images that the network is most confidently wrong about.
-      corruptions: {name: error in percent at each strength}; empty where it was not asked for.
+      corruptions: {name: error in percent at each strength}; empty if it was not measured.
     """
 
     labels: np.ndarray
@@ -68,7 +68,7 @@ class Evaluation:
 
     @property
     def confusion(self) -> np.ndarray:
-        """How many images of class i are taken for class j, int [K, K]."""
+        """How many images of class i are predicted as class j, int [K, K]."""
         return metrics.confusion(self.logits, self.labels)
 
     def summary(self) -> dict[str, Any]:
@@ -77,7 +77,7 @@ class Evaluation:
         found = {
             "images": len(self.labels),
             "error": metrics.error(self.logits, self.labels),
-            # Of five classes or fewer, all would be right.
+            # With five classes or fewer, it would be 0.
             "top5_error": metrics.error(self.logits, self.labels, 5)
             if len(self.classes) > 5
             else None,
@@ -89,10 +89,10 @@ class Evaluation:
         return found
 
     def of_class(self) -> list[dict[str, Any]]:
-        """Returns a row for each class: name, images, error, and what it is most taken for.
+        """Returns a row for each class: name, images, error, and the class it is most taken for.
 
-        The error is in percent, None for a class without images; what it is taken for is None for
-        a class without errors.
+        The error is in percent, None for a class without images; the class that it is taken for is
+        None for a class without errors.
         """
         rows = []
         for k, (name, counts) in enumerate(zip(self.classes, self.confusion)):
@@ -120,16 +120,16 @@ def evaluate(
     seed: int = 0,
     watch: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, total: batches,
 ) -> Evaluation:
-    """Runs a network on the images of a data set and judges what it says.
+    """Runs a network on the images of a data set and evaluates its predictions.
 
     Args:
       runtime: the network.
-      data: the data set, of images as the network takes them.
+      data: the data set, with images of the network's size.
       split: "train", "validation" or "test".
       corruptions: whether to measure the error on corrupted images too.
       worst: how many of the wrong images to keep.
-      seed: of the corruptions.
-      watch: a function (batches, their number) -> the same batches, which shows the progress.
+      seed: the seed of the corruptions.
+      watch: a function (batches, their number) -> the same batches, to show the progress.
 
     Raises:
       UserError: if there is no such split, the data set does not fit the network, or its logits
@@ -151,7 +151,7 @@ def evaluate(
     if len(bad):
         raise UserError(
             f"{runtime.path} gives logits that are not finite for {len(bad):,} of {len(truth):,} "
-            f"images, the first of them number {bad[0]}: it cannot be judged"
+            f"images, the first of which is number {bad[0]}: it cannot be evaluated"
         )
     percent = 100 * errors / len(truth)
     return Evaluation(
@@ -196,7 +196,7 @@ def _check_fits(runtime: Runtime, data: ImageData) -> None:
 def _wrong_when_corrupted(
     runtime: Runtime, images: np.ndarray, labels: np.ndarray, first: int, seed: int
 ) -> np.ndarray:
-    """Returns how many of some images are mistaken, int [corruptions, STRENGTHS]."""
+    """Returns how many of the images are wrong, int [corruptions, STRENGTHS]."""
 
     def wrong(name: str, strength: int) -> int:
         logits = runtime.logits(corrupted(images, name, strength, first=first, seed=seed))
@@ -234,19 +234,19 @@ def _images_at(split: Split, index: np.ndarray) -> np.ndarray:
 
 
 def write(evaluation: Evaluation, folder: str, about: Optional[dict[str, Any]] = None) -> None:
-    """Writes an evaluation into a folder, which is made if it is not there.
+    """Writes an evaluation into a folder, which is made if it does not exist.
 
     evaluation.json         the figures, those of each class and of each corruption
     predictions.npz         labels int64 [N] and logits float32 [N, K], in the order of the split
-    classes.csv             error of each class, and what it is most taken for
-    confusion.csv, .png     how many images of a row's class are taken for a column's
-    worst.csv, .png         the images that are most confidently wrong
-    corruptions.csv, .png   error at each strength, where it was asked for
+    classes.csv             error of each class, and the class it is most taken for
+    confusion.csv, .png     how many images of a row's class are predicted as a column's
+    worst.csv, .png         the wrong images with the highest confidence
+    corruptions.csv, .png   error at each strength, if it was measured
 
     Args:
-      evaluation: what came out.
-      folder: where to write.
-      about: what else evaluation.json says, such as the network's path.
+      evaluation: the evaluation.
+      folder: the folder.
+      about: further entries of evaluation.json, such as the network's path.
 
     Raises:
       UserError: if the folder cannot be written.

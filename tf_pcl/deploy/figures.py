@@ -1,4 +1,4 @@
-"""The pictures of an evaluation beside those of a run, as figures of matplotlib."""
+"""The pictures of an evaluation in addition to those of a run, as figures of matplotlib."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from tf_pcl.training.pictures import short
 if TYPE_CHECKING:
     from tf_pcl.deploy.evaluate import Wrong
 
-# Of a class name above an image.
+# The longest class name above an image.
 _LETTERS = 16
 
 
 def worst(wrong: "Wrong", classes: Sequence[str]) -> Figure:
-    """Draws images that are confidently wrong, each with its class and what it is taken for."""
+    """Draws images that are confidently wrong, with their classes and the predicted ones."""
     columns = max(1, min(6, len(wrong.index)))
     rows = max(1, math.ceil(len(wrong.index) / columns))
     figure = Figure(figsize=(2 * columns, 2.5 * rows), dpi=120, layout="constrained")

@@ -1,4 +1,4 @@
-"""The network of a run that has ended, and what there is to know of it."""
+"""The networks of a run that has ended, its data and its results."""
 
 import dataclasses
 import glob
@@ -19,7 +19,7 @@ from tf_pcl.training.beside import same_test
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.workdir import Workdir
 
-# The exit that a run has exported itself.
+# The exit that the run itself has exported.
 DEPLOYED = "deployed"
 ENSEMBLE = "ensemble"
 
@@ -30,7 +30,7 @@ class Finished:
 
     Attributes:
       path: its workdir.
-      options: what it was asked for.
+      options: its options.
       results: the contents of results.json.
     """
 
@@ -43,17 +43,17 @@ class Finished:
         """Reads the workdir of a run.
 
         Raises:
-          UserError: if it is none, or the run has not ended.
+          UserError: if it is not a workdir, or the run has not ended.
         """
         path = os.path.expanduser(path)
         workdir = Workdir(path)
         if not os.path.isfile(workdir.flags):
-            raise UserError(f"{path} is no workdir of a run: it has no flags.txt; give one")
+            raise UserError(f"{path} is not a workdir: it has no flags.txt; give that of a run")
         chosen = options.from_file(workdir.flags)
         if not os.path.isfile(workdir.results) or not workdirs.saved_model(workdir.export):
             raise UserError(
-                f"the run in {path} has not ended, since it has no SavedModel yet: the command "
-                "that began it goes on with it"
+                f"the run in {path} has not ended, since it has no SavedModel yet: give its "
+                "command again to resume it"
             )
         try:
             with open(workdir.results, encoding="utf-8") as f:
@@ -61,8 +61,8 @@ class Finished:
             results["error"][results["deployed"]], results["epochs"]
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
-                f"{workdir.results} is damaged ({one_line(e)}): the command of the run writes it "
-                "anew"
+                f"{workdir.results} is damaged ({one_line(e)}): give the command of the run again "
+                "to write it"
             ) from e
         return cls(path, chosen, results)
 
@@ -70,8 +70,8 @@ class Finished:
         """Returns the name in results.json of an exit.
 
         Args:
-          wanted: "deployed"; "ensemble", which is the mean teachers' where the run has these; or a
-            name in results.json.
+          wanted: "deployed"; "ensemble", which is that of the mean teachers if the run has them; or
+            a name in results.json.
 
         Raises:
           UserError: if the run has no such exit.
@@ -87,10 +87,10 @@ class Finished:
         """Loads the data set of the run.
 
         Args:
-          data_dir: the folder where the data lie now; by default where they lay for the run.
+          data_dir: the present folder of the data; by default that of the run.
 
         Raises:
-          UserError: if they cannot be had, or are not those of the run.
+          UserError: if they cannot be loaded, or are not those of the run.
         """
         moved = data_dir or self.options.data_dir
         data = run.load_data(dataclasses.replace(self.options, data_dir=moved))
@@ -100,8 +100,8 @@ class Finished:
     def network(self, exit_name: str, data: ImageData) -> keras.Model:
         """Returns the network of an exit.
 
-        That of the deployed exit is the SavedModel of the run. Others, and networks that were
-        trained in mixed precision, are built anew in float32 with the weights of the checkpoint.
+        For the deployed exit, it is the SavedModel of the run. Other networks, and those that were
+        trained in mixed precision, are built again in float32 with the weights of the checkpoint.
 
         Args:
           exit_name: its name in results.json.
@@ -126,7 +126,7 @@ class Finished:
         return network
 
     def _restore(self, model: Any, exit_name: str) -> None:
-        """Gives a method the weights of the epoch that the run has exported, of no other one."""
+        """Restores the weights of the epoch that the run has exported."""
         epochs = self.results["epochs"]
         exported = self.results.get("exported_epoch", epochs)
         step = self.results["steps"] // epochs * exported
@@ -136,18 +136,17 @@ class Finished:
             try:
                 checkpoints.read(step)
                 return
-            except Exception as e:  # A damaged file raises whatever its damage leads to.
+            except Exception as e:  # A damaged file raises anything.
                 problem = f"a damaged checkpoint ({one_line(e)})"
         raise UserError(
-            f"{self.path} holds {problem} of epoch {exported}, and the network of "
-            f"`exit={exit_name}` is nowhere else: train the run again with `deploy`, or export the "
-            "deployed exit"
+            f"{self.path} has {problem} of epoch {exported}, which the network of "
+            f"`exit={exit_name}` needs: train again with `deploy`, or export the deployed exit"
         )
 
     def siblings(self) -> list["Finished"]:
-        """Returns the runs beside this one that differ from it by nothing but the seed.
+        """Returns the runs beside this one that differ from it only by the seed.
 
-        They are in the order of their seeds, this one among them, each seed once.
+        They are sorted by their seeds, this one is among them, and each seed occurs once.
         """
         found = {self.options.seed: self}
         for flags in sorted(glob.glob(os.path.join(glob.escape(self._beside), "*", "flags.txt"))):
@@ -167,12 +166,12 @@ class Finished:
 
 
 def errors_by_exit(runs: Sequence[Finished]) -> dict[str, list[float]]:
-    """Returns {exit: test errors in percent of what was exported, one of each run}."""
+    """Returns {exit: test errors in percent of the exported epoch, one of each run}."""
     return {name: [one.results["error"][name] for one in runs] for name in runs[0].results["error"]}
 
 
 def _settings(finished: Finished) -> dict[str, str]:
-    """Returns what must be the same for two runs to differ by nothing but the seed."""
+    """Returns what must be equal for two runs to differ only by the seed."""
     leave = {"seed", *finished.options.run_only()}
     flags = finished.options.as_flags()
     return {name: value for name, value in flags.items() if name not in leave}

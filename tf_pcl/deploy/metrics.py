@@ -1,4 +1,4 @@
-"""How good predictions are: error, calibration, and which classes are taken for which.
+"""Measures of predictions: error, calibration and confusions.
 
 All functions take logits float [N, K] and labels int [N] in [0, K), N at least 1, and compute in
 float64. Probabilities are the softmax of the logits.
@@ -20,7 +20,7 @@ def log_probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def top_k(logits: np.ndarray, k: int) -> np.ndarray:
-    """Returns the k likeliest classes, int [N, k], the likeliest first; of equal ones the first."""
+    """Returns the k likeliest classes, int [N, k], the likeliest first; ties keep their order."""
     return np.argsort(-logits, axis=1, kind="stable")[:, :k]
 
 
@@ -38,9 +38,9 @@ class Reliability(NamedTuple):
     """How often predictions of about the same confidence are right.
 
     Attributes:
-      images: how many there are, int [bins]. Bin b has confidences in (b / bins, (b + 1) / bins].
-      confidence: their mean confidence, float64 [bins]; 0 where there are none.
-      accuracy: the share of them that is right, float64 [bins]; 0 where there are none.
+      images: the number of images, int [bins]. Bin b has confidences in (b / bins, (b + 1) / bins].
+      confidence: their mean confidence, float64 [bins]; 0 for an empty bin.
+      accuracy: the share of them that is right, float64 [bins]; 0 for an empty bin.
     """
 
     images: np.ndarray
@@ -64,6 +64,6 @@ def reliability(logits: np.ndarray, labels: np.ndarray, bins: int = BINS) -> Rel
 
 
 def confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns how many images of class i are taken for class j, int [K, K] of [i, j]."""
+    """Returns how many images of class i are predicted as class j, int [K, K]."""
     predicted = top_k(logits, 1)[:, 0]
     return confusion_matrix(labels, predicted, labels=np.arange(logits.shape[1]))

@@ -1,4 +1,4 @@
-"""MODEL_CARD.md: what a trained network is, what it is worth and how it is loaded."""
+"""MODEL_CARD.md: a description of a trained network, its errors, and how to load it."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ from tf_pcl.surgery.observe import flops
 from tf_pcl.training import workdir as workdirs
 
 NAME = "MODEL_CARD.md"
-# More names than this stand in labels.txt alone.
+# If there are more classes than this, only labels.txt has the other names.
 _SHOWN_CLASSES = 20
 
 
@@ -34,7 +34,7 @@ def write(
     """Writes the model card.
 
     Args:
-      folder: where the artifacts lie.
+      folder: the folder of the artifacts.
       finished: the run.
       data: its data set.
       network: the exported network.
@@ -70,7 +70,7 @@ def write(
 
 
 def _dataset(options: Options) -> str:
-    """Returns the name of the data set; the folder is named where it says what the images are."""
+    """Returns the name of the data set, with its folder if that identifies the images."""
     row = datasets.DATASETS.get(options.dataset)
     if row is None or not row.needs_folder or not options.data_dir:
         return options.dataset
@@ -78,7 +78,7 @@ def _dataset(options: Options) -> str:
 
 
 def _when(results: Mapping[str, Any]) -> str:
-    """Returns after which epoch a network was exported, and by what that one was chosen."""
+    """Returns after which epoch a network was exported, and how that epoch was chosen."""
     epochs = results["epochs"]
     if results.get("exported") == "best":
         exported = results["exported_epoch"]
@@ -87,7 +87,7 @@ def _when(results: Mapping[str, Any]) -> str:
 
 
 def _spread(errors: list[float]) -> str:
-    """Returns a mean with the standard deviation of a sample, where there are several errors."""
+    """Returns a mean, with the sample standard deviation if there are several errors."""
     mean = f"{statistics.mean(errors):.2f}"
     return f"{mean} ± {statistics.stdev(errors):.2f}" if len(errors) > 1 else mean
 
@@ -100,5 +100,5 @@ def _command(options: Options) -> str:
 
 
 def _plain(name: str) -> str:
-    """Returns a name as it can stand in a line of Markdown."""
+    """Returns a name, escaped for a line of Markdown."""
     return re.sub(r"([\\`*_|<>&$\[\]])", r"\\\1", " ".join(name.split()))

@@ -1,4 +1,4 @@
-"""What a trained network says of image files."""
+"""Classifies image files by a trained network."""
 
 import concurrent.futures
 import glob
@@ -16,13 +16,13 @@ from tf_pcl.errors import UserError
 
 
 class Prediction(NamedTuple):
-    """What a network says of a file.
+    """The prediction of a network for a file.
 
     Attributes:
       path: the file.
-      classes: the names of its likeliest classes, the likeliest first; none of a bad file.
-      probabilities: those of these classes.
-      problem: why the file cannot be used, None where it can.
+      classes: the names of its likeliest classes, the likeliest first; empty for a bad file.
+      probabilities: the probabilities of these classes.
+      problem: why the file cannot be used; None if it can.
     """
 
     path: str
@@ -32,10 +32,10 @@ class Prediction(NamedTuple):
 
 
 def find(names: Iterable[str]) -> list[str]:
-    """Returns the files that are meant by names of files, of folders and patterns.
+    """Returns the files that names of files, folders and patterns denote.
 
-    A folder stands for the images below it, by the suffixes that the data set image_folder reads.
-    What is neither there nor a pattern of something that is there is returned as it is.
+    A folder denotes the images below it, by the suffixes that the data set image_folder reads. A
+    name that neither exists nor matches anything is returned unchanged.
 
     Args:
       names: such as photo.jpg, folder, "folder/**/*.png".
@@ -57,8 +57,8 @@ def find(names: Iterable[str]) -> list[str]:
     if not any_there:
         suffixes = ", ".join(image_folder.suffixes())
         raise UserError(
-            f"no image is found ({', '.join(names)}): give files, patterns, or folders that have "
-            f"{suffixes} files in them"
+            f"no image is found ({', '.join(names)}): give files, patterns, or folders with "
+            f"{suffixes} files"
         )
     return list(found)
 

@@ -1,7 +1,7 @@
-"""Trained networks in each form, run by the runtime of that form.
+"""Runs trained networks of each format with the runtime of that format.
 
-`load` finds the form: a folder is a SavedModel or holds one, a file is named by its suffix in the
-table FILES.
+`load` finds the format: a folder is a SavedModel or has one; the table FILES has the suffixes of
+files.
 """
 
 import functools
@@ -19,31 +19,31 @@ from tf_pcl.data import class_names
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.training import workdir as workdirs
 
-# The images that a runtime gets at once where it takes any number.
+# The number of images that a runtime gets at once, if it takes any number.
 BATCH = 100
 
 
 class Runtime:
-    """A network that is loaded and gives logits.
+    """A loaded network that gives logits.
 
     Args:
-      path: where it lies, a folder or a file.
-      shape: the shape [N, H, W, C] of its input; N is None, or below 1, where it takes any number
-        of images.
+      path: its folder or file.
+      shape: the shape [N, H, W, C] of its input; N is None, or below 1, if it takes any number of
+        images.
       outputs: the number of its logits K.
-      run: a function from images uint8 [n, H, W, C] to logits float32 [n, K], of N images where
-        N is fixed.
-      run_bytes: a function from a list of encoded images to logits, where the network has one.
+      run: a function from images uint8 [n, H, W, C] to logits float32 [n, K]; n is N if
+        that is fixed.
+      run_bytes: a function from a list of encoded images to logits, if the network has one.
 
     Attributes:
-      kind: the form, such as "tflite".
+      kind: the format, such as "tflite".
       path: as given.
       image_shape: (H, W, C).
       classes: names in the order of the logits, from classes.json or labels.txt in the folder of
-        the network or above it; numbers where neither is there.
+        the network or up to two folders above; numbers if there is no such file.
       named: whether the names come from such a file.
       logits_of_bytes: a function from a list of n encoded images to logits float32 [n, K]; None
-        where the network takes no encoded images.
+        if the network takes no encoded images.
     """
 
     kind = ""
@@ -69,7 +69,7 @@ class Runtime:
         names = _names(path)
         if names is not None and len(names) != outputs:
             logging.warning(
-                "%s has %d outputs, and the file of names beside it %d: its classes are numbered",
+                "%s has %d outputs, and the file beside it has %d names: its classes are numbered",
                 path,
                 outputs,
                 len(names),
@@ -112,12 +112,12 @@ class SavedModel(Runtime):
 
     def __init__(self, path: str):
         try:
-            # The signatures do not keep the model that they belong to.
+            # The signatures do not keep their model alive.
             self._loaded = tf.saved_model.load(path)
             signatures = self._loaded.signatures
         except (OSError, ValueError, AttributeError, tf.errors.OpError) as e:
             raise UserError(
-                f"{path} cannot be loaded as a SavedModel ({one_line(e)}): give one that is whole"
+                f"{path} cannot be loaded as a SavedModel ({one_line(e)}): give a complete one"
             ) from e
         serve = signatures.get("serving_default")
         inputs = serve.structured_input_signature[1] if serve is not None else {}
@@ -156,7 +156,7 @@ class TFLite(Runtime):
             signatures = self._interpreter.get_signature_list()
         except (OSError, ValueError, RuntimeError) as e:
             raise UserError(
-                f"{path} cannot be loaded as a TFLite file ({one_line(e)}): give one that is whole"
+                f"{path} cannot be loaded as a TFLite file ({one_line(e)}): give a complete one"
             ) from e
         if len(given) != 1:
             raise UserError(
@@ -202,7 +202,7 @@ class ONNX(Runtime):
             self._session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         except Exception as e:  # Its errors have no common class of their own.
             raise UserError(
-                f"{path} cannot be loaded as an ONNX file ({one_line(e)}): give one that is whole"
+                f"{path} cannot be loaded as an ONNX file ({one_line(e)}): give a complete one"
             ) from e
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         types = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
@@ -216,26 +216,26 @@ class ONNX(Runtime):
         (shape,) = (one.shape for one in outputs if one.name == logits)
         super().__init__(
             path,
-            # A name stands for a size that is not fixed.
+            # A size that is not fixed has a name.
             [n if isinstance(n, int) else None for n in inputs[0].shape],
             shape[-1],
             lambda images: self._session.run([logits], {name: images.astype(dtype)})[0],
         )
 
 
-# The forms that are one file, by the suffix of its name.
+# The formats that consist of one file, by its suffix.
 FILES: dict[str, Callable[[str], Runtime]] = {".tflite": TFLite, ".onnx": ONNX}
 
 
 def load(path: str) -> Runtime:
-    """Loads a trained network in the form that it lies in.
+    """Loads a trained network of any format.
 
     Args:
       path: the workdir of a run that has ended, its export folder, a SavedModel, or a file whose
         suffix is in FILES.
 
     Raises:
-      UserError: if nothing is there, its form is not known, or it cannot be loaded.
+      UserError: if nothing is there, its format is not known, or it cannot be loaded.
     """
     return find(path)()
 
@@ -260,7 +260,7 @@ def find(path: str) -> Callable[[], Runtime]:
         raise UserError(f"the network {path} is not there: give {forms}")
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in FILES:
-        raise UserError(f"the form of the network {path} is not known by its suffix: give {forms}")
+        raise UserError(f"the suffix of {path} is not that of a known format: give {forms}")
     return functools.partial(FILES[suffix], path)
 
 
@@ -275,7 +275,7 @@ def _choose_logits(path: str, names: list[str]) -> str:
     found = [name for name in names if "logits" in name]
     if len(found) != 1:
         raise UserError(
-            f"{path} has the outputs {', '.join(names)}: of several, one is to be named logits"
+            f"{path} has the outputs {', '.join(names)}: one of several must be named logits"
         )
     return found[0]
 
@@ -290,7 +290,7 @@ def _quantised(images: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
 
 
 def _real(values: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
-    """Returns what the values of a TFLite output stand for, float32."""
+    """Returns the real numbers of the values of a TFLite output, float32."""
     scale, zero = detail["quantization"]
     return (values.astype(np.float32) - zero) * scale if scale else values.astype(np.float32)
 

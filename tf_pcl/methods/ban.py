@@ -55,10 +55,10 @@ class BAN(Distiller):
 
     @classmethod
     def stages(cls, make, network, generations=3, **arguments):
-        """A stage for each of the `generations` ≥ 2, generation 0 among them."""
+        """Returns a stage for each of the `generations` ≥ 2, generation 0 among them."""
         if generations < 2:
             raise UserError(
-                "there must be at least 2, the first of which is not taught",
+                "at least 2 are needed: the first one has no teacher",
                 parameter="generations",
                 value=generations,
                 allowed="at least 2",
@@ -85,11 +85,11 @@ class BAN(Distiller):
         }
 
     def teachers(self, views, training):
-        asked = list(zip(self.ancestor_names, self.ancestors))
-        # Only the parent teaches; the others are there for the ensemble.
+        ancestors = list(zip(self.ancestor_names, self.ancestors))
+        # Only the parent teaches; the others are needed for the ensemble alone.
         return {
             name: Exit(**ancestor(views[:, 0], training=False))
-            for name, ancestor in (asked[-1:] if training else asked)
+            for name, ancestor in (ancestors[-1:] if training else ancestors)
         }
 
     def all_exits(self, images):

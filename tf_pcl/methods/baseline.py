@@ -11,7 +11,7 @@ class Baseline(Distiller):
     Args:
       network: the target network: a keras.Model from images to logits or probabilities, or a
         function that builds one.
-      exit_name: the name of its prediction. A method whose first stage this is names it.
+      exit_name: the name of its prediction, which a method sets if this is its first stage.
       preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 

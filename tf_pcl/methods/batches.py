@@ -1,8 +1,8 @@
-"""What a step is given: images, labels and weights in the forms that Keras's users have them.
+"""The inputs of a step: images, labels and weights in the forms that Keras's users pass.
 
-Every form is turned into one, or refused in one sentence. What a shape tells is known while the
-step is traced; what only values tell is asserted in the graph, and `in_one_sentence` turns that
-assertion into a UserError.
+Every form is converted to one, or refused in one sentence. Shapes are checked while the step is
+traced. Values are asserted in the graph, and `in_one_sentence` turns a failed assertion into a
+UserError.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ import tensorflow as tf
 from tf_pcl.errors import UserError
 
 FORM = "`fit` and `evaluate` take batches of (images, labels) or (images, labels, weights)"
-# Begins what the graph's assertions say, so that they can be told from those of others.
+# Begins the texts of this module's assertions in the graph, so that they can be recognised.
 MARK = "tf_pcl"
 
 
@@ -28,13 +28,13 @@ def parts(data: Any) -> tuple[tf.Tensor, tf.Tensor, Optional[tf.Tensor]]:
     if isinstance(data, dict):
         names = ", ".join(map(str, data))
         raise UserError(
-            f"{FORM}, and a dict of {names} came: map the data set to (batch[image], batch[label])"
+            f"{FORM}, not a dict of {names}: map the data set to (batch[image], batch[label])"
         )
     several = data if isinstance(data, (tuple, list)) else (data,)
     if len(several) == 1 or (len(several) > 1 and several[1] is None):
-        raise UserError(f"{FORM}, and images without labels came: add the labels")
+        raise UserError(f"{FORM}, not images without labels: add the labels")
     if len(several) > 3:
-        raise UserError(f"{FORM}, and a tuple of {len(several)} came")
+        raise UserError(f"{FORM}, not a tuple of {len(several)}")
     images, labels, weights = (*several, None)[:3]
     return (
         dense("images", images),
@@ -44,7 +44,7 @@ def parts(data: Any) -> tuple[tf.Tensor, tf.Tensor, Optional[tf.Tensor]]:
 
 
 def dense(what: str, value: Any) -> tf.Tensor:
-    """Returns `value`, which `what` names; UserError if it is no tensor of numbers."""
+    """Returns `value`, called `what` in errors; UserError if it is not a tensor of numbers."""
     if isinstance(value, (tuple, list, dict)):
         views = "stack views with tf.stack(views, axis=1)"
         kind = type(value).__name__.lstrip("_").replace("DictWrapper", "dict")
@@ -52,7 +52,7 @@ def dense(what: str, value: Any) -> tf.Tensor:
         raise UserError(f"{FORM}, and the {what} are a {kind} of {len(value)}: {hint}")
     if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
         raise UserError(
-            f"the {what} are a {type(value).__name__}: give a dense tensor, images all of one size"
+            f"the {what} are a {type(value).__name__}: give a dense tensor, with images of one size"
         )
     if not (value.dtype.is_floating or value.dtype.is_integer or value.dtype.is_bool):
         raise UserError(f"the {what} are of type {value.dtype.name}: give numbers")
@@ -132,19 +132,19 @@ def _hint(images, count):
 
 
 def _of_size(images, shape, image_shape):
-    """`images` with what is known of their shape; UserError if it is known not to be `shape`."""
+    """Returns `images` with their known shape; UserError if it is not compatible with `shape`."""
     if not images.shape.is_compatible_with(shape):
         raise UserError(
-            f"the images are of {_text(images.shape[-3:])}, and the network takes "
+            f"the images have the shape {_text(images.shape[-3:])}, and the network takes "
             f"{_text(tf.TensorShape(image_shape))}: resize them"
         )
     known = images.shape.merge_with(shape)
-    # What is known already is not asserted: the graph stays as it is.
+    # If the shape is known already, no assertion is added to the graph.
     return images if known.as_list() == images.shape.as_list() else tf.ensure_shape(images, shape)
 
 
 def _text(shape):
-    """A shape for people, such as [?, 8, 8, 1]."""
+    """Returns a shape as a text, such as [?, 8, 8, 1]."""
     return f"[{', '.join('?' if n is None else str(n) for n in shape)}]"
 
 
@@ -161,7 +161,7 @@ def as_labels(labels: tf.Tensor, classes: int) -> tf.Tensor:
     """
     if classes < 2:
         raise UserError(
-            "the network has one output, and a class needs one each: give it two outputs or more"
+            "the network has one output, and each class needs one: give it at least two"
         )
     shape = labels.shape
     if shape.rank == 1:
@@ -183,7 +183,7 @@ def as_labels(labels: tf.Tensor, classes: int) -> tf.Tensor:
 
 
 def _numbers(labels, classes):
-    """Class numbers [B] as int32 or int64."""
+    """Returns class numbers [B] as int32 or int64."""
     checks = []
     if labels.dtype.is_floating:
         whole = tf.reduce_all(labels == tf.round(labels))
@@ -199,15 +199,15 @@ def _numbers(labels, classes):
 
 
 def _probabilities(labels, classes):
-    """One-hot or soft labels [B, classes] as float32."""
-    # Half precision keeps three digits of each probability.
+    """Returns one-hot or soft labels [B, classes] as float32."""
+    # Probabilities in half precision have only three digits.
     tolerance = 2e-2 if labels.dtype in (tf.float16, tf.bfloat16) else 1e-3
     p = tf.cast(labels, tf.float32)
     sums = tf.reduce_sum(p, axis=-1)
     right = tf.logical_and(tf.reduce_all(p >= 0), tf.reduce_all(tf.abs(sums - 1) <= tolerance))
     text = (
-        f"the labels have {classes} columns, one for each class, and are no probabilities: each "
-        "row must be at least 0 and sum to 1, or give class numbers"
+        f"the labels have {classes} columns, one for each class, but are not probabilities: give "
+        "rows of numbers of at least 0 that sum to 1, or class numbers"
     )
     return after([demand(right, text)], p)
 
@@ -268,10 +268,10 @@ def as_class_weights(class_weight: dict, classes: int) -> tuple[float, ...]:
 
 
 def demand(condition: tf.Tensor, *words: Any) -> Optional[tf.Operation]:
-    """Returns an operation that fails, where `condition` is false, with the sentence of `words`.
+    """Returns an operation that fails with the sentence of `words` if `condition` is false.
 
     Args:
-      condition: a scalar bool. In eager mode a UserError is raised at once; None is returned.
+      condition: a scalar bool. In eager mode it is checked at once; None is returned.
       words: texts without square brackets, and scalars.
     """
     if tf.executing_eagerly():
@@ -282,7 +282,7 @@ def demand(condition: tf.Tensor, *words: Any) -> Optional[tf.Operation]:
 
 
 def after(checks: list, value: tf.Tensor) -> tf.Tensor:
-    """Returns `value`, once the operations that `demand` gave have passed."""
+    """Returns `value`, after the operations that `demand` returned."""
     if tf.executing_eagerly():
         return value
     with tf.control_dependencies(checks):
@@ -290,7 +290,7 @@ def after(checks: list, value: tf.Tensor) -> tf.Tensor:
 
 
 def form(data: Any) -> str:
-    """Returns what distinguishes data that a step takes in different ways; "?" for generators."""
+    """Returns a text that differs for data that need another trace; "?" for generators."""
     if isinstance(data, tf.data.Dataset):
         return str(data.element_spec)
     if data is None or hasattr(data, "shape"):
@@ -299,16 +299,15 @@ def form(data: Any) -> str:
 
 
 def asserted(classes: int, *batch: Any) -> tuple:
-    """Returns a batch of a data set, whose labels have been looked at."""
+    """Returns a batch of a data set, with its labels checked."""
     images, labels, weights = parts(batch)
-    dependent = as_labels(labels, classes)
-    with tf.control_dependencies([dependent]):
+    with tf.control_dependencies([as_labels(labels, classes)]):
         return (images, tf.identity(labels), *([] if weights is None else [weights]))
 
 
 @contextlib.contextmanager
 def in_one_sentence() -> Iterator[None]:
-    """Turns what is wrong with a batch, wherever it is noticed, into a UserError."""
+    """Turns the errors that a wrong batch causes, wherever they are raised, into a UserError."""
     try:
         yield
     except UserError:
@@ -321,7 +320,7 @@ def in_one_sentence() -> Iterator[None]:
 
 
 def _from_trace(error):
-    """What a UserError said before AutoGraph made another exception of it."""
+    """Returns the text of a UserError that AutoGraph has wrapped in another exception."""
     cause: Optional[BaseException] = error
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__cause__ or cause.__context__
@@ -329,7 +328,7 @@ def _from_trace(error):
 
 
 def _from_graph(error):
-    """What an assertion of this module, or of a shape that `_of_size` wants, said in a graph."""
+    """Returns the text of a failed assertion of this module, or of `_of_size`, in a graph."""
     if not isinstance(error, tf.errors.InvalidArgumentError):
         return None
     text = error.message
@@ -338,12 +337,12 @@ def _from_graph(error):
     shapes = re.search(r"Shape of tensor \S+ (\[.*?\]) is not compatible with .*? (\[.*?\])", text)
     return (
         shapes
-        and f"images or labels of a batch have the shape {shapes[1]}, and {shapes[2]} is wanted"
+        and f"images or labels of a batch have the shape {shapes[1]}, and {shapes[2]} is needed"
     )
 
 
 def _from_keras(error):
-    """What Keras says, on several lines, of arrays that it cannot take."""
+    """Returns, on one line, the text of Keras's errors for arrays that it cannot take."""
     text = " ".join(str(error).split())
     known = (
         "Data cardinality is ambiguous",

@@ -1,10 +1,10 @@
 """Be Your Own Teacher: self distillation (Zhang, Song, Gao, Chen, Bao and Ma, ICCV 2019).
 
-One network of S sections teaches its own shallow parts. After each section but the last stands a
-shallow classifier, an exit: a bottleneck makes of the section's feature map a feature F_i as long
-as the last one, and a fully connected layer classifies it. With F_last ∈ R^d and z_last the
-feature and the logits of the whole network, z_i the logits of exit i and p^T(z) = softmax(z / T),
-the loss is (section 3.2)
+One network of S sections teaches its own shallow parts. Each section but the last gets an exit, a
+shallow classifier: a bottleneck turns the section's feature map into a feature F_i as long as the
+last one, and a fully connected layer classifies it. With F_last ∈ R^d and z_last the feature and
+the logits of the whole network, z_i the logits of exit i and p^T(z) = softmax(z / T), the loss is
+(section 3.2)
 
     L = Σ_{i<S} (1−α) CE(y, z_i) + CE(y, z_last)                 term `ce`
         + α Σ_{i<S} T² KL(p^T(z_last) ‖ p^T(z_i))                term `deepest`, α included
@@ -13,10 +13,10 @@ the loss is (section 3.2)
 with α = 0.3 and λ = 0.03. No gradient flows into z_last or F_last as a teacher. The network without
 its shallow exits is deployed.
 
-The bottleneck is open in the paper. Here it is a 1×1 conv to d/4, for each section that follows a
-3×3 conv with stride 2, a 1×1 conv to d, with BN and ReLU after each, and global average pooling.
+The paper leaves the bottleneck open. Here it is a 1×1 conv to d/4, a 3×3 conv with stride 2 for
+each later section, and a 1×1 conv to d, each with BN and ReLU, and then global average pooling.
 
-Published implementations weigh the terms otherwise. One of the authors' own has no T² in the
+Published implementations weigh the terms differently. One by the authors has no T² in the
 distillation, which at T = 3 is a ninth of the weight here; `distill_share` = 0.045 gives a shallow
 exit its proportion of cross-entropy to distillation. Another, on which many build, has α = 0.1,
 weighs the last exit's cross-entropy with 1 − α too, and adds 1e-6 times the squared distances
@@ -54,19 +54,16 @@ class BYOT(Distiller):
         self, network, *, temperature=3.0, distill_share=0.3, hint_weight=0.03, preprocess=None
     ):
         super().__init__(preprocess)
-        self.temperature, self.distill_share, self.hint_weight = (
-            temperature,
-            distill_share,
-            hint_weight,
-        )
+        self.temperature = temperature
+        self.distill_share, self.hint_weight = distill_share, hint_weight
         whole = with_features(Target.of(network).new())
         maps = [whole.get_layer(name).output for name in section_names(whole)[:-1]]
         if not maps or any(x.shape.rank != 4 for x in maps):
             found = ", ".join(section_names(whole)) or "no layer stage_1, stage_2, …"
             raise UserError(
-                f"network {whole.name!r} has {found}: an exit stands after each section but the "
-                "last, so name the last layers of two sections or more stage_1, stage_2, …, each "
-                "but the last with a feature map [batch, height, width, channels]"
+                f"network {whole.name!r} has {found}: each section but the last gets an exit, so "
+                "name the last layers of at least two sections stage_1, stage_2, …; all but the "
+                "last must give a feature map [batch, height, width, channels]"
             )
         self.shallow_names = [f"exit_{i + 1}" for i in range(len(maps))]
         self.exits = (*self.shallow_names, self.deployed_exit)
@@ -104,7 +101,7 @@ class BYOT(Distiller):
 
 
 def squared_distance(f, g):
-    """‖f − g‖² of features [B, d], the mean over the batch, a float32 scalar."""
+    """Returns ‖f − g‖² of features [B, d], a mean over the batch, as a float32 scalar."""
     difference = tf.cast(f, tf.float32) - tf.cast(g, tf.float32)
     return batch_mean(tf.reduce_sum(tf.square(difference), axis=-1))
 
@@ -113,16 +110,16 @@ def shallow_exit(map_shape, halvings, width, classes, name):
     """Returns a keras.Model of a bottleneck and a classifier.
 
     Args:
-      map_shape: (H, W, c) of the section's feature map that it takes.
+      map_shape: (H, W, c) of the section's feature map.
       halvings: how many times the bottleneck halves the map's sides.
       width: d, the length of the feature.
       classes: C.
-      name: of the model.
+      name: the name of the model.
 
     Returns:
       A model from maps [B, H, W, c] to {"features": [B, d], "logits": float32 [B, C]}.
     """
-    x = stage = keras.Input(map_shape)
+    x = section_map = keras.Input(map_shape)
     for filters, size, strides in [
         (max(1, width // 4), 1, 1),
         *[(max(1, width // 4), 3, 2)] * halvings,
@@ -131,4 +128,4 @@ def shallow_exit(map_shape, halvings, width, classes, name):
         x = conv_norm_relu(x, filters, size, strides)
     features = layers.GlobalAveragePooling2D()(x)
     logits = layers.Dense(classes, dtype="float32")(features)
-    return keras.Model(stage, {"features": features, "logits": logits}, name=name)
+    return keras.Model(section_map, {"features": features, "logits": logits}, name=name)

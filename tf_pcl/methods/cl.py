@@ -10,8 +10,8 @@ z_h the logits of head h and p^T(z) = softmax(z / T), T = 2, its target and the 
 with β = 0.5; the terms include β and 1−β. No gradient flows into a target.
 
 *Backpropagation rescaling* (section 3.3): the trunk would get the sum of m heads' gradients, m
-times what the rest of the recipe is tuned for. The fork between trunk and heads is the identity in
-the forward pass and multiplies the gradient by 1/m in the backward pass. Head 1 is deployed.
+times what the rest of the recipe is tuned for. So the fork between trunk and heads is the identity
+in the forward pass and multiplies the gradient by 1/m in the backward pass. Head 1 is deployed.
 
 The paper leaves the forks open. Here there is one, at `split_at`, and all heads see one view.
 """
@@ -76,7 +76,7 @@ class CL(Distiller):
 
 
 def rescaled(x, factor):
-    """`x` as it is; the gradient through it is multiplied by `factor`."""
+    """Returns `x` unchanged, and multiplies the gradient through it by `factor`."""
 
     @tf.custom_gradient
     def fork(x):

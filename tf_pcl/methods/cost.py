@@ -8,12 +8,13 @@ from tf_pcl.compat import keras
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.surgery.observe import flops, flops_while
 
-# The backward pass of a layer computes two gradients, each as dear as its forward pass.
+# The backward pass of a layer computes two gradients, each of which costs as much as its forward
+# pass.
 FORWARD_AND_BACKWARD = 3
 
 
 def training_flop(model: Distiller) -> float:
-    """Returns the FLOP that a training step takes for each image of its batch.
+    """Returns the FLOP per image of a training step.
 
     These are 2 × multiply-adds of convolutions and dense layers, as `surgery.costs` counts them:
     three forward passes' worth of what is trained, and one forward pass of each teacher, for all
@@ -33,5 +34,5 @@ def training_flop(model: Distiller) -> float:
 
 
 def alone_flop(network: keras.Model) -> float:
-    """Returns the FLOP that a step which trains a network alone takes for each image."""
+    """Returns the FLOP per image of a step that trains a network alone."""
     return float(FORWARD_AND_BACKWARD * sum(flops(network).values()))

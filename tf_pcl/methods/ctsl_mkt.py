@@ -1,8 +1,8 @@
 """Collaborative Teacher-Student Learning via Multiple Knowledge Transfer (Sun et al., 2021).
 
-Whole networks are first trained alone, and a frozen copy of each is kept. Then they go on together.
-Each learns from its own copy (self-distillation), from what the others say, and from how the others
-relate the images of a batch to each other (relational knowledge, Park et al., CVPR 2019). With
+Whole networks are first trained alone, and a frozen copy of each is kept. Then they are trained
+together. Each learns from its own copy (self-distillation), from the logits of the others, and from
+how the others relate the images of a batch (relational knowledge, Park et al., CVPR 2019). With
 f_k ∈ R^d the feature and z_k the logits of network k, z̄_k those of its frozen copy,
 p^t(z) = softmax(z / t), and k' any other network, the loss is L = Σ_k L_k, where
 
@@ -79,8 +79,8 @@ class CTSLMKT(Distiller):
         targets = dict(zip(peer_names(len(network)), map(Target.of, network)))
         trained = {name: target.first for name, target in targets.items()}
         proof.apart(trained.values())
-        # The copies go on. Their Dropout layers have drawn nothing yet, whether the networks were
-        # trained by this process or read from a checkpoint.
+        # The copies are trained. Their Dropout layers have drawn nothing yet, whether this process
+        # trained the networks or read them from a checkpoint.
         self.networks = {name: with_features(target.copy()) for name, target in targets.items()}
         self.peer_exits = list(self.networks)
         check_ends(self.networks["peer_1"], self.networks)
@@ -113,7 +113,7 @@ class CTSLMKT(Distiller):
                 lambda trained: make(
                     cls,
                     [peer.target for peer in trained[: len(several)]],
-                    preprocess=trained[0].preprocess,  # They go on with the images they know.
+                    preprocess=trained[0].preprocess,  # The images that they were trained on.
                     **arguments,
                 ),
             ),
@@ -151,7 +151,7 @@ class CTSLMKT(Distiller):
             * sum(distillation(z[j], z[k]) for k in range(m) for j in range(m) if j != k),
             "self": self.gamma
             * sum(distillation(own, z_k, self.temperature) for own, z_k in zip(z_alone, z)),
-            # Every pair once, with the loss of both directions.
+            # Each pair counts once, with the losses of both directions.
             "distance": self.beta
             / (m - 1)
             * sum(itertools.starmap(mutual_huber, itertools.combinations(d, 2))),

@@ -39,8 +39,8 @@ class Stage(NamedTuple):
       network: what is trained, as Distiller.stages gets it.
       build: a function from the trained Distillers of the stages before to the Distiller that this
         stage trains.
-      alone: whether the network is trained with cross-entropy alone, so that neither the method's
-        own arguments nor the stages before bear upon it.
+      alone: whether the network is trained with cross-entropy alone, independently of the method's
+        own arguments and of the stages before.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Stage(NamedTuple):
 class Distiller(Fitting):
     """A training method around a target network.
 
-    Subclasses give a method's equations. The training step and the test step stand here alone.
+    Subclasses define a method's equations; this class alone has the training and the test step.
 
     A subclass builds its networks in `__init__`, sets `num_views`, `terms`, `exits` and
     `deployed_exit`, and defines `students`, `loss_terms`, `deployed` and, where the method has
@@ -85,10 +85,10 @@ class Distiller(Fitting):
     rampup_epochs: Optional[float] = None
     distill_weight: Optional[float] = None
 
-    def __init__(self, preprocess: Optional[keras.layers.Layer] = None, name: Optional[str] = None):
-        super().__init__(name=name)
-        # What a metric tells is the mean over all replicas already, on each of them. Keras would
-        # add up the workers' values.
+    def __init__(self, preprocess: Optional[keras.layers.Layer] = None):
+        super().__init__()
+        # On each replica, a metric's result is already the mean over all replicas. Keras would add
+        # up the workers' values.
         self.distribute_reduction_method = "first"
         self._takes_raw = preprocess is None
         self.preprocess = _layer(preprocess)
@@ -138,7 +138,7 @@ class Distiller(Fitting):
 
         Args:
           views: [B, v, H, W, C]; v is `num_views`, and 1 in a test.
-          training: whether BatchNorm and Dropout act as in training.
+          training: whether layers such as BatchNorm and Dropout run in training mode.
         """
         raise NotImplementedError
 
@@ -181,8 +181,8 @@ class Distiller(Fitting):
         """Returns the network of an exit, in the form of `deployed`.
 
         Args:
-          exit_name: one of `exits`. A method whose other exits are no networks of their own has
-            that of the deployed one alone.
+          exit_name: one of `exits`. If the other exits of a method are not networks of their own,
+            only the deployed one is allowed.
 
         Raises:
           UserError: if the method has no network for this exit.
@@ -190,7 +190,7 @@ class Distiller(Fitting):
         if exit_name == self.deployed_exit:
             return self.deployed()
         raise UserError(
-            f"the method has a network for the exit {self.deployed_exit} alone: give this one",
+            f"of this method's exits, only {self.deployed_exit} is a network of its own: give it",
             parameter="exit",
             value=exit_name,
             allowed=[self.deployed_exit],
@@ -257,7 +257,7 @@ class Distiller(Fitting):
         if views.dtype not in _RAW:
             self.preprocess.takes_floats = True  # So will the network that is deployed.
         if self._own_recipe:
-            _ = self.epochs, self.steps_per_epoch  # Its schedule scales with them.
+            _ = self.epochs, self.steps_per_epoch  # They must be known: its schedule uses them.
         teacher = self.teachers(views, True)
         with tf.GradientTape() as tape:
             with surgery.recomputing(self._recomputed):
@@ -268,9 +268,9 @@ class Distiller(Fitting):
                 terms = self.loss_terms(labels, student, teacher)
             terms = {**terms, **self._regularization()}
             total = sum(terms.values())
-            # The backward pass waits for the teachers. Without this order Grappler lets after_step
-            # change a teacher's weights while the teacher is still about to read them: it drops
-            # the control dependencies between the two.
+            # The backward pass waits for the teachers: Grappler drops the control dependencies
+            # between a teacher's forward pass and after_step, which would otherwise change the
+            # teacher's weights before they are read.
             before = [e.logits for e in teacher.values()]
             before += self._check_first_batch(views, labels, [e.logits for e in student.values()])
             with tf.control_dependencies(before):
@@ -296,8 +296,8 @@ class Distiller(Fitting):
     @property
     def trainable_weights(self) -> list[tf.Variable]:
         """The weights that gradients train."""
-        # Teachers stay `trainable`, or their BatchNorm layers would not use batch statistics; they
-        # are left out here.
+        # Teachers are `trainable`, since otherwise their BatchNorm layers would not use batch
+        # statistics. So they are left out here.
         frozen = {id(w) for model in self.untrained for w in model.weights}
         return [w for w in super().trainable_weights if id(w) not in frozen]
 
@@ -326,7 +326,7 @@ class Distiller(Fitting):
         return batches.as_whole(images) if raw and images.dtype not in _RAW else images
 
     def _regularization(self) -> dict[str, tf.Tensor]:
-        """Returns the penalties that layers have of their own, but for those of teachers."""
+        """Returns the sum of the layers' own penalties, except those of teachers."""
         penalties = [
             loss
             for layer in self.layers
@@ -355,7 +355,7 @@ class Distiller(Fitting):
             pairs = [tf.norm(a - b, axis=-1) for a, b in itertools.combinations(p, 2)]
             values["diversity"] = sum(pairs) / len(pairs)
         for name, value in values.items():
-            # Every image counts alike, also in a batch that is smaller.
+            # Each image counts equally, also in a smaller batch.
             count = None if value.shape.rank else tf.shape(labels)[0]
             self.mean_of[name].update_state(value, sample_weight=count)
         return {name: self.mean_of[name].result() for name in values}

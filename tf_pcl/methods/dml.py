@@ -1,15 +1,14 @@
 """Deep Mutual Learning (Zhang, Xiang, Hospedales and Lu, CVPR 2018).
 
-m whole networks share nothing and see the same images. Each learns from the labels and from what
-the others say at that moment. With z_j the logits of network j and p(z) = softmax(z / T), T = 1,
+m whole networks share nothing and see the same images. Each learns from the labels and from the
+others' present predictions. With z_j the logits of network j and p(z) = softmax(z / T), T = 1,
 the loss is L = Σ_j L_j, where
 
     L_j = CE(y, z_j) + 1/(m−1) Σ_{i≠j} T² KL(p(z_i) ‖ p(z_j))     terms `ce` and `mutual`
 
 No gradient flows into the network that teaches, and there is no ramp-up. Network 1 is deployed.
 
-Unlike in the paper, where the networks take turns, all of them step together, on the logits of one
-forward pass.
+Here all networks step together, on the logits of one forward pass; in the paper they take turns.
 """
 
 from tf_pcl.losses import cross_entropy, distillation
@@ -23,8 +22,8 @@ class DML(Distiller):
 
     Args:
       network: the target network: a keras.Model from images to logits or probabilities, or a
-        function that builds one. All peers are instances of it; or a list of m different networks,
-        the one to deploy first.
+        function that builds one, of which all peers are instances; or a list of m different
+        networks, the one to deploy first.
       peers: m ≥ 2; by default 3, or the length of the list.
       temperature: T > 0.
       preprocess: a layer in front of the network, such as networks.standardise(mean, std).

@@ -1,7 +1,7 @@
 """Feature Fusion for Online Mutual Knowledge Distillation (Kim, Hyun, Chung and Kwak, ICPR 2020).
 
-This is the variant with a shared trunk, FFL-S. m branches share a trunk, and a fusion module makes
-one classifier of their last feature maps M_j. With z_j the logits of branch j, p^T(z) = softmax(z
+This is the variant with a shared trunk, FFL-S. m branches share a trunk, and a fusion module
+classifies their last feature maps M_j together. With z_j the logits of branch j, p^T(z) = softmax(z
 / T) and the ramp-up weight ω, the two ensembles and the loss are (section III)
 
     z_f: concat(M_1, …, M_m) → depthwise 3×3 conv → BN → ReLU
@@ -38,8 +38,8 @@ class FFL(Distiller):
         before the last section of the network.
       peers: m ≥ 2 branches.
       temperature: T > 0.
-      rampup_epochs: α, the epochs until ω has its full value; by default 80 of 300, scaled to the
-        run. With 0, the weight is constant.
+      rampup_epochs: α, the epochs until ω reaches its full value; by default 80 of 300, scaled to
+        the run. With 0, the weight is constant.
       distill_weight: λ, the full value of ω.
       preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
@@ -59,11 +59,8 @@ class FFL(Distiller):
         preprocess=None,
     ):
         super().__init__(preprocess)
-        self.temperature, self.rampup_epochs, self.distill_weight = (
-            temperature,
-            rampup_epochs,
-            distill_weight,
-        )
+        self.temperature = temperature
+        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
         self.peer_exits = peer_names(peers)
         self.exits = (*self.peer_exits, "ensemble")
         self.peers = Peers(
@@ -103,7 +100,7 @@ def fusion(branch, count):
     if "feature_map" not in branch.output_shape:
         raise UserError(
             "the network has no feature map [batch, height, width, channels] between the cut and "
-            "its classifier, and those of the branches are fused: cut earlier with `split_at`"
+            "its classifier, and this method fuses such maps: cut earlier with `split_at`"
         )
     *size, width = branch.output_shape["feature_map"][1:]
     maps = keras.Input([*size, count * width])

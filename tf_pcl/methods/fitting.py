@@ -1,7 +1,7 @@
 """Keras's compile, fit, evaluate and predict as a method has them.
 
-They take what Keras's users give and refuse in one sentence what cannot be trained on. What a step
-computes stands in `distiller`.
+They take what Keras's users pass and refuse in one sentence what cannot be trained on. `distiller`
+has the steps.
 """
 
 import functools
@@ -24,7 +24,8 @@ STANDARDISE = (
     "if these are raw images, 0–255, build the method with "
     "`preprocess=networks.standardise(mean, std)`"
 )
-# So many times ln C, the cross-entropy of a guess, is no start, and no epoch to go on from.
+# Multiples of ln C, the cross-entropy of a guess, above which a first loss shows that raw images
+# reach the network, and a loss after an epoch that the training is lost.
 TOO_LARGE, LOST = 100, 1e6
 
 
@@ -48,7 +49,7 @@ class Fitting(keras.Model):
 
     def __init__(self, name: Optional[str] = None):
         super().__init__(name=name)
-        # Past Keras, which would make them a part of checkpoints.
+        # Not through Keras's __setattr__, which would make them a part of checkpoints.
         self.__dict__["_forms"] = {}
         self.__dict__["_recomputed"] = []
 
@@ -66,18 +67,16 @@ class Fitting(keras.Model):
 
         Args:
           optimizer: a keras optimizer or its name; by default the tables' SGD (optimizer.recipe),
-            whose learning rate drops at 1/2 and 3/4 of training. What optimizer.recipe makes
-            decays some weights otherwise, where a method asks for it; an optimizer of another
-            class decays all alike.
-          epochs: the length of training, which schedules scale with. By default it is what fit
-            says: the epochs done before and those of this call. A training in several calls of
-            fit needs the whole length here.
-          steps_per_epoch: the steps of an epoch; by default what fit says.
+            whose learning rate drops at 1/2 and 3/4 of training. Optimizers from optimizer.recipe
+            apply a method's `decay_exceptions`; those of other classes decay all weights alike.
+          epochs: the length of training, by which schedules scale. By default it is the epochs
+            done before and those of the present call of fit. A training in several calls of fit
+            needs the whole length here.
+          steps_per_epoch: the steps of an epoch; by default those of the present call of fit.
           label_smoothing: ε in [0, 1]: in training, a label y counts as (1 − ε) y + ε / C in each
-            cross-entropy with the labels. What peers and teachers teach stays as it is, and so do
-            tests.
+            cross-entropy with the labels. Distillation and tests do not change.
           recompute: whether outputs of layers are computed again in the backward pass, instead of
-            being kept. This leaves every number as it is; a step takes less memory and more time.
+            being kept. No number changes; a step takes less memory and more time.
           **kwargs: jit_compile, run_eagerly, steps_per_execution.
 
         Raises:
@@ -95,7 +94,7 @@ class Fitting(keras.Model):
                 "out of range", parameter="label_smoothing", value=label_smoothing, allowed="0 to 1"
             )
         self._label_smoothing = label_smoothing
-        # Past Keras, as above.
+        # Not through Keras's __setattr__, as above.
         self.__dict__["_recomputed"] = surgery.recomputed(self, self.untrained) if recompute else []
         self._given_length = self._length = (epochs, steps_per_epoch)
         self._own_recipe = not optimizer
@@ -123,21 +122,21 @@ class Fitting(keras.Model):
 
     @property
     def epochs(self) -> int:
-        """The length of training in epochs; UserError if nobody has told it."""
+        """The length of training in epochs; UserError if it is not known."""
         return self._known(0)
 
     @property
     def steps_per_epoch(self) -> int:
-        """The steps of an epoch; UserError if nobody has told it."""
+        """The steps of an epoch; UserError if they are not known."""
         return self._known(1)
 
     def fit(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as Keras's fit does and refuses in one sentence what it cannot train on.
 
         Raises:
-          UserError: for data of another form (see the class), labels that are no classes, weights
-            that are none, a callback that sets the learning rate of an optimizer which follows a
-            schedule, and a loss that is lost since raw images reach the network.
+          UserError: for data of another form (see the class), invalid labels or weights, a
+            callback that sets the learning rate of an optimizer which follows a schedule, and a
+            loss that diverges because raw images reach the network.
         """
         given = _bound(super().fit, x, y, *args, **kwargs)
         given["callbacks"] = self._callbacks(given)
@@ -148,7 +147,7 @@ class Fitting(keras.Model):
             self._class_weights = batches.as_class_weights(weights, self._ends[1])
             self.train_function = None
         if getattr(self, "_eval_data_handler", None) is not None:
-            # A fit that was broken off has left its validation data, which Keras would take again.
+            # An interrupted fit leaves its validation data, which Keras would use again.
             del self._eval_data_handler
         try:
             with batches.in_one_sentence():
@@ -160,8 +159,8 @@ class Fitting(keras.Model):
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Measures the deployed exit's cross-entropy, and each exit's error in percent.
 
-        The cross-entropy, `loss`, is weighted by `sample_weight` and without penalties of the
-        network's own. All are means over the images, however the batches are cut.
+        The cross-entropy, `loss`, is weighted by `sample_weight` and without the network's own
+        penalties. All are means over the images, for any batch sizes.
 
         Raises:
           UserError: as `fit`.
@@ -187,27 +186,27 @@ class Fitting(keras.Model):
             return super().test_on_batch(*args, **kwargs)
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
-        """Refuses: a method is not saved as a whole; its weights and the deployed network are."""
+        """Raises UserError: only a method's weights and its deployed network can be saved."""
         raise UserError(
-            "a method is not saved as a model: use save_weights (a ModelCheckpoint with "
-            "`save_weights_only=True`), or save what deployed() gives"
+            "a method cannot be saved as a model: use save_weights (a ModelCheckpoint with "
+            "`save_weights_only=True`), or save the network that deployed() returns"
         )
 
     @functools.cached_property
     def _ends(self) -> tuple:
-        """((H, W, C) of the images, number of classes); None in the shape for any."""
+        """((H, W, C) of the images, number of classes); a size is None if any is allowed."""
         deployed = self.deployed()
         return tuple(deployed.input_shape[1:]), deployed.output_shape[-1]
 
     @property
     def _image_shape(self) -> Optional[tuple]:
-        # Known in fit, evaluate and predict; a step alone does not build a network for it.
+        # fit, evaluate and predict set it; a single step does not build a network for it.
         return self.__dict__.get("_ends", (None,))[0]
 
     def _known(self, i: int) -> int:
         if self._length[i] is None:
             raise UserError(
-                "the length of training is not known, and schedules scale with it: give "
+                "the length of training is not known, and the schedules depend on it: give "
                 "`compile` or `fit` the `epochs` and `steps_per_epoch`"
             )
         return self._length[i]
@@ -251,11 +250,11 @@ class Fitting(keras.Model):
         return [_Begin(given.get("initial_epoch") or 0), *callbacks]
 
     def _checked(self, given: dict, function: str) -> dict:
-        """Returns the arguments of fit or evaluate, once what is known before a step was checked.
+        """Checks what is known before the first step, and returns the arguments of fit or evaluate.
 
         Args:
           given: {name: value}.
-          function: the name of the attribute that keeps what Keras makes of the step.
+          function: the name of the attribute in which Keras keeps the function of the step.
         """
         y, classes = given.get("y"), self._ends[1]
         if y is not None and not tf.nest.is_nested(y):
@@ -267,11 +266,11 @@ class Fitting(keras.Model):
         form = [batches.form(given.get(name)) for name in ("x", "y", "sample_weight")]
         in_fit = given.get("_use_cached_eval_dataset", False)
         if form != self._forms.get(function) or ("?" in form and not in_fit):
-            # Else TensorFlow traces one function for both forms, in which the shapes are not known.
+            # Otherwise TensorFlow traces one function for both forms, with unknown shapes.
             self._forms[function] = form
             setattr(self, function, None)
         for name in ("x", "validation_data") if self._jit_compile else ():
-            # A step that XLA compiles asserts nothing.
+            # XLA drops the assertions of a step that it compiles.
             if isinstance(given.get(name), tf.data.Dataset):
                 given[name] = given[name].map(functools.partial(batches.asserted, classes))
         return given
@@ -279,16 +278,15 @@ class Fitting(keras.Model):
     def _check_first_batch(
         self, views: tf.Tensor, labels: tf.Tensor, logits: Sequence[tf.Tensor]
     ) -> list:
-        """Looks for images that reach the network raw, in the first step and before its update.
+        """Checks in the first step, before its update, that no raw images reach the network.
 
         Args:
           views: as the step gets them, [B, m, H, W, C].
           labels: class numbers [B] or probabilities [B, C].
-          logits: what the trained exits say, each [B, C].
+          logits: those of the trained exits, each [B, C].
 
         Returns:
-          What the update must wait for, and what fails with a sentence; nothing under XLA, which
-          drops assertions.
+          Operations that the update must wait for; none under XLA, which drops assertions.
         """
         if not self._takes_raw or self._jit_compile:
             return []
@@ -303,7 +301,7 @@ class Fitting(keras.Model):
                 tf.logical_or(largest <= 20, loss <= TOO_LARGE * usual),
                 "the images have values up to",
                 largest,
-                "and reach the network as they are, whose cross-entropy starts at",
+                "and reach the network unscaled; its cross-entropy starts at",
                 loss,
                 f"instead of about {usual:.2g}: {STANDARDISE}",
             )
@@ -320,10 +318,10 @@ def _bound(function: Callable, *args: Any, **kwargs: Any) -> dict:
 
 
 class _Begin(keras.callbacks.Callback):
-    """Tells the model its training's length, before others restore anything, and looks at its loss.
+    """Tells the model the length of training, before other callbacks, and checks its loss.
 
     Args:
-      initial_epoch: as fit was given it.
+      initial_epoch: that of fit.
     """
 
     def __init__(self, initial_epoch: int):
@@ -340,13 +338,13 @@ class _Begin(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if not self.model._takes_raw or "loss/ce" not in (logs or {}):
             return
-        # At most: some exits may not be trained, and an exit may weigh less than 1.
+        # The mean is at most this: some exits may not be trained, or weigh less than 1.
         loss, usual = logs["loss/ce"] / len(self.model.exits), math.log(self.model._ends[1])
-        said = (
+        message = (
             f"the cross-entropy is {logs['loss/ce']:.3g} after epoch {epoch + 1}: {STANDARDISE}, "
             "or try a smaller learning rate"
         )
         if not loss < LOST * usual:
-            raise UserError(said)
+            raise UserError(message)
         if loss > 5 * usual:
-            warnings.warn(said, stacklevel=2)
+            warnings.warn(message, stacklevel=2)

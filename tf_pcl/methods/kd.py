@@ -9,7 +9,7 @@ p^T(z) = softmax(z / T), the student's loss is (section 2)
 The student is deployed.
 
 The paper leaves some things open. Here the teacher sees the student's view, in inference mode; both
-terms weigh 1; and T = 3.
+terms have the weight 1; and T = 3.
 """
 
 from tf_pcl.errors import UserError
@@ -45,10 +45,9 @@ class KD(Distiller):
 
     @classmethod
     def stages(cls, make, network, teacher=None, teacher_network=None, **arguments):
-        """Trains a teacher first, resnet110 unless given, and then the student.
+        """Returns a stage for the teacher, by default a resnet110, and one for the student.
 
-        With `teacher`, the path of an earlier run or of its SavedModel, only the student is
-        trained.
+        With `teacher`, the path of an earlier run or of its SavedModel, there is only the latter.
         """
         if teacher and teacher_network:
             raise UserError(

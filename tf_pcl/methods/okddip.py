@@ -10,7 +10,7 @@ targets and the loss are (section 3)
         + ω T² Σ_i KL(p^T(t_i) ‖ p^T(z_i))                term `personal`, ω included
         + ω T² KL(p^T(1/m Σ_i z_i) ‖ p^T(z_leader))       term `group`, ω included
 
-W_q and W_k have no other teacher than these targets. So here alone, gradients do flow into the
+W_q and W_k learn from these targets alone. So in this method only, gradients do flow into the
 targets of both terms, as in the authors' published code. The leader is deployed.
 
 Two details are open in the paper. d/8 is rounded down, but not to 0. Attention is computed in
@@ -36,8 +36,8 @@ class OKDDip(Distiller):
         share all before the last section of the network.
       peers: m ≥ 2 auxiliary peers; the leader is one branch more.
       temperature: T > 0.
-      rampup_epochs: α, the epochs until ω has its full value; by default 80 of 300, scaled to the
-        run. With 0, the weight is constant.
+      rampup_epochs: α, the epochs until ω reaches its full value; by default 80 of 300, scaled to
+        the run. With 0, the weight is constant.
       distill_weight: λ, the full value of ω.
       preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
@@ -57,11 +57,8 @@ class OKDDip(Distiller):
         preprocess=None,
     ):
         super().__init__(preprocess)
-        self.temperature, self.rampup_epochs, self.distill_weight = (
-            temperature,
-            rampup_epochs,
-            distill_weight,
-        )
+        self.temperature = temperature
+        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
         self.peer_exits = peer_names(peers)
         self.exits = (*self.peer_exits, "leader")
         self.peers = Peers(
@@ -86,7 +83,7 @@ class OKDDip(Distiller):
         return self.peers(views, training)
 
     def attention(self, features):
-        """a_ij float32 [B, m, m], which sum to 1 over j, of features f_i [B, m, d]."""
+        """Returns a_ij float32 [B, m, m], which sum to 1 over j, for features f_i [B, m, d]."""
         return tf.nn.softmax(tf.matmul(self.query(features), self.key(features), transpose_b=True))
 
     def loss_terms(self, labels, student, teacher):

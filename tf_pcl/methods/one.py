@@ -35,8 +35,8 @@ class ONE(Distiller):
         before the last section of the network. That layer must give a feature map [B, H, W, c].
       peers: m ≥ 2 branches.
       temperature: T > 0.
-      rampup_epochs: α, the epochs until ω has its full value; by default 80 of 300, scaled to the
-        run. With 0, the weight is constant.
+      rampup_epochs: α, the epochs until ω reaches its full value; by default 80 of 300, scaled to
+        the run. With 0, the weight is constant.
       distill_weight: λ, the full value of ω.
       preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
@@ -56,11 +56,8 @@ class ONE(Distiller):
         preprocess=None,
     ):
         super().__init__(preprocess)
-        self.temperature, self.rampup_epochs, self.distill_weight = (
-            temperature,
-            rampup_epochs,
-            distill_weight,
-        )
+        self.temperature = temperature
+        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
         self.peer_exits = peer_names(peers)
         self.exits = (*self.peer_exits, "ensemble")
         self.peers = Peers(
@@ -98,8 +95,8 @@ def gate(trunk, count):
     """
     if len(trunk.output_shape) != 4:
         raise UserError(
-            f"the network has {trunk.output_shape} where it is cut, not a feature map [batch, "
-            "height, width, channels], which the gate pools: cut earlier with `split_at`"
+            f"the network has the output {trunk.output_shape} where it is cut, and the gate needs "
+            "a feature map [batch, height, width, channels]: cut earlier with `split_at`"
         )
     low = keras.Input(trunk.output_shape[1:])
     x = layers.Dense(count, use_bias=False)(layers.GlobalAveragePooling2D()(low))

@@ -20,11 +20,11 @@ The paper leaves some things open. This implementation makes these choices:
 - g counts training steps, or epochs with `ema_every="epoch"`.
 - β is 0.999. If steps are counted, it is capped so that the average spans at most 1 % of training.
 - The mean teacher sees the peers' views and uses batch statistics. It is deployed with the
-  BatchNorm statistics of its own passes. If epochs are counted, one update moves its weights far,
-  and the statistics of earlier passes no longer fit: they are averaged with the peers', by the same
-  φ, as implementations do that average all buffers.
+  BatchNorm statistics of its own passes. If epochs are counted, one update moves its weights so far
+  that the statistics of earlier passes no longer fit: then the peers' statistics are averaged too,
+  by the same φ, as in implementations that average all buffers.
 - All views pass the trunk in one batch and share its BatchNorm statistics. With
-  `trunk_batch="apart"`, each view has statistics of its own, as in the published code.
+  `trunk_batch="apart"`, each view has its own statistics, as in the published code.
 """
 
 import functools
@@ -52,8 +52,8 @@ class PCL(Distiller):
         the last section of the network.
       peers: m ≥ 2.
       temperature: T > 0.
-      rampup_epochs: α, the epochs until ω has its full value; by default 80 of 300, scaled to the
-        run. With 0, the weight is constant.
+      rampup_epochs: α, the epochs until ω reaches its full value; by default 80 of 300, scaled to
+        the run. With 0, the weight is constant.
       distill_weight: λ, the full value of ω.
       ema_decay: β in [0, 1]; None for the default above.
       ema_every: what g counts, "step" or "epoch".
@@ -160,7 +160,7 @@ class PCL(Distiller):
     def decay(self, done):
         """Returns φ for the update after `done` steps.
 
-        Where epochs are counted, it is 1 within an epoch: nothing is updated then.
+        If epochs are counted, φ is 1 within an epoch, so that nothing changes there.
         """
         if self.ema_every == "epoch":
             largest = 0.999 if self.ema_decay is None else self.ema_decay

@@ -22,7 +22,7 @@ class Peers(keras.Model):
     Args:
       target: the target network.
       names: the peers' exits.
-      split_at: the name of the trunk's last layer, or a Cut; by default what propose_cut says.
+      split_at: the name of the trunk's last layer, or a Cut; by default the cut of propose_cut.
       preprocess: a layer in front of the trunk.
       trunk_batch: "together" if the views pass the trunk as one batch and share the statistics of
         its BatchNorm, "apart" if they pass it one after another.
@@ -41,9 +41,8 @@ class Peers(keras.Model):
         preprocess: keras.layers.Layer,
         split_at: Any = None,
         trunk_batch: str = "together",
-        name: str = "peers",
     ):
-        super().__init__(name=name)
+        super().__init__(name="peers")
         self.preprocess, self.names, self.trunk_batch = preprocess, tuple(names), trunk_batch
         branches: list = []
         for _ in names:
@@ -66,7 +65,7 @@ class Peers(keras.Model):
                 self.trunk = trunk
                 # Called once, so that it has its weights, if any, before somebody pairs them.
                 preprocess(keras.Input(trunk.input_shape[1:], dtype=tf.uint8))
-            # Keras wants different names for models that meet in one, as in an ensemble.
+            # Models that are joined in one, as in an ensemble, need different names in Keras.
             numbered = f"branch_{len(branches) + 1}"
             branches.append(keras.Model(branch.input, branch.output, name=numbered))
         self.branches = branches
@@ -89,7 +88,7 @@ class Peers(keras.Model):
         return tf.split(self.trunk(images, training=training), views.shape[1])
 
     def high(self, low: list, training: bool = False) -> dict:
-        """Returns {name: Exit} of the branches: peer j takes low[j], or all take the one."""
+        """Returns {name: Exit} of the branches: peer j takes low[j], or all take the only one."""
         low = low * len(self.branches) if len(low) == 1 else low
         return {
             name: Exit(**branch(x, training=training))
@@ -124,12 +123,6 @@ def _prove(network, whole, trunk, branch, training, known):
     )
 
 
-def target_of(networks: Any) -> list:
-    """Returns the Targets of a network or of a list of networks."""
-    several = networks if isinstance(networks, (list, tuple)) else [networks]
-    return [Target.of(network) for network in several]
-
-
 def whole_networks(networks: Any, peers: Optional[int] = None) -> dict:
     """Returns {peer's name: keras.Model} of peers that share nothing.
 
@@ -138,16 +131,16 @@ def whole_networks(networks: Any, peers: Optional[int] = None) -> dict:
       peers: m ≥ 2; by default 3, or as many as the list has.
 
     Returns:
-      Models as networks give them, not yet with_logits or with_features.
+      Models with the outputs of the target networks, without with_logits or with_features.
 
     Raises:
       UserError: for fewer than 2 peers, or if `peers` is not the length of the list.
     """
-    targets = target_of(networks)
     if isinstance(networks, (list, tuple)):
         check_peers(networks, peers)
+        targets = [Target.of(network) for network in networks]
     else:
-        targets *= 3 if peers is None else peers
+        targets = [Target.of(networks)] * (3 if peers is None else peers)
     made: dict = {}
     for name, target in zip(peer_names(len(targets)), targets):
         one = target.new()
@@ -195,7 +188,7 @@ def peer_names(count: int) -> list:
     """
     if count < 2:
         raise UserError(
-            "this method needs at least 2 peers, who teach each other",
+            "peers teach each other, so this method needs at least 2 peers",
             parameter="peers",
             value=count,
             allowed="at least 2",

@@ -1,6 +1,6 @@
 """Target networks by name: the zoo, keras.applications and functions of the user's own.
 
-They take standardised images; `standardise` makes the layer that turns raw images into such.
+They take standardised images; `standardise` makes the layer that standardises raw images.
 """
 
 from tf_pcl.networks.applications import load_imagenet

@@ -20,7 +20,7 @@ def application(name: str) -> Callable[..., keras.Model]:
 
 
 def load_imagenet(name: str, network: keras.Model) -> tuple:
-    """Gives a network that `builder` built the weights that Keras publishes for ImageNet.
+    """Loads the ImageNet weights that Keras publishes into a network of `builder`.
 
     Keras downloads them. The classifier stays as it is.
 
@@ -28,22 +28,22 @@ def load_imagenet(name: str, network: keras.Model) -> tuple:
       loaded, fresh: the names of the layers that got weights, and of the one that did not.
 
     Raises:
-      UserError: if they cannot be had.
+      UserError: if they cannot be loaded.
     """
     try:
         source = application(name)(
             weights="imagenet", include_top=False, input_shape=network.input_shape[1:]
         )
-    except Exception as e:  # Whatever the download raises, and sizes that Keras refuses.
+    except Exception as e:  # Downloads raise anything, and Keras refuses some sizes.
         raise UserError(
-            f"Keras cannot give the weights of {name}: {one_line(e)}; give a file of them",
+            f"Keras cannot load the weights of {name}: {one_line(e)}; give a file of weights",
             parameter="weights",
             value="imagenet",
         ) from e
     known = {layer.name: layer for layer in source.layers if layer.weights}
     holders = [layer for layer in network.layers if layer.weights]
     *body, last = holders
-    # Keras numbers the names of some layers on from one model to the next; their order stays.
+    # The names of some layers have numbers that Keras counts over all models; their order is fixed.
     for layer, given in zip(body, known.values()):
         layer.set_weights(given.get_weights())
     network.loaded_weights = True
@@ -70,8 +70,8 @@ def builder(name: str) -> Callable[[tuple, int], keras.Model]:
         )
         for layer in model.submodules:
             if isinstance(layer, keras.layers.BatchNormalization):
-                # With MobileNetV2's own 0.999, the first thousands of steps leave statistics that
-                # still hold the initial values.
+                # With MobileNetV2's own 0.999, the statistics still hold the initial values after
+                # thousands of steps.
                 layer.momentum = 0.9
         return model
 

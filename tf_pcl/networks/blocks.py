@@ -1,10 +1,10 @@
-"""What the networks are built from: functions from a feature map [B, H, W, channels] to another.
+"""The blocks of the networks: functions from a feature map [B, H, W, channels] to another.
 
 Convolutions pad with zeros to the size ⌈H / strides⌉, so that no image is too small: (k − 1) / 2
-pixels on all sides for an odd size k, as the published networks do. Keras's "same" is that at
-stride 1 alone; at stride 2 it pads an even image at the bottom and on the right only, so that a
-residual block's branch would look one pixel beside its 1×1 shortcut. Convolutions are initialised
-as He et al. (2015): normal, variance 2 / fan-in.
+pixels on all sides for an odd size k, as the published networks do. Keras's "same" does that only
+at stride 1; at stride 2 it pads an even image only at the bottom and on the right, which would
+shift a residual block's branch by a pixel against its 1×1 shortcut. Convolutions are initialised as
+in He et al. (2015): normal, variance 2 / fan-in.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def conv(
     x: tf.Tensor, filters: int, size: int, strides: int = 1, use_bias: bool = False
 ) -> tf.Tensor:
     """Convolves a map with kernels of an odd size, padded alike on all sides."""
-    # At stride 1 Keras pads within the convolution; at a larger one a layer of its own is needed.
+    # At stride 1, Keras pads within the convolution; at larger strides it needs a layer for that.
     padding = "same"
     if size > 1 and strides > 1:
         x, padding = pad(x, size), "valid"
@@ -34,7 +34,7 @@ def pad(x: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def norm(x: tf.Tensor) -> tf.Tensor:
-    """Applies BatchNorm as the papers have it: momentum of the statistics 0.9, epsilon 1e-5."""
+    """Applies BatchNorm as in the papers: momentum of the statistics 0.9, epsilon 1e-5."""
     return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
 
 
@@ -82,7 +82,7 @@ def bottleneck(
     Args:
       x: [B, H, W, channels].
       width: channels of the 3×3 convolution, and of the 1×1 in front of it.
-      filters: channels that come out.
+      filters: channels of the output.
       strides: of the 3×3 convolution.
       name: of the last layer.
       paths: how many groups the 3×3 convolution has (Xie et al., 2017). Each path has its own 1×1

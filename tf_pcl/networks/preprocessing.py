@@ -1,4 +1,4 @@
-"""What stands between raw images and a network."""
+"""Layers between raw images and a network."""
 
 from collections.abc import Sequence
 from typing import Optional
@@ -45,9 +45,9 @@ def preprocessing(name: str, input_shape: tuple) -> Optional[keras.Model]:
 def scales_raw_images(
     network: keras.Model, images: np.ndarray, standard: keras.layers.Layer
 ) -> bool:
-    """Says whether a network brings raw images to scale itself.
+    """Says whether a network scales raw images itself.
 
-    What counts is what reaches the first layer that has weights: whether it is nearer to mean 0
+    This depends on the input of the first layer that has weights: whether it is nearer to mean 0
     and deviation 1 if the network gets raw images, or if it gets standardised ones.
 
     Args:
@@ -59,7 +59,7 @@ def scales_raw_images(
     def distance(given):
         seen = first_weighted_input(network, given)
         deviation, size = np.maximum([seen.std(), np.sqrt(np.mean(np.square(seen)))], 1e-6)
-        # A mean far from 0 is worse than a scale: it makes all images look alike.
+        # A mean far from 0 is worse than a wrong scale: it makes all images look alike.
         return abs(np.log(deviation)) + 2 * abs(np.log(deviation / size))
 
     raw = np.asarray(images, np.float32)

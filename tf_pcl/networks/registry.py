@@ -46,11 +46,11 @@ def target(
     load: Optional[Callable[[keras.Model], Any]] = None,
     initializer: Optional[str] = None,
 ) -> Target:
-    """Returns the network of this name as a Target, which can be made several times.
+    """Returns the network of this name as a Target, of which several instances can be made.
 
     Args:
       name, input_shape, num_classes, initializer: as in `build`.
-      load: gives the first instance weights trained before; see Target.
+      load: loads trained weights into the first instance; see Target.
 
     Raises:
       UserError: if there is no such network.
@@ -88,7 +88,7 @@ def _import(name):
             f"network {name} cannot be imported: {one_line(e)}. It must name a function as "
             "module:function that can be imported from here."
         ) from e
-    # A model can be called too, but makes no second network for another peer.
+    # A model is callable too, but does not make a second network for another peer.
     if not callable(function) or isinstance(function, keras.Model):
         raise UserError(
             f"network {name} is {type(function).__name__}: it must name a function "
@@ -108,7 +108,7 @@ def build(
       input_shape: (H, W, channels).
       num_classes: C ≥ 2.
       initializer: "fan_in" or "fan_out" to draw the convolutions as `initialise` does; by default
-        they are as the network's function makes them.
+        they stay as the network's function makes them.
 
     Returns:
       A functional keras.Model from float images [B, H, W, channels] to [B, C].

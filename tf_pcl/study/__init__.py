@@ -1,1 +1,1 @@
-"""Studies: several runs, planned by what they cost, and compared."""
+"""Studies: several runs, their costs and their comparison."""

@@ -1,4 +1,4 @@
-"""The groups of a section against each other: at equal epochs, and at equal cost."""
+"""Compares the groups of a section at equal epochs and at equal cost."""
 
 from collections.abc import Mapping
 from typing import NamedTuple, Optional
@@ -12,7 +12,7 @@ from tf_pcl.study.statistics import Difference, McNemar
 
 # Costs that differ by less count as equal: a run has a whole number of epochs.
 _NEAR = 0.1
-# What may differ between two groups that are compared at equal cost: the schedule's length.
+# Options that may differ between groups that are compared at equal cost: the schedule's length.
 _SCHEDULE = {"epochs", "lr_decay_epochs", "rampup_epochs"}
 
 
@@ -20,12 +20,12 @@ class Comparison(NamedTuple):
     """Two groups on the same test set.
 
     Attributes:
-      group, against: which groups.
+      group, against: the groups.
       at: what they have in common, "equal epochs" or "equal cost"; "" for neither.
       seeds: the difference of the deployed errors over common seeds, in points; None if no seed is
         common.
-      images: the same over test images, a mean over those seeds, where predictions are kept.
-      mcnemar: {seed: McNemar's test}, where predictions are kept.
+      images: the same over test images, a mean over those seeds, if predictions are stored.
+      mcnemar: {seed: McNemar's test}, if predictions are stored.
     """
 
     group: Group
@@ -39,9 +39,9 @@ class Comparison(NamedTuple):
 def compare(section: Section, costs: Mapping[str, Optional[float]]) -> list[Comparison]:
     """Returns the comparisons that a section allows.
 
-    Every group is compared with the baseline that has all other settings in common, and with the
-    one that costs as much, its schedule apart. Without a baseline, every group is compared with the
-    first.
+    Every group is compared with the baseline that has the same other settings, and with the one
+    that costs as much, whose schedule may differ. Without a baseline, every group is compared with
+    the first.
 
     Args:
       section: the section.
@@ -54,7 +54,7 @@ def compare(section: Section, costs: Mapping[str, Optional[float]]) -> list[Comp
         equal = [
             b
             for b in baselines
-            if b is not group and _alike(group, b, _SCHEDULE) and _as_dear(group, b, costs)
+            if b is not group and _alike(group, b, _SCHEDULE) and _costs_alike(group, b, costs)
         ]
         found += [_compared(group, b, "equal epochs") for b in same if not group.is_baseline]
         if not group.is_baseline and equal:
@@ -67,7 +67,7 @@ def compare(section: Section, costs: Mapping[str, Optional[float]]) -> list[Comp
 
 
 def _alike(group: Group, other: Group, but: set[str]) -> bool:
-    """Returns whether two groups have the same settings, method and those in `but` apart."""
+    """Returns whether two groups have the same settings, except for the method and `but`."""
     own = {"method", *but}
     for one in (group, other):
         own |= set(METHODS[one.options.method].parameters()) - {"network", "preprocess"}
@@ -80,7 +80,7 @@ def _ratio(group: Group, other: Group, costs: Mapping[str, Optional[float]]) -> 
     return theirs / mine if mine and theirs else np.inf
 
 
-def _as_dear(group: Group, other: Group, costs: Mapping[str, Optional[float]]) -> bool:
+def _costs_alike(group: Group, other: Group, costs: Mapping[str, Optional[float]]) -> bool:
     return abs(_ratio(group, other, costs) - 1) < _NEAR
 
 

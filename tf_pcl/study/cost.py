@@ -1,8 +1,8 @@
-"""What a run costs, by arithmetic, before it runs.
+"""The cost of a run by arithmetic, before it runs.
 
-The unit is the GFLOP, 1e9 times 2 multiply-adds of convolutions and dense layers. Forward and
-backward pass of what is trained count as three forward passes, a teacher's pass as one, and all
-stages of a method are included; `methods.cost` counts them for one image.
+The unit is the GFLOP: 1e9 operations, two for each multiply-add of a convolution or a dense layer.
+Forward and backward pass of trained networks count as three forward passes, a teacher's pass as
+one, and all stages of a method are included; `methods.cost` counts them for one image.
 """
 
 import functools
@@ -32,7 +32,7 @@ _OF_DATA = (
     "test_examples",
     "on_bad_image",
 )
-# What the paper's data sets are like, so that nothing need be downloaded to know what a run costs.
+# The classes of the paper's data sets, so that their costs are known without a download.
 _OF_THE_PAPER = {"cifar10": 10, "cifar100": 100}
 
 
@@ -40,11 +40,11 @@ class Stage(NamedTuple):
     """A training of a run.
 
     Attributes:
-      name: "" where there is one stage.
-      network: the name of what is trained; several are separated by commas.
-      gflop: what it costs, for all its epochs.
-      gflop_per_image: what it costs for one image of one epoch.
-      alone: whether neither the method's own options nor the stages before bear upon it.
+      name: its name; "" if there is one stage.
+      network: the name of the trained network; several are separated by commas.
+      gflop: the cost of all its epochs.
+      gflop_per_image: the cost of one image in one epoch.
+      alone: whether it is independent of the method's own options and of the stages before.
     """
 
     name: str
@@ -55,19 +55,19 @@ class Stage(NamedTuple):
 
 
 def cost_of(options: Options) -> float:
-    """Returns what the training of a run costs in GFLOP, all its stages included.
+    """Returns the cost of the training of a run in GFLOP, all its stages included.
 
     Args:
       options: the run's options.
 
     Raises:
-      UserError: if the options do not fit together or the data cannot be had.
+      UserError: if the options do not fit together or the data cannot be loaded.
     """
     return sum(stage.gflop for stage in stages_of(options))
 
 
 def stages_of(options: Options) -> list[Stage]:
-    """Returns what each stage of a run costs; arguments and errors as in `cost_of`."""
+    """Returns the stages of a run with their costs; arguments and errors as in `cost_of`."""
     choose("method", options.method, METHODS, parameter="method")
     method_arguments(options)
     shape, classes, images = _facts(_division(options), named=bool(options.teacher))
@@ -85,13 +85,13 @@ def stages_of(options: Options) -> list[Stage]:
 
 
 def _architecture(options: Options) -> Options:
-    """Returns the options that the cost of an image depends on, all others as they are unset."""
+    """Returns only the options on which the cost of an image depends."""
     own = {**method_arguments(options), "trunk_share": options.trunk_share, "rampup_epochs": None}
     return Options(method=options.method, network=options.network, **own)
 
 
 def _division(options: Options) -> Options:
-    """Returns the options that the number of training images depends on, all others unset."""
+    """Returns only the options on which the number of training images depends."""
     return Options(**{name: getattr(options, name) for name in _OF_DATA})
 
 
@@ -100,8 +100,8 @@ def _facts(options: Options, named: bool) -> tuple[tuple[int, ...], tuple[str, .
     """Returns the shape of a run's images, its classes and its number of training images.
 
     Args:
-      options: what `_division` leaves of the run's options.
-      named: whether the names of the classes must be the true ones.
+      options: what `_division` returns for the run's options.
+      named: whether the true names of the classes are needed.
     """
     name, held = options.dataset, options.validation_examples or 0
     if name in _OF_THE_PAPER and not options.image_size and not named:
@@ -115,11 +115,11 @@ def _facts(options: Options, named: bool) -> tuple[tuple[int, ...], tuple[str, .
 def _flop(
     options: Options, shape: tuple[int, ...], classes: tuple[str, ...]
 ) -> list[tuple[str, str, float, bool]]:
-    """Returns (name, network, FLOP for each image, alone) of each stage of a run on such images."""
+    """Returns (name, network, FLOP per image, alone) of each stage of a run on such images."""
     several = options.network.split(",")
     for network in several:
         networks.find(network)
-    # What the pixels are does not matter.
+    # The pixels do not matter.
     noise = np.random.RandomState(0).randint(0, 256, (4, *shape)).astype(np.uint8)
     images = Arrays(noise, np.arange(4) % len(classes))
     means, deviations = (128.0,) * shape[-1], (64.0,) * shape[-1]

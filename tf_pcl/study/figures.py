@@ -1,4 +1,4 @@
-"""The charts of a report, as SVG that stands within a page and takes its colours from it."""
+"""The charts of a report, as SVG inside a page, with the colours of the page."""
 
 import io
 import math
@@ -17,7 +17,7 @@ from tf_pcl.deploy import metrics
 from tf_pcl.study import paper, statistics, tables
 from tf_pcl.study.runs import Group, Section
 
-# Each stands for a colour of the page: a light and a dark page have different ones.
+# Placeholders for colours of the page: a light and a dark page have different ones.
 _INK, _RULE = "#010101", "#010102"
 COLORS = 8
 _SERIES = [f"#0101{i:02x}" for i in range(16, 16 + COLORS + 1)]
@@ -55,9 +55,9 @@ _STYLE: Any = {
 # Inches: the width of the page's column, and the height of a chart.
 _WIDTH, _HEIGHT = 9.6, 3.7
 _PANELS_A_ROW = 3
-# Characters of a panel's title in a line.
+# The characters in a line of a panel's title.
 _LINE = 30
-# Groups that share one chart of curves; more of them get a panel each.
+# The most groups in one chart of curves; if there are more, each gets a panel.
 _TOGETHER = 4
 
 
@@ -85,7 +85,7 @@ class Chart(NamedTuple):
       title: what it shows, in a few words.
       note: how to read it, in a sentence or two.
       svg: the chart, an <svg> element.
-      legend: labels with the looks that they have in it.
+      legend: the labels with their looks.
     """
 
     title: str
@@ -107,7 +107,7 @@ def looks(section: Section) -> dict[str, Look]:
 
 
 def charts(section: Section, costs: Mapping[str, Optional[float]]) -> list[Chart]:
-    """Returns the charts for which a section's runs have what they need.
+    """Returns the charts for which a section's runs have data.
 
     Args:
       section: the section.
@@ -115,7 +115,7 @@ def charts(section: Section, costs: Mapping[str, Optional[float]]) -> list[Chart
     """
     look = looks(section)
     with matplotlib.rc_context():
-        # What the user's own settings say does not count.
+        # The user's own settings do not apply.
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         found = [
@@ -146,7 +146,7 @@ def _seeds(section: Section, look: Mapping[str, Look]) -> Chart:
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("test error at the end, %")
-    note = "A dot is a seed, the line is their mean. Less is better."
+    note = "A dot is a seed, the line is their mean. Lower is better."
     return Chart("Every seed", note, _svg(figure, "Test error of every seed"), [])
 
 
@@ -155,7 +155,7 @@ def _epochs(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     drawn = [group for group in section.groups if group.curve(column(group))[0].size > 1]
     if not drawn:
         return None
-    # The errors of the first epochs would leave little room for the rest.
+    # The high errors of the first epochs would leave little room for the rest.
     middle = [float(np.mean(g.curve(column(g))[1][:, -1 - _half(g, column(g))])) for g in drawn]
     most = max(float(np.max(group.curve(column(group))[1])) for group in drawn)
     top = min(most, 2.5 * max(middle) + 1)
@@ -178,18 +178,18 @@ def _diversity(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     most = max(float(np.max(group.curve(column)[1])) for group in drawn)
     draw = lambda axes, group: _band(axes, group, column, look[group.label])
     top = min(most * 1.05, 8 * last) or 1.0
-    # A line at 0 is seen whole.
+    # So a line at 0 is fully visible.
     limits = (-0.02 * top, top)
     svg = _curves(drawn, draw, "diversity", limits, "Diversity of the peers over epochs")
     note = (
         "The mean distance between the class probabilities of two peers, on the images of the "
-        "errors above: 0 where peers are alike, √2 where they are sure of different classes."
+        "errors above: 0 if peers are alike, √2 if they are certain of different classes."
     )
     return Chart("Diversity of the peers", note, svg, _legend(drawn, look))
 
 
 def _teachers(section: Section) -> Optional[Chart]:
-    """Draws each group's exits: those of a kind, such as all peers, as their mean."""
+    """Draws the exits of each group; exits of a kind, such as all peers, as their mean."""
     drawn = [
         group
         for group in section.groups
@@ -224,7 +224,7 @@ def _teachers(section: Section) -> Optional[Chart]:
     panels[0].set_ylabel("error, %")
     note = (
         "The mean error of the exits of each kind over seeds, on the images of the chart above. "
-        "The thick line has the exit that is deployed."
+        "The thick line includes the deployed exit."
     )
     svg = _svg(figure, "Error of peers and teachers over epochs")
     return Chart("Peers against teachers", note, svg, list(look.items()))
@@ -253,7 +253,7 @@ def _cost(
             axes.annotate(group.label, (cost, s.mean), (8, 5), textcoords="offset points")
     axes.set_xscale("log")
     low, high = min(cost for _, cost in drawn), max(cost for _, cost in drawn)
-    # Room for the labels, which stand to the right of the points.
+    # Room for the labels to the right of the points.
     axes.set_xlim(low / 1.25, high * max(1.8, (high / low) ** 0.35))
     unit, factor = _unit(low)
     axes.xaxis.set_major_locator(_Few())
@@ -262,8 +262,8 @@ def _cost(
     axes.set_xlabel(f"training cost, {unit}")
     axes.set_ylabel("test error, %")
     note = (
-        "What training costs by arithmetic, and the error that it ends with; bars are one sample "
-        "deviation over seeds. A method pays where it lies below the line of the baselines."
+        "The cost of training by arithmetic, and the final error; bars are one sample deviation "
+        "over seeds. A method pays off if it lies below the line of the baselines."
     )
     svg = _svg(figure, "Test error against the cost of training")
     legend = _legend([g for g, _ in drawn if not g.is_baseline], look)
@@ -298,8 +298,8 @@ def _reliability(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     axes.set_xlabel("confidence")
     axes.set_ylabel("share that is right")
     note = (
-        "How often the network is right where it is so sure, all seeds together. On the dotted "
-        "line it is as often right as it is sure. Expected calibration error, "
+        "How often predictions of a confidence are right, all seeds together. On the dotted line "
+        "they are right as often as their confidence says. Expected calibration error, "
         f"{metrics.BINS} bins, the mean over seeds: {', '.join(found)}."
     )
     svg = _svg(figure, "Reliability diagram")
@@ -333,7 +333,7 @@ def _curves(
     limits: tuple[float, float],
     title: str,
 ) -> str:
-    """Draws a few groups together; of more, each in its own panel with the first behind it."""
+    """Draws a few groups together, or each of many in a panel with a baseline behind it."""
     if len(groups) <= _TOGETHER:
         figure = Figure((_WIDTH, _HEIGHT))
         panels = [figure.add_subplot()]

@@ -1,4 +1,4 @@
-"""A grid of runs: which ones, what they cost, and a baseline that costs as much as the dearest."""
+"""A grid of runs, their costs, and a baseline that costs as much as the most expensive run."""
 
 import csv
 import dataclasses
@@ -17,8 +17,8 @@ from tf_pcl.study import cost
 from tf_pcl.training.assemble import method_arguments, options_of
 
 EQUAL_COST = f"{BASELINE}_equal_cost"
-# The tables of the paper by the names that people call them: a file has a column for each method
-# and a first column of networks or data sets.
+# The tables of the paper by name: a file has a column for each method, and a first column of
+# networks or data sets.
 _TABLES = {
     "1": ("table1_cifar10.csv", {"dataset": "cifar10"}),
     "2": ("table2_cifar100.csv", {"dataset": "cifar100"}),
@@ -29,13 +29,13 @@ TABLES = tuple(_TABLES)
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """Runs that are asked for together: all combinations of methods, networks, data sets and seeds.
+    """Runs that are given together: all combinations of methods, networks, data sets and seeds.
 
     Attributes:
       methods, networks, datasets: names.
       seeds: numbers.
       given: {option: value} of all of them. An option that only some methods take goes to these.
-      name: what they are called in place of their method; "" for the method.
+      name: their name in place of the method; "" for the method.
     """
 
     methods: Sequence[str]
@@ -51,8 +51,8 @@ class Cell:
     """A run of a grid.
 
     Attributes:
-      name: its method, or what the runs of its line are called.
-      options: what to train and where; `workdir` is a folder of its own in that of the grid.
+      name: its method, or the name of the runs of its line.
+      options: its options; `workdir` is its own folder in that of the grid.
     """
 
     name: str
@@ -71,32 +71,32 @@ class Cell:
 
     @functools.cached_property
     def stages(self) -> list[cost.Stage]:
-        """Its stages and what they cost."""
+        """Its stages with their costs."""
         return cost.stages_of(self.options)
 
     @property
     def gflop(self) -> float:
-        """What its training costs."""
+        """The cost of its training."""
         return sum(stage.gflop for stage in self.stages)
 
     def command(self, python: str = "python") -> list[str]:
-        """Returns the command that trains it: what has its default value is left out."""
+        """Returns the command that trains it, without options that have their defaults."""
         told = self.options.told(always=("method", "network", "dataset", "seed"))
         flags = [f"--{name}={value}" for name, value in told.items()]
         return [python, "-m", "tf_pcl", "train", *flags]
 
 
 def plan(lines: Sequence[Line], workdir: str, common: Optional[Mapping] = None) -> list[Cell]:
-    """Returns the runs that lines ask for, each once.
+    """Returns the runs of lines, each once.
 
     Args:
-      lines: what is asked for.
+      lines: the lines.
       workdir: the folder of the grid.
-      common: {option: value} of all lines, unless they say otherwise.
+      common: {option: value} of all lines, unless a line has another value.
 
     Raises:
-      UserError: if an option goes with none of the methods, values are out of range, or runs that
-        differ would have one folder.
+      UserError: if none of the methods takes an option, values are out of range, or different runs
+        would have the same folder.
     """
     common = dict(common or {})
     methods = {method for line in lines for method in line.methods}
@@ -117,23 +117,23 @@ def plan(lines: Sequence[Line], workdir: str, common: Optional[Mapping] = None) 
 
 
 def with_equal_cost(cells: Sequence[Cell], workdir: str) -> list[Cell]:
-    """Returns the runs and, for each comparison, a baseline that costs as much as the dearest.
+    """Adds to each comparison a baseline that costs as much as its most expensive run.
 
-    A comparison are the runs that agree in all but the method and its own options. The baseline
-    has as many epochs as make it cost what the dearest of them costs; its learning rate drops at
-    the same shares of its training. Where none is dearer than a baseline, nothing is added.
+    A comparison consists of runs that agree in all but the method and its own options. The baseline
+    has so many epochs that it costs as much as the most expensive of them; its learning rate drops
+    at the same shares of its training. If none costs more than a baseline, nothing is added.
 
     Args:
       cells: the runs.
       workdir: the folder of the grid.
     """
-    dearest: dict[Options, Cell] = {}
+    costliest: dict[Options, Cell] = {}
     for cell in cells:
         alone = _alone(cell.options)
-        if alone not in dearest or cell.gflop > dearest[alone].gflop:
-            dearest[alone] = cell
+        if alone not in costliest or cell.gflop > costliest[alone].gflop:
+            costliest[alone] = cell
     added: dict[str, list[tuple[Options, Cell]]] = {}
-    for alone, cell in dearest.items():
+    for alone, cell in costliest.items():
         factor = cell.gflop / cost.cost_of(alone)
         epochs = round(factor * alone.epochs)
         if epochs <= alone.epochs:
@@ -148,7 +148,8 @@ def with_equal_cost(cells: Sequence[Cell], workdir: str) -> list[Cell]:
     found = {cell.title: cell for cell in cells}
     for several in added.values():
         for longer, cell in several:
-            # Comparisons of one network, data set and seed are told apart by their dearest runs.
+            # Names of most expensive runs distinguish comparisons of one network, data set and
+            # seed.
             name = EQUAL_COST if len(several) == 1 else f"{EQUAL_COST}_to_{cell.name}"
             _add(found, _cell(vars(longer), name, workdir))
     return list(found.values())
@@ -161,7 +162,7 @@ def table(
 
     Args:
       name: one of TABLES.
-      networks, methods: if there are some, entries of others are left out.
+      networks, methods: if given, only their entries are returned.
 
     Raises:
       UserError: if there is no such table, or no such entry in it.
@@ -187,8 +188,8 @@ def table(
 def shared_stages(cell: Cell, other: Cell) -> list[str]:
     """Returns the folders of the earlier stages that two runs have in common, bit for bit.
 
-    These are stages of one method, at the same place, that train the same network alone with the
-    same recipe, data and seed. The methods' own options do not bear upon them.
+    These are stages of one method, at the same position, that train the same network alone with the
+    same recipe, data and seed. The method's own options do not affect them.
 
     Args:
       cell, other: two runs.
@@ -197,7 +198,7 @@ def shared_stages(cell: Cell, other: Cell) -> list[str]:
     own = set().union(*map(options_of, METHODS))
     free = own | {"network"} | mine.run_only() - {"data_dir", "labels"}
     differ = {name for name, value in vars(mine).items() if value != getattr(its, name)}
-    # Weights are for the networks that are called as `network` is.
+    # `weights` apply to all networks with the name `network`.
     if differ - free or (mine.weights and mine.network != its.network):
         return []
     stages = zip(cell.stages[:-1], other.stages[:-1])
@@ -209,7 +210,7 @@ def shared_stages(cell: Cell, other: Cell) -> list[str]:
 
 
 def saved_by_sharing(cells: Sequence[Cell]) -> float:
-    """Returns the GFLOP that runs need not spend on stages that an earlier one has trained."""
+    """Returns the GFLOP that runs save, since earlier runs have trained their stages."""
     saved = 0.0
     for i, cell in enumerate(cells):
         shared = set().union(*(shared_stages(cell, other) for other in cells[:i]))
@@ -239,7 +240,7 @@ def _cell(values: Mapping[str, Any], name: str, workdir: str) -> Cell:
 def _folder(name: str, options: Options) -> str:
     network = options.network.replace(",", "+")
     whole = f"{name}-{network}-{options.dataset}-seed{options.seed}"
-    # Names of networks and data sets may have colons and slashes.
+    # Names of networks and data sets may contain colons and slashes.
     return re.sub(r"[^\w.+-]", ".", whole)
 
 
@@ -247,8 +248,8 @@ def _add(cells: dict[str, Cell], cell: Cell) -> None:
     known = cells.setdefault(cell.title, cell)
     if known != cell:
         raise UserError(
-            f"two different runs would be called {cell.title}: give the lines of the grid names of "
-            "their own"
+            f"two different runs would have the name {cell.title}: give the lines of the grid "
+            "different names"
         )
 
 
@@ -261,11 +262,11 @@ def _alone(options: Options) -> Options:
 
 
 def _refuse_untaken(given: Mapping[str, Any], methods: Iterable[str]) -> None:
-    """Raises UserError for an option that is for methods, but none of these."""
+    """Raises UserError for an option that other methods take, but none of these."""
     every = sorted(methods)
     taken = set().union(*map(options_of, every))
     for name in sorted(set().union(*map(options_of, METHODS)) - taken):
         if given.get(name) is not None:
-            # As long as any ramp-up may be.
+            # Enough epochs for any ramp-up.
             values = {"epochs": 1_000_000, name: given[name]}
             method_arguments(Options(method=every[0], **values))

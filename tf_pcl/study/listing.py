@@ -7,7 +7,7 @@ from tf_pcl.study.runner import results_of
 
 
 def costs(cells: Sequence[Cell]) -> str:
-    """Returns a table of what the runs of a grid cost, and which are done, for people.
+    """Returns a table, for people, of the costs of a grid's runs, and which of them are done.
 
     Args:
       cells: the runs.
@@ -28,5 +28,5 @@ def costs(cells: Sequence[Cell]) -> str:
     total = sum(cell.gflop for cell in cells) - saved
     lines.append(f"{len(cells)} runs, {total:.4g} GFLOP")
     if saved:
-        lines[-1] += f"; {saved:.4g} GFLOP less than apart, since stages are shared"
+        lines[-1] += f"; shared stages save {saved:.4g} GFLOP"
     return "\n".join(lines)

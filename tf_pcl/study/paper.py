@@ -1,4 +1,4 @@
-"""What the tables of Wu and Gong (AAAI 2021) say, and how a run differs from their protocol."""
+"""The tables of Wu and Gong (AAAI 2021), and how a run departs from their protocol."""
 
 import csv
 import functools
@@ -13,7 +13,7 @@ from tf_pcl.training.beside import settings_of
 _FOLDER = importlib.resources.files("tf_pcl") / "paper"
 _OF_NETWORKS = {"cifar10": "table1_cifar10.csv", "cifar100": "table2_cifar100.csv"}
 _CLASSES = "classes.csv"
-# What all these data sets are like.
+# The sizes of all these data sets.
 _SHAPE, _TRAINING, _TEST = [32, 32, 3], 50_000, 10_000
 _TWO_STAGES = ("resnet32", "two_stage_resnet32.csv")
 
@@ -31,21 +31,21 @@ class Figure(NamedTuple):
 
 
 def figure(method: str, network: str, dataset: Optional[str]) -> Optional[Figure]:
-    """Returns what the paper says of a method, or None where it says nothing.
+    """Returns the paper's figure for a method; None if it has none.
 
     Args:
       method: its name.
       network: the network's name.
-      dataset: what the tables call the data set, None if they have none such.
+      dataset: the name of the data set in the tables; None if they do not have it.
     """
     return _figures().get((method, network, dataset or ""))
 
 
 def known_as(options: Options, data: Mapping[str, Any]) -> Optional[str]:
-    """Returns what the tables call the data set of a run, None if they have none such.
+    """Returns the name of a run's data set in the tables; None if they do not have it.
 
-    A folder of images, or another data set, is known by its classes, its size of images and how
-    many there are.
+    A folder of images, or another data set, is recognised by its classes, and by the size and the
+    number of its images.
 
     Args:
       options: the run's options.
@@ -62,7 +62,7 @@ def known_as(options: Options, data: Mapping[str, Any]) -> Optional[str]:
 
 
 def departures(options: Options) -> list[str]:
-    """Returns "name=here (there in the paper)" of each setting that the paper has otherwise.
+    """Returns "name=here (there in the paper)" for each setting that differs from the paper's.
 
     Args:
       options: the options of a run whose method, network and data set are in the paper. The

@@ -1,12 +1,12 @@
-"""Where the processes of runs work: on this machine, or on a Ray cluster.
+"""Places for the processes of runs: this machine, or a Ray cluster.
 
-A place is a context manager with these methods; when an exception leaves the context, the
-processes under way are told to save and end, and have ended before it goes on.
+A place is a context manager with these methods. When an exception leaves the context, its processes
+are told to save and end, and they have ended before the exception goes on.
 
 - `free()` returns whether one more process can start now.
 - `start(name, command, log)` starts one: a command of tf_pcl, and the file for its output.
-- `ended()` returns [(name, exit status)] of those that have ended since the last call. It waits for
-  about half a second unless some have.
+- `ended()` returns [(name, exit status)] of those that have ended since the last call. If there are
+  none, it waits for about half a second.
 """
 
 import logging
@@ -31,7 +31,7 @@ class Local:
     """This machine.
 
     Args:
-      jobs: how many processes there are at most at a time; one by default.
+      jobs: the most processes at a time; one by default.
     """
 
     def __init__(self, jobs: Optional[int] = None):
@@ -68,21 +68,21 @@ class Local:
 
 
 class OnRay:
-    """A Ray cluster: that of RAY_ADDRESS, one that runs here already, or one that starts here.
+    """A Ray cluster: that of RAY_ADDRESS, one that runs here already, or a new one here.
 
-    Each process gets a GPU where the cluster has some, else as many cores as the smallest of the
-    cluster's machines has. It works in the folder of this process, with the same Python.
+    Each process gets a GPU if the cluster has any, else as many cores as the smallest machine of
+    the cluster has. It works in the folder of this process, with the same Python.
 
     Args:
-      jobs: how many processes there are at most at a time; by default as many as get what they
-        need. Where the cluster has no room for so many, each gets an equal share of it.
+      jobs: the most processes at a time; by default as many as the cluster has room for. If it has
+        no room for `jobs`, each process gets an equal share.
 
     Raises:
       UserError: if ray is not installed.
     """
 
     def __init__(self, jobs: Optional[int] = None):
-        # Unless it is told not to, it reports what it is used for to its makers.
+        # By default, Ray reports its usage to its makers.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             import ray
@@ -120,7 +120,7 @@ class OnRay:
         share = 1.0 if self._kind == "GPU" else min(amounts)
         if self._jobs:
             share = min(share, sum(amounts) / self._jobs)
-        # Ray takes whole numbers of several, and of one GPU or core its 10,000ths.
+        # Ray takes whole numbers above 1, and below 1 multiples of 0.0001.
         self._share = math.floor(share) if share >= 1 else math.floor(share * 1e4) / 1e4
         return self
 
@@ -128,7 +128,7 @@ class OnRay:
         ray, refs = self._ray, list(self._names)
         try:
             for ref in refs:
-                # It is as Ctrl-C in the worker, where the process is stopped.
+                # This acts as Ctrl-C in the worker, which stops the process.
                 ray.cancel(ref)
             if refs:
                 ray.wait(refs, num_returns=len(refs), timeout=process.PATIENCE + 10)
@@ -138,7 +138,7 @@ class OnRay:
     def free(self) -> bool:
         """Returns whether one more process can start now."""
         room = sum(int(one.get(self._kind, 0) / self._share) for one in self._machines())
-        # A cluster may have lost what it had: Ray waits for a machine then.
+        # If a cluster has lost its machines, Ray waits for another one.
         room = max(1, room)
         return len(self._names) < min(room, self._jobs or room)
 
@@ -148,7 +148,7 @@ class OnRay:
             {"num_gpus": self._share} if self._kind == "GPU" else {"num_cpus": self._share}
         )
         remote = self._ray.remote(**needs, max_retries=0)(process.run)
-        # The package of this process, wherever the workers look for theirs.
+        # So workers find the packages of this process.
         found = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         ref = remote.remote(command, os.path.abspath(log), folder=os.getcwd(), environment=found)
         self._names[ref] = name

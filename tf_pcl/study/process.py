@@ -1,4 +1,4 @@
-"""A command in a process of its own, which is told to end before this one does."""
+"""Runs commands in processes that end when this one does."""
 
 import contextlib
 import os
@@ -22,19 +22,19 @@ def start(
 ) -> subprocess.Popen:
     """Starts a command, which gets SIGTERM when this process ends, even if it is killed.
 
-    The command has to be one of tf_pcl, which notices the end by its standard input: that is a pipe
-    whose other end closes then.
+    It must be a command of tf_pcl, which notices the end of this process by its standard input, a
+    pipe that closes then.
 
     Args:
       command: the program and its arguments.
-      log: the file that its output is added to.
-      folder: where it runs; by default here.
-      environment: variables beside those of this process.
+      log: the file to which its output is added.
+      folder: the folder in which it runs; by default the current one.
+      environment: variables in addition to those of this process.
     """
     os.makedirs(os.path.dirname(log), exist_ok=True)
     with open(log, "ab") as output:
-        # In a session of its own, the process does not get the terminal's Ctrl-C beside our signal:
-        # a second one would end it before it has saved.
+        # In its own session, the process does not get the terminal's Ctrl-C in addition to our
+        # signal: a second signal would end it before it has saved.
         return subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -71,12 +71,12 @@ def run(
 ) -> int:
     """Runs a command as `start` does, and returns its exit status.
 
-    If this process is interrupted, the command is stopped; the KeyboardInterrupt comes after that.
+    If this process is interrupted, it stops the command before it raises KeyboardInterrupt.
     """
     process = start(command, log, folder, environment)
     try:
         while process.poll() is None:
-            # In short waits, since a wait without end cannot be interrupted everywhere.
+            # Short waits, since an unlimited wait cannot be interrupted on every system.
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(SECONDS)
     finally:

@@ -21,12 +21,12 @@ from tf_pcl.training.workdir import write
 PAGE, MARKDOWN = "report.html", "report.md"
 ERRORS, DIFFERENCES = "errors.csv", "differences.csv"
 
-# More comparisons than these do not each get a sentence.
+# With more comparisons than this, not each gets a sentence.
 _MANY = 6
 
 
 class Report(NamedTuple):
-    """What was written.
+    """The report as it was written.
 
     Attributes:
       markdown: the text of the tables, the findings and the notes.
@@ -38,7 +38,7 @@ class Report(NamedTuple):
 
 
 class _Chapter(NamedTuple):
-    """A section of the study with all that the page says of it."""
+    """A section of the study with all its contents on the page."""
 
     section: Section
     costs: Mapping[str, Optional[float]]
@@ -52,14 +52,14 @@ class _Chapter(NamedTuple):
 
 
 def report(paths: Sequence[str], output: str) -> Report:
-    """Reads runs and writes what they show together into a folder.
+    """Reads runs and writes their comparison into a folder.
 
     The folder gets a page of HTML, the same tables in Markdown, and two CSV files with the errors
     and the differences. Older ones are replaced.
 
     Args:
       paths: workdirs, or folders that hold workdirs.
-      output: the folder, which is made if it is not there.
+      output: the folder, which is made if it does not exist.
 
     Raises:
       UserError: if no finished run is found, or the folder cannot be written.
@@ -90,7 +90,7 @@ def report(paths: Sequence[str], output: str) -> Report:
 
 
 def _chapter(section: Section, notes: list[str]) -> _Chapter:
-    """Returns all that is said of a section; costs that are not known are added to the notes."""
+    """Returns the chapter of a section, and adds unknown costs to the notes."""
     costs = {group.label: _cost(group, notes) for group in section.groups}
     found = comparisons.compare(section, costs)
     return _Chapter(
@@ -107,21 +107,21 @@ def _chapter(section: Section, notes: list[str]) -> _Chapter:
 
 
 def _cost(group: Group, notes: list[str]) -> Optional[float]:
-    """Returns what a run of a group costs in GFLOP; None if it is not known, which is noted."""
+    """Returns the cost of a group's run in GFLOP; None, with a note, if it is not known."""
     told = [(run.results or {}).get("training_gflop") for run in group.runs.values()]
     known = [gflop for gflop in told if gflop]
     if len(known) == len(told):
         return float(np.mean(known))
-    # Runs of earlier versions do not tell.
+    # Runs of earlier versions did not record it.
     try:
         return cost.cost_of(group.options)
     except UserError as e:
-        notes.append(f"what {group.label} costs is not known: {e}")
+        notes.append(f"the cost of {group.label} is not known: {e}")
         return None
 
 
 def _findings(found: Sequence[Comparison]) -> list[str]:
-    """Returns a sentence for each comparison; of many, for those that are more than noise."""
+    """Returns a sentence for each comparison; if there are many, only for those beyond noise."""
     told = [c for c in found if c.seeds]
     if len(told) > _MANY:
         told = [c for c in told if c.seeds and c.seeds.clear]
@@ -157,7 +157,7 @@ def _finding(c: Comparison, seeds: Difference) -> str:
 def _remarks(
     section: Section, costs: Mapping[str, Optional[float]], found: Sequence[Comparison]
 ) -> list[str]:
-    """Returns what has to be known to read a section's tables."""
+    """Returns remarks that are needed to read a section's tables."""
     remarks = []
     verdicts = [c for c in found if c.seeds is not None and c.seeds.clear is not None]
     if len(verdicts) > 4:
@@ -165,28 +165,29 @@ def _remarks(
             f"Of {len(verdicts)} comparisons, about {len(verdicts) / 20:.1f} would be called more "
             "than noise by chance alone, if no two methods differed."
         )
-    dear = [g.label for g in section.groups if not g.is_baseline and costs[g.label]]
+    methods = [g.label for g in section.groups if not g.is_baseline and costs[g.label]]
     without = [
         label
-        for label in dear
+        for label in methods
         if not any(c.group.label == label and c.at == "equal cost" for c in found)
     ]
     if without and not any(g.is_baseline for g in section.groups):
         remarks.append(
             "There is no baseline among these runs, so it is not known what the methods gain: "
-            "train one with the same settings, and one that costs as much as the dearest method."
+            "train one with the same settings, and one that costs as much as the most expensive "
+            "method."
         )
     elif without:
         remarks.append(
-            f"No baseline that costs as much is among these runs for {_listed(without)}, so it is "
-            "not known what is left of a gain at equal cost."
+            f"These runs have no baseline that costs as much as {_listed(without)}, so it is not "
+            "known what remains of a gain at equal cost."
         )
     for group in section.groups:
         figure = paper.figure(group.options.method, section.network, section.in_paper)
         departures = paper.departures(group.options) if figure else []
         if departures:
             remarks.append(
-                f"The paper's figure of {group.label} has another protocol than these runs: "
+                f"The paper's figure for {group.label} has another protocol than these runs: "
                 f"{'; '.join(departures)}."
             )
     return remarks

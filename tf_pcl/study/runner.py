@@ -1,4 +1,4 @@
-"""Trains the runs of a grid, a process each, and goes on where an earlier call stopped."""
+"""Trains the runs of a grid, each in a process, and resumes where an earlier call stopped."""
 
 import json
 import os
@@ -28,10 +28,10 @@ from tf_pcl.training.workdir import Workdir, saved_model
 
 
 class Failure(NamedTuple):
-    """A run that did not come to its end.
+    """A run that failed.
 
     Attributes:
-      cell: which one.
+      cell: the run.
       status: the exit status of its process.
       log: the file with its output.
     """
@@ -44,8 +44,8 @@ class Failure(NamedTuple):
 def check(cells: Sequence[Cell], alone: bool = True) -> None:
     """Checks that every run can use its workdir. Writes nothing.
 
-    A run that an earlier call has left behind ends by itself when it has saved: it gets two minutes
-    for that.
+    A run that an earlier call has left behind ends by itself after saving: it has two minutes for
+    that.
 
     Args:
       cells: the runs.
@@ -59,7 +59,7 @@ def check(cells: Sequence[Cell], alone: bool = True) -> None:
         workdir, said = Workdir(cell.path), False
         while alone and (owner := workdir.owner()) and time.monotonic() < end:
             if not said:
-                print(f"{cell.title}: waits for the end of the run there ({owner})", flush=True)
+                print(f"{cell.title}: waiting for the end of the run there ({owner})", flush=True)
             said = True
             time.sleep(process.SECONDS)
         workdir.check(cell.options, alone)
@@ -81,9 +81,9 @@ def _results(path: str, options: Options) -> Optional[dict[str, Any]]:
 
 
 def run(cells: Sequence[Cell], runner: str = "local", jobs: Optional[int] = None) -> list[Failure]:
-    """Trains those runs that are not done, each in a process of its own.
+    """Trains the runs that are not done, each in a process of its own.
 
-    Standard output tells of every run that ends. On a terminal, a bar below shows how much of the
+    A line is printed for every run that ends. On a terminal, a bar below shows how much of the
     whole cost is done and how much time is left.
 
     Args:
@@ -98,7 +98,7 @@ def run(cells: Sequence[Cell], runner: str = "local", jobs: Optional[int] = None
 
     Raises:
       UserError: if there is no such runner, or it cannot be used.
-      Stopped: on Ctrl-C. The runs under way have saved, and the same call goes on there.
+      Stopped: on Ctrl-C. The current runs have saved, and the same call resumes them.
     """
     place = PLACES[choose("runner", runner, PLACES, parameter="runner")](jobs)
     board = _Board(cells)
@@ -109,21 +109,21 @@ def run(cells: Sequence[Cell], runner: str = "local", jobs: Optional[int] = None
     except KeyboardInterrupt:
         names = ", ".join(cell.title for cell, *_ in board.running.values())
         raise Stopped(
-            f"stopped in {names or 'no run'}; what was saved stands, and the same command goes on "
+            f"stopped in {names or 'no run'}; what was saved is kept, and the same command goes on "
             "from there"
         ) from None
     return board.failures
 
 
 class _Board:
-    """Tells how far the runs of a grid are.
+    """Shows the progress of the runs of a grid.
 
     Attributes:
       cells: all runs.
       waiting: those that were not done at the beginning.
-      running: {name of its folder: (run, what it had spent when it began, when that was)}.
+      running: {name of its folder: (run, its GFLOP when it began, the time when it began)}.
       failures: those that failed.
-      bar: shows all on a terminal.
+      bar: the progress bar on a terminal.
     """
 
     def __init__(self, cells: Sequence[Cell]):
@@ -153,21 +153,21 @@ class _Board:
                 self.say(f"{cell.title}: done already, test error {error:.2f} %, {cell.path}")
 
     def begin(self, cell: Cell) -> None:
-        """Tells that a run begins."""
+        """Notes that a run begins."""
         took = _take_shared(cell, self.idle())
         if took:
-            self.say(f"{cell.title}: takes {', '.join(took)} from a run before")
+            self.say(f"{cell.title}: takes {', '.join(took)} from an earlier run")
         self.running[cell.title] = cell, _done(cell), time.perf_counter()
         self.look()
 
     def idle(self) -> list[Cell]:
-        """Returns the runs that are not under way."""
+        """Returns the runs that are not running."""
         return [cell for cell in self.cells if cell.title not in self.running]
 
     def look(self) -> None:
-        """Shows how far the runs under way are."""
+        """Updates the progress bar."""
         spent = sum(_done(cell) - before for cell, before, _ in self.running.values())
-        # What is done at the beginning took no time, and tells nothing about the time left.
+        # What was done at the beginning took no time, and says nothing about the time left.
         left = sum(cell.gflop - _done(cell) for cell in self._unfinished())
         self.bar.update(
             self._task,
@@ -177,7 +177,7 @@ class _Board:
         )
 
     def end(self, title: str, status: int) -> None:
-        """Tells that the process of a run has ended."""
+        """Notes that the process of a run has ended."""
         cell, before, began = self.running.pop(title)
         seconds = time.perf_counter() - began
         self._spent += _done(cell) - before
@@ -213,7 +213,7 @@ def _train(board: _Board, place: Place) -> None:
 
 
 def _next(waiting: Sequence[Cell], board: _Board) -> Optional[Cell]:
-    """Returns the first run that need not wait for a stage of a run under way, None if all must."""
+    """Returns the first run that need not wait for another run's stage; None if all must wait."""
     under_way = [cell for cell, *_ in board.running.values()]
     for cell in waiting:
         coming = {name for one in under_way for name in shared_stages(cell, one)}
@@ -223,13 +223,13 @@ def _next(waiting: Sequence[Cell], board: _Board) -> Optional[Cell]:
 
 
 def _take_shared(cell: Cell, others: Sequence[Cell]) -> list[str]:
-    """Copies stages that other runs have trained into a run that has not begun; returns which.
+    """Copies other runs' trained stages into a run that has not begun, and returns their names.
 
-    A run finds such a stage done, as it does when it goes on after a stop.
+    The run finds such a stage done, as a resumed run does.
 
     Args:
       cell: the run.
-      others: runs whose processes do not write.
+      others: runs that are not running.
     """
     if _begun(cell):
         return []
@@ -259,7 +259,7 @@ def _begun(cell: Cell) -> bool:
 
 
 def _same_stack(cell: Cell) -> bool:
-    """Returns whether a run was made on the stack of this process, which rounds alike."""
+    """Returns whether a run was made on the stack of this process, with the same rounding."""
     try:
         Workdir(cell.path).check_versions(versions())
     except UserError:
@@ -268,7 +268,7 @@ def _same_stack(cell: Cell) -> bool:
 
 
 def _done(cell: Cell) -> float:
-    """Returns the GFLOP that a run has spent so far, as its epochs tell."""
+    """Returns the GFLOP that a run has spent so far, by its epochs."""
     workdir = Workdir(cell.path)
     *before, last = cell.stages
     folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(before, 1)]
@@ -292,4 +292,4 @@ def _last_line(path: str) -> str:
             lines = [line.strip() for line in f if line.strip()]
     except OSError as e:
         return f"no output was found: {e.strerror}"
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "it printed nothing"

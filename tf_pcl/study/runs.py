@@ -1,4 +1,4 @@
-"""Runs as they lie on disk, and which of them differ by nothing but the seed."""
+"""Reads runs, and groups those that differ only by the seed."""
 
 import collections
 import dataclasses
@@ -22,12 +22,12 @@ from tf_pcl.training.beside import FACTS, settings_of
 from tf_pcl.training.report import ended
 from tf_pcl.training.workdir import TEST_FILES, Workdir
 
-# Points by which the error of kept predictions may be another one than that of the run, or one
-# image: in other batches or on other devices, images may change sides.
+# Points, or one image, by which the error of stored predictions may differ from that of the run: in
+# other batches or on other devices, rounding changes a few predictions.
 _NEAR = 0.5
 # Levels of 0 to 255 by which rounded means of the same images may differ.
 _MEANS = 0.002
-# What a run is about; a report has a section for each.
+# The settings that define a section of a report.
 _SUBJECT = ("data", "network")
 # Facts of data.json that tell of the training images.
 _TRAINING = ("training images", "means")
@@ -39,7 +39,7 @@ class Run:
 
     Attributes:
       path: its workdir.
-      options: what it was asked for.
+      options: its options.
       results: the contents of results.json; None before the first test of the last stage.
       rows: the rows of metrics.csv of the last stage.
       data: the contents of data.json, {} if there is none.
@@ -57,12 +57,12 @@ class Run:
         return self.results is not None and ended(self.results, self.options)
 
     def predictions(self) -> Optional[tuple[np.ndarray, np.ndarray]]:
-        """Returns labels int64 [N] and logits float32 [N, K] of the test images, if kept."""
+        """Returns labels int64 [N] and logits float32 [N, K] of the test images, if stored."""
         return self._kept[0]
 
     @property
     def unusable(self) -> Optional[str]:
-        """Why the predictions that are kept are not the run's, if so."""
+        """Why the stored predictions are not those of the run; None if they are, or if none are."""
         return self._kept[1]
 
     @functools.cached_property
@@ -89,11 +89,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Finished runs that differ by nothing but the seed.
+    """Finished runs that differ only by the seed.
 
     Attributes:
-      label: what tells it from the others of its section, for people.
-      settings: {name: text} of the options that were given, but for the seed, the machine's and
+      label: how it differs from the other groups of its section, for people.
+      settings: {name: text} of the given options, except for the seed, those of the machine and
         those that have the method's default.
       runs: {seed: Run}, at least one.
       unfinished: {seed: Run}.
@@ -150,9 +150,9 @@ class Section(NamedTuple):
     Attributes:
       data: the data set, for people.
       network: the network's name.
-      in_paper: what the paper's tables call the data set, None if they have none such.
+      in_paper: the name of the data set in the paper's tables; None if they do not have it.
       groups: the groups, those of the baseline first.
-      common: {name: text} of the settings that all have unless their label says otherwise, but
+      common: {name: text} of the settings of all groups, unless their labels say otherwise, except
         for defaults.
     """
 
@@ -204,13 +204,13 @@ def read(paths: Iterable[str]) -> Study:
 
 
 def _workdirs(path: str) -> Iterator[str]:
-    """Yields the workdirs at and below a path, but for those of earlier stages."""
+    """Yields the workdirs at and below a path, except for those of earlier stages."""
     if not os.path.isdir(path):
         raise UserError(f"{path} is no folder: give workdirs of runs, or folders that hold them")
     for folder, names, files in os.walk(path):
         names.sort()
         if os.path.basename(Workdir(folder).flags) in files:
-            # What lies in a workdir belongs to its run.
+            # Everything in a workdir belongs to its run.
             names.clear()
             yield folder
 
@@ -223,7 +223,7 @@ def _read(path: str) -> Run:
     results, data = _json(workdir.results), _json(workdir.data) or {}
     rows = workdir.read_rows()
     if results is not None:
-        # Runs of earlier versions have it in metrics.csv alone.
+        # Runs of earlier versions have it only in metrics.csv.
         last = next((row for row in reversed(rows) if "val_diversity" in row), {})
         if "val_diversity" in last:
             results.setdefault("diversity", last["val_diversity"])
@@ -274,7 +274,7 @@ def _sections(found: Sequence[Run], notes: list[str]) -> list[Section]:
 
 
 def _data_names(found: Sequence[Run]) -> dict[str, str]:
-    """Returns {run's path: the name of its data}; the folder is named where data differ."""
+    """Returns {run's path: the name of its data}, with the folder if data of one name differ."""
     # {data set: {what is known of it: the numbers of its test files}}
     kinds: dict[str, dict[str, set[Any]]] = collections.defaultdict(dict)
     like = lambda run: json.dumps([run.data.get(name) for name in FACTS])
@@ -301,7 +301,7 @@ def _data_names(found: Sequence[Run]) -> dict[str, str]:
 
 
 def _labelled(data: str, network: str, groups: list[Group]) -> Section:
-    """Returns a section whose groups are named by what tells them apart."""
+    """Returns a section whose groups have labels of their differences."""
     order = list(METHODS)
     groups = sorted(
         groups,

@@ -1,4 +1,4 @@
-"""What several seeds, or the test images of two networks, say about a difference."""
+"""Statistics of differences over several seeds, or over the test images of two networks."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Optional
@@ -27,12 +27,12 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The mean of paired differences, and what is known of it.
+    """The mean of paired differences, and its confidence interval.
 
     Attributes:
       size: how many pairs there are.
       mean: the mean difference, first minus second.
-      low, high: the ends of its confidence interval; None where there is none.
+      low, high: the ends of its confidence interval; None if there is none.
     """
 
     size: int
@@ -42,14 +42,14 @@ class Difference(NamedTuple):
 
     @property
     def clear(self) -> Optional[bool]:
-        """Whether the interval leaves out 0; None where there is no interval."""
+        """Whether the interval excludes 0; None if there is no interval."""
         if self.low is None or self.high is None:
             return None
         return self.low > 0 or self.high < 0
 
     @property
     def verdict(self) -> str:
-        """The words for people: "more than noise", "within noise" or "not known"."""
+        """The verdict: "more than noise", "within noise" or "not known"."""
         return {True: "more than noise", False: "within noise", None: "not known"}[self.clear]
 
 
@@ -76,9 +76,9 @@ def summary(values: Sequence[float]) -> Summary:
 def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Optional[Difference]:
     """Compares two settings over the seeds that both have.
 
-    The interval is that of Student's t for paired values, which takes the differences as normally
-    distributed over seeds. There is none for one seed, nor where all differences are equal, which
-    in few seeds is chance: it would have no width.
+    The interval is that of Student's t for paired values, which assumes that the differences are
+    normally distributed over seeds. There is none for one seed, nor if all differences are equal,
+    which happens by chance with few seeds: it would have no width.
 
     Args:
       first, second: {seed: error}.
@@ -97,7 +97,7 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Optional[
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
-    """Tests whether two classifiers differ on the images that they were both given.
+    """Tests whether two classifiers differ on the same images.
 
     Args:
       first, second: bool [N], whether each gets the image right.
@@ -110,18 +110,18 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> McNemar:
 def bootstrap(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Difference:
     """Compares two settings over test images, which are drawn anew with replacement.
 
-    The interval tells how much other test images could change the difference between these
-    networks. It does not tell what other seeds would give.
+    The interval shows how much other test images could change the difference between these
+    networks. It says nothing about other seeds.
 
     Args:
       first, second: [N], each image's error: 0 or 1, or the share of seeds that get it wrong.
-      seed: of the draws.
+      seed: the seed of the draws.
 
     Returns:
       The Difference of first − second in percent; its interval holds the middle 95 % of the draws.
     """
     each = 100.0 * (np.asarray(first, np.float64) - np.asarray(second, np.float64))
-    # How often each value occurs is all that a draw depends on.
+    # A draw depends only on how often each value occurs.
     values, counts = np.unique(each, return_counts=True)
     drawn = np.random.default_rng(seed).multinomial(len(each), counts / len(each), _SAMPLES)
     tail = 50 * (1 - CONFIDENCE)

@@ -1,4 +1,4 @@
-"""What a study showed, as tables: for people in Markdown, for programs in CSV."""
+"""The tables of a study: in Markdown for people, in CSV for programs."""
 
 import csv
 import io
@@ -166,7 +166,7 @@ def differences_csv(found: Iterable[tuple[Section, Sequence[Comparison]]]) -> st
 
 
 def mean(values: Iterable[float]) -> str:
-    """Returns "mean ± deviation" of errors in percent, or the value itself where there is one."""
+    """Returns "mean ± deviation" of errors in percent, or the value itself if there is only one."""
     s = statistics.summary(list(values))
     return f"{s.mean:.2f}" + (f" ± {s.deviation:.2f}" if s.deviation is not None else "")
 
@@ -199,7 +199,7 @@ def _any_at(comparisons: Sequence[Comparison], at: str) -> bool:
 
 
 def _others(group: Group) -> str:
-    """Returns the mean errors of the exits that are not deployed; the peers of a kind together."""
+    """Returns the mean errors of the exits that are not deployed, those of a kind together."""
     texts = []
     for kind, names in kinds(group.exits()).items():
         others = [name for name in names if name != group.deployed]

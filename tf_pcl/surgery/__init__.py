@@ -1,4 +1,4 @@
-"""What is done to any Keras model: made functional, made again, cut in two, given weights."""
+"""Operations on any Keras model: making it functional, copying it, cutting it, loading weights."""
 
 from tf_pcl.surgery.convert import functional
 from tf_pcl.surgery.cuts import costs, cut_points, propose_cut, section_names

@@ -1,4 +1,4 @@
-"""Makes a functional Keras model of whatever a user brings."""
+"""Makes a functional Keras model of a user's network."""
 
 import inspect
 from typing import Optional
@@ -18,19 +18,19 @@ def functional(
     """Returns a network as a functional model from a batch of float images to one tensor.
 
     The result has the network's own layers. A subclassed model becomes the graph of layers that its
-    `call` makes, if that computes the same; otherwise it becomes the one layer of a functional
+    `call` makes, if that computes the same; otherwise it becomes the only layer of a functional
     model, which can be trained but not cut.
 
     Args:
       network: a functional, Sequential or subclassed keras.Model.
-      input_shape: (H, W, channels); needed where the network does not say it itself.
+      input_shape: (H, W, channels); needed if the network does not define it.
       integers: whether it may take images of integers, as deployed networks do.
 
     Returns:
       `network` itself if it is such a model, or a functional keras.Model of its layers.
 
     Raises:
-      UserError: if it is no such model or does not take such images.
+      UserError: if it is not such a model, or does not take such images.
     """
     foreign = compat.foreign_keras(network)
     if foreign:
@@ -51,7 +51,7 @@ def functional(
             f"{tuple(input_shape)}"
         )
     if input_shape and None in given and None not in input_shape:
-        # The network leaves the size open. Its layers are called anew on images of this size.
+        # The network allows any size. Its layers are called again on images of this size.
         images = keras.Input(input_shape, name=network.inputs[0].node.layer.name)
         network = keras.Model(images, network(images), name=network.name)
     return network
@@ -70,7 +70,7 @@ def _with_inputs(network, input_shape):
         input_shape = input_shape or tuple(network.inputs[0].shape[1:])
     if not input_shape:
         raise UserError(
-            f"network {network.name!r} does not say the size of its images: build it with "
+            f"network {network.name!r} does not define the size of its images: build it with "
             "keras.Model(inputs, outputs) or a Sequential that starts with keras.Input, or convert "
             "it with surgery.functional(network, input_shape)"
         )
@@ -90,14 +90,14 @@ def _of_subclassed(network, input_shape):
     try:
         return _traced(network, images, whole)
     except Exception as e:  # Whatever the user's code raises on a symbolic input.
-        # The model stays one layer. Who must look inside tells why it cannot.
+        # The model stays one layer. Errors about its inside report this reason.
         whole.why_one_layer = " ".join(str(e).split())[:300]
     return whole
 
 
 def _traced(network, images, whole):
     """Returns the graph of layers that a subclassed model's `call` makes of symbolic images."""
-    # With training=None the layers follow the phase in which the graph runs.
+    # With training=None the layers follow the phase of the whole graph.
     takes = inspect.signature(network.call).parameters
     traced = network.call(images, **({"training": None} if "training" in takes else {}))
     graph = keras.Model(images, traced, name=network.name)
@@ -119,8 +119,8 @@ def _check_ends(network, integers):
         )
     if any(type(layer).__name__ == "AddLoss" for layer in leaves(network)):
         raise UserError(
-            f"network {network.name!r} adds a loss of its own with add_loss, which would be lost "
-            "in the peers: leave it out, or put it into a layer's call"
+            f"network {network.name!r} adds a loss with add_loss, which the peers would lose: "
+            "leave it out, or add it in a layer's call"
         )
     given = network.inputs[0]
     if given.shape.rank != 4 or not (integers or tf.as_dtype(given.dtype).is_floating):
@@ -130,6 +130,6 @@ def _check_ends(network, integers):
         )
     if network.input_shape[0] is not None:
         raise UserError(
-            f"network {network.name!r} takes batches of {network.input_shape[0]} images alone: "
+            f"network {network.name!r} takes only batches of {network.input_shape[0]} images: "
             "leave the batch size open (keras.Input(shape), and no stateful=True)"
         )

@@ -18,12 +18,13 @@ DEFAULT_TRUNK_SHARE = 0.7
 
 
 class Cut(NamedTuple):
-    """A place where a model falls in two: all that follows needs one tensor alone.
+    """A place where a model can be cut in two: everything after it needs only one tensor.
 
-    path: the index of a call among the model's calls; where the cut is inside an inner model, that
-      model's call and the index within, and so on. The same in every build of a network.
-    name: of the layer that makes the tensor.
-    share: the part of the forward cost up to there, in [0, 1].
+    Attributes:
+      path: the index of a call among the model's calls; if the cut is inside an inner model, that
+        model's call and the index within, and so on. It is the same in every build of a network.
+      name: the name of the layer that makes the tensor.
+      share: the part of the forward cost up to there, in [0, 1].
     """
 
     path: tuple
@@ -34,7 +35,7 @@ class Cut(NamedTuple):
 def costs(network: keras.Model) -> dict:
     """Returns {layer's name: FLOP} of one image's forward pass, in the order of computation.
 
-    Layers of inner models stand under their own names. See observe.flops for what is counted.
+    Layers of inner models have their own names here. See observe.flops_while for what is counted.
     """
     network = with_features(network)
     counted, known = flops(network), names(network)
@@ -51,9 +52,7 @@ def cuts(network: keras.Model) -> list:
     counted, known, order = flops(whole), names(whole), _in_order(whole)
     sums = np.cumsum([counted[id(leaf)] for leaf in order])
     share = {id(leaf): cost / max(1, sums[-1]) for leaf, cost in zip(order, sums)}
-    return [
-        Cut(path, known[id(leaf)], float(share[id(leaf)])) for path, leaf in _paths(whole, True)
-    ]
+    return [Cut(path, known[id(leaf)], float(share[id(leaf)])) for path, leaf in _paths(whole)]
 
 
 def cut_points(network: keras.Model) -> list:
@@ -70,7 +69,7 @@ def _in_order(model):
     return list(found.values())
 
 
-def _paths(model, outermost=False):
+def _paths(model):
     """Yields (path, leaf that makes the tensor) of the cuts of a model."""
     order = calls(model)
     times: dict = {}
@@ -80,7 +79,7 @@ def _paths(model, outermost=False):
         last_use.update((id(t), i) for t in call.keras_inputs)
         last_call[id(call.layer)] = i
         times[id(call.layer)] = times.get(id(call.layer), 0) + 1
-    # A branch must make all outputs but the feature map, which it may leave out.
+    # A branch must make all outputs except the feature map.
     output = model.output if isinstance(model.output, dict) else {"": model.output}
     needed = {id(t) for key, t in output.items() if key != "feature_map"}
     last_use.update((key, len(order)) for key in needed)
@@ -110,8 +109,8 @@ def propose_cut(network: keras.Model, trunk_share: Optional[float] = None) -> Cu
     Args:
       network: what with_features takes.
       trunk_share: the largest part of the forward cost that the peers may share, in (0, 1]. By
-        default they share all before the last section of a network whose sections are named, and
-        at most DEFAULT_TRUNK_SHARE of another, where that is possible.
+        default they share all before the last section if the network names its sections, and
+        otherwise at most DEFAULT_TRUNK_SHARE, if that is possible.
 
     Returns:
       The last cut that leaves the trunk no larger than that.
@@ -122,8 +121,8 @@ def propose_cut(network: keras.Model, trunk_share: Optional[float] = None) -> Cu
     possible = cuts(network)
     if not possible:
         raise UserError(
-            f"network {network.name!r} cannot be cut anywhere before its classifier's input: there "
-            "is nothing that peers could share; a method of whole networks can train it"
+            f"network {network.name!r} cannot be cut before its classifier's input, so peers could "
+            "share nothing: take a method of whole networks"
         )
     before_last_section = section_names(network)[-2:-1]
     for cut in possible:
@@ -133,8 +132,8 @@ def propose_cut(network: keras.Model, trunk_share: Optional[float] = None) -> Cu
     if trunk_share and not fitting:
         first = possible[0]
         raise UserError(
-            f"network {network.name!r} can first be cut after layer {first.name}, which makes "
-            f"{100 * first.share:.2g} % of its forward cost the trunk: give at least "
+            f"the first layer after which network {network.name!r} can be cut is {first.name}, at "
+            f"{100 * first.share:.2g} % of its forward cost: give at least "
             f"{np.ceil(100 * first.share) / 100:g}",
             parameter="trunk_share",
             value=f"{trunk_share:g}",

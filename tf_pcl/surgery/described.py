@@ -1,6 +1,6 @@
-"""Texts that two builds of a network have in common only if they are the same graph.
+"""Texts that are equal for two builds of a network only if both have the same graph.
 
-What was proven of one build then holds for the other.
+A proof for one build then holds for the other.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ from tf_pcl.surgery.graph import calls, has_own_call, sublayers
 
 
 def described(model: keras.Model) -> Optional[str]:
-    """Returns a short text that says what a model computes of its weights, whatever their values.
+    """Returns a short text that says what a model computes, for any values of its weights.
 
     Args:
       model: a functional keras.Model.
 
     Returns:
-      A hash of its layers' classes and configurations without their names, of what they are called
-      with, and of the outputs. None if that does not tell all: where a layer is of the user's own
-      or applies the user's function, or was changed after it was made.
+      A hash of its layers' classes and configurations without their names, of their inputs, and of
+      the outputs. None if these do not say everything: if a layer is the user's own, applies a
+      function of the user's, or was changed after it was built.
     """
     if not all(map(_is_told, sublayers(model))):
         return None
@@ -43,18 +43,18 @@ def _is_told(layer: Any) -> bool:
     if isinstance(layer, keras.Model) and (has_own_call(layer) or not layer.inputs):
         return False
     if kind.__name__ in ("TFOpLambda", "SlicingOpLambda"):
-        return True  # A function of TensorFlow's own, which the configuration names.
+        return True  # The configuration names the function, which is TensorFlow's.
     for name, value in vars(layer).items():
         if inspect.isfunction(value) and not value.__module__.startswith(("keras.", "tf_keras.")):
             return False
-        # Keras itself puts no method of the class into an object.
+        # A method in an object was replaced; Keras itself does not do that.
         if callable(value) and inspect.isfunction(getattr(kind, name, None)):
             return False
     return True
 
 
 def _graph(model: keras.Model) -> list:
-    """Returns what describes a functional model, of values that JSON or `_value` knows."""
+    """Returns a description of a functional model, of values that JSON or `_value` can write."""
     places = {id(t): f"input {i}" for i, t in enumerate(model.inputs)}
     layers: dict = {}
 
@@ -83,7 +83,7 @@ def _layer(layer: Any) -> list:
 
 
 def _value(value: Any) -> Any:
-    """Returns a value that JSON does not have in a form that tells it whole."""
+    """Returns a full description of a value that JSON cannot write."""
     if isinstance(value, (np.ndarray, np.generic, tf.Tensor)):
         value = np.asarray(value)
         return [str(value.dtype), value.shape, value.tolist()]

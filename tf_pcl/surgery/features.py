@@ -1,4 +1,4 @@
-"""What stands before a classifier's logits: the logits themselves, the feature, the feature map."""
+"""The end of a network: its logits, the feature before them, and the feature map before that."""
 
 import inspect
 from typing import NamedTuple, Optional
@@ -14,25 +14,26 @@ from tf_pcl.surgery.described import described
 from tf_pcl.surgery.graph import Place, calls, continued, is_inner_model, phase, sublayers
 from tf_pcl.surgery.trial import trials
 
-# Names of functions, since those of tf.nn are others than Keras's. A log-softmax counts too: the
-# softmax of log-probabilities is that of the logits.
+# Names, since tf.nn and Keras have different functions. A log-softmax counts too: log-probabilities
+# and logits have the same softmax.
 _SOFTMAX = ("softmax", "softmax_v2", "log_softmax", "log_softmax_v2")
 _IDENTITY = ("linear", "cast", "identity")
 
 
 class NoClassifier(UserError):
-    """Raised when a network's logits cannot be told from its graph."""
+    """Raised when the graph of a network does not show its logits."""
 
 
 class Classifier(NamedTuple):
     """The end of a network.
 
-    logits: the place of the tensor that gives the logits, or of the classifier's output where its
-      activation must be left out.
-    inputs: the place of what the classifier takes, [B, d] or a map [B, H, W, d].
-    layer: the Dense or Conv2D layer.
-    fused: whether the layer applies a softmax itself.
-    normalised: the name of the softmax or log-softmax that the network ends in, or "".
+    Attributes:
+      logits: the place of the logits, or of the classifier's output if its activation must be left
+        out.
+      inputs: the place of the classifier's input, [B, d] or a map [B, H, W, d].
+      layer: the Dense or Conv2D layer.
+      fused: whether the layer applies a softmax itself.
+      normalised: the name of the softmax or log-softmax that the network ends in, or "".
     """
 
     logits: Place
@@ -45,8 +46,8 @@ class Classifier(NamedTuple):
 def with_logits(network: keras.Model) -> keras.Model:
     """Gives a network logits as its only output.
 
-    A softmax at the end is left out where the graph shows it. Elsewhere two random images tell
-    whether the network gives logits or probabilities, whose logarithms are logits.
+    If the graph shows a softmax at the end, it is left out. Otherwise the outputs for two random
+    images show whether they are logits or probabilities, whose logarithms are logits.
 
     Args:
       network: a keras.Model from images to logits or probabilities; a model that this function or
@@ -72,14 +73,14 @@ def with_logits(network: keras.Model) -> keras.Model:
 def with_features(network: keras.Model, proven: Optional[set] = None) -> keras.Model:
     """Gives a network its logits, its feature and its last feature map as outputs.
 
-    The *feature* is the vector that pooling, or flattening, makes of the last feature map; where
-    there is no such map, what the classifier takes.
+    The *feature* is the vector that pooling or flattening makes of the last feature map; without
+    such a map, it is the input of the classifier.
 
     Args:
       network: a keras.Model from images to logits or probabilities; a softmax at the end is left
         out. A Dense layer gives the logits, or a 1×1 Conv2D on a map that is 1×1 or averaged
         afterwards.
-      proven: of what graphs the result was proven before; it is not proven again for an equal one.
+      proven: the graphs for which the result was proven; it is not proven again for an equal one.
 
     Returns:
       A functional keras.Model of the network's own layers, with outputs {"features": [B, d],
@@ -111,10 +112,10 @@ def _has_logits(network):
 
 
 def _made(network, classifier, wanted, proven=None):
-    """Returns a model of the places `wanted`, {key: Place}, proven to say what the network says."""
+    """Returns a model of the places `wanted`, {key: Place}, proven to agree with the network."""
     exposed = _exposed(network, wanted)
     made = keras.Model(exposed.input, exposed.output, name=network.name)
-    # Elsewhere the graph is the network's own, and what it does in training is, too.
+    # Otherwise the graph is the network's own, in training too.
     rebuilt = classifier.fused or any(place.around for place in wanted.values())
     text = None if proven is None else described(network)
     known = (proven, ("features", text)) if text else None
@@ -135,9 +136,9 @@ def _prove(network, made, normalised="", training=False, known=None):
         return tf.nn.softmax(logits) if normalised else logits
 
     exact = network.outputs[0].dtype in (tf.float32, tf.float64)
-    # A softmax in half precision keeps two or three digits.
+    # A softmax in half precision has only two or three digits.
     tolerance = 0.05 if normalised and not exact else proof.TOLERANCE
-    what = f"what was made of network {network.name!r} to have its logits"
+    what = f"the model of the logits of network {network.name!r}"
     proof.same(
         network,
         answer,
@@ -197,14 +198,14 @@ def _free(network, name):
 
 
 class WithoutActivation(layers.Layer):
-    """A Dense or convolutional layer as a linear one: its own weights, without its activation."""
+    """Applies a Dense or convolutional layer, with its own weights, without its activation."""
 
     def __init__(self, layer: keras.layers.Layer, **kwargs):
         super().__init__(**{**kwargs, "dtype": layer.dtype_policy})
         self.layer = layer
 
     def build(self, input_shape):
-        if not self.layer.built:  # It comes from a configuration.
+        if not self.layer.built:  # This layer was made from a configuration.
             with tf.name_scope(self.layer.name):
                 self.layer.build(input_shape)
         super().build(input_shape)
@@ -229,7 +230,7 @@ class WithoutActivation(layers.Layer):
 
 
 def _with_classifier(network) -> tuple:
-    """Returns a network and its Classifier; a layer of layers at the end may have been opened."""
+    """Returns a network and its Classifier; if it ends in a layer of layers, that may be opened."""
     try:
         return network, _classifier(network)
     except NoClassifier:
@@ -266,7 +267,7 @@ def _opened(network) -> Optional[keras.Model]:
 
 
 def _classifier(network) -> Classifier:
-    """Finds the layer that gives the logits, behind which only a softmax or a mean may follow."""
+    """Finds the layer that gives the logits; only a softmax or a mean may follow it."""
 
     def refused(why):
         return NoClassifier(
@@ -287,8 +288,7 @@ def _classifier(network) -> Classifier:
             raise NoClassifier(
                 f"network {network.name!r} ends in the subclassed model {layer.name!r} "
                 f"({type(layer).__name__}), whose call cannot be followed layer by layer"
-                f"{': ' * bool(why)}{why}; a method that needs its logits alone can "
-                "train it"
+                f"{': ' * bool(why)}{why}; a method that needs only its logits can train it"
             )
         before = place.inputs()[0]
         x = before.tensor
@@ -343,7 +343,7 @@ def _is_pointwise(layer):
 def _pooled(classifier) -> tuple:
     """Returns the places of the feature and of the map [B, H, W, c] that it is pooled from.
 
-    The map is None where the classifier's input comes from none.
+    The map is None if the classifier's input does not come from one.
     """
     place = classifier.inputs
     if place.tensor.shape.rank == 4 and not _is_vector(place.tensor):
@@ -405,7 +405,7 @@ def _pools(call):
 
 
 def _by_values(network):
-    """Returns a model that gives logits of a network whose graph does not show what it gives."""
+    """Returns a model of the logits of a network whose graph does not show them."""
     if len(network.output_shape) != 2:
         raise UserError(
             f"network {network.name!r} gives outputs {network.output_shape}: it must give logits "
@@ -414,8 +414,8 @@ def _by_values(network):
     kind = kind_of_outputs(network)
     if kind == "neither":
         raise UserError(
-            f"network {network.name!r} gives values between 0 and 1 that do not add up to 1, as a "
-            "sigmoid does: leave the sigmoid out, so that it gives logits"
+            f"the outputs of network {network.name!r} lie between 0 and 1 and do not sum to 1, "
+            "like those of a sigmoid: leave the sigmoid out, so that they are logits"
         )
     x = network.output
     if kind == "probabilities":
@@ -440,10 +440,10 @@ class LogOfProbabilities(layers.Layer):
 
 
 def kind_of_outputs(network: keras.Model) -> str:
-    """Tells by a network's values what they are: "logits", "probabilities" or "neither".
+    """Returns what a network's outputs are: "logits", "probabilities" or "neither".
 
-    Probabilities are at least 0 and add up to 1. Values that stay between 0 and 1 when all weights
-    are made larger and change their sign are neither: those of a sigmoid.
+    Probabilities are at least 0 and sum to 1. Outputs that stay between 0 and 1 when all weights
+    are scaled up and change their sign are neither: they come from a sigmoid.
     """
     images = proof.images_for(network)
     infer = lambda: network(images, training=False)

@@ -1,8 +1,8 @@
-"""What files of Keras hold, read without running the code that is in them.
+"""Reads files of Keras without running the code in them.
 
-A whole model in a file is more than weights. Keras builds what the file describes: the Python code
-of Lambda layers, functions that are named, and, in a SavedModel, a graph. Here weights are read as
-arrays, and a network is built only from layers that Keras itself has.
+A file of a whole model holds more than weights. Keras builds what the file describes: the Python
+code of Lambda layers, functions that it names, and, in a SavedModel, a graph. Here weights are read
+as arrays, and a network is built only from Keras's own layers.
 """
 
 import importlib
@@ -25,12 +25,12 @@ from tf_pcl.surgery.features import LogOfProbabilities, WithoutActivation
 from tf_pcl.surgery.graph import finalize, leaves
 
 _MODELS = {"Functional", "Model", "Sequential"}
-# Layers that the surgery puts into networks.
+# Layers that this package puts into networks.
 _OWN = {cls.__name__: cls for cls in (LogOfProbabilities, WithoutActivation)}
 _HARMLESS = {*_MODELS, *_OWN, "Policy", "__tuple__", "__ellipsis__"}
-# Layers that run code or open files which their configuration names.
+# Layers that run code, or that open files which their configuration names.
 _HARMFUL = {"Lambda", "TFSMLayer", "StringLookup", "IntegerLookup", "TextVectorization"}
-# Layers of functions of TensorFlow, and what these functions may be.
+# Layers that call a function of TensorFlow, and the functions that are allowed.
 _FUNCTION_LAYERS = {"TFOpLambda", "SlicingOpLambda"}
 _FUNCTIONS = re.compile(
     r"(math|nn|image|linalg|__operators__)\.\w+|cast|concat|stack|unstack|split|reshape|squeeze|"
@@ -64,13 +64,13 @@ def is_model(path: str) -> bool:
 
 
 def read_layers(path: str) -> list[Layer]:
-    """Reads the layers of a whole model that have weights, inner models' in place of these.
+    """Reads the layers with weights of a whole model, those of inner models included.
 
     Args:
       path: .h5, .keras or the folder of a SavedModel that Keras has written.
 
     Raises:
-      KeyError, OSError, ValueError: or whatever else a damaged file leads to.
+      KeyError, OSError, ValueError: or any other exception, if the file is damaged.
     """
     if os.path.isdir(path):
         found = _of_saved_model(path)
@@ -80,7 +80,7 @@ def read_layers(path: str) -> list[Layer]:
 
 
 def read_network(folder: str) -> keras.Model:
-    """Builds the network of a SavedModel that Keras has written, of Keras's own layers alone.
+    """Builds the network of a SavedModel that Keras has written, only from Keras's own layers.
 
     The graph in the SavedModel is not loaded.
 
@@ -89,12 +89,12 @@ def read_network(folder: str) -> keras.Model:
 
     Raises:
       UserError: if it has layers or functions which are not Keras's own, or which run code.
-      KeyError, OSError, ValueError: or whatever else a damaged file leads to.
+      KeyError, OSError, ValueError: or any other exception, if the file is damaged.
     """
     if compat.names_are_taken():
         raise UserError(
-            f"{folder} cannot be loaded where another Keras, tf_keras, has taken the names of the "
-            "layers: load it in a process that imports neither tensorflow-hub nor tf_keras"
+            f"{folder} cannot be loaded in this process, where another Keras, tf_keras, has taken "
+            "the names of the layers: load it where neither tensorflow-hub nor tf_keras is imported"
         )
     described = _metadata(folder)["root"]
     foreign = _foreign(described["class_name"], described["config"])
@@ -111,7 +111,7 @@ def read_network(folder: str) -> keras.Model:
     if len(targets) != len(values):
         raise ValueError(f"{len(values)} layers have weights, where {len(targets)} are described")
     for layer, (name, weights) in zip(targets, values):
-        # Weights of one shape would fit a wrong layer too.
+        # Weights could fit another layer of the same shape.
         if layer.name != name:
             raise ValueError(
                 f"the weights of layer {name!r} come where {layer.name!r} is described"
@@ -122,7 +122,7 @@ def read_network(folder: str) -> keras.Model:
 
 
 def _foreign(class_name: str, config: Any) -> Optional[str]:
-    """Names the first thing in a configuration that is not harmless; None if all is."""
+    """Names the first harmful part of a configuration; returns None if there is none."""
     for node in _nodes({"class_name": class_name, "config": config}):
         name, inside = str(node["class_name"]), node.get("config")
         inside = inside if isinstance(inside, Mapping) else {}
@@ -178,7 +178,7 @@ def _of_h5(path: str) -> Iterator[Layer]:
 
 
 def _texts(group: Any, name: str) -> list[str]:
-    """Returns an attribute of texts, which Keras divides where it is too long for one."""
+    """Returns an attribute of texts, which Keras splits into several if it is too long."""
     parts = [group.attrs[name]] if name in group.attrs else []
     while f"{name}{len(parts)}" in group.attrs:
         parts.append(group.attrs[f"{name}{len(parts)}"])
@@ -204,7 +204,7 @@ def _of_keras(path: str) -> Iterator[Layer]:
 
 
 def _of_groups(config: Mapping[str, Any], group: Any) -> Iterator[Layer]:
-    """Yields the layers of a model, whose groups are called as their classes and numbered."""
+    """Yields the layers of a model, whose groups have the names of their classes and numbers."""
     seen: dict[str, int] = {}
     for layer in config["layers"]:
         kind = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", layer["class_name"]))
@@ -214,14 +214,14 @@ def _of_groups(config: Mapping[str, Any], group: Any) -> Iterator[Layer]:
         if "layers" in layer["config"]:
             yield from _of_groups(layer["config"], place)
         elif place is not None:
-            # A layer of layers has its weights in more groups, whose order is not said.
+            # A layer of layers has its weights in several groups, whose order is not known.
             own = place.get("vars", {}) if set(place) <= {"vars"} else {}
             weights = [np.array(own[str(i)]) for i in range(len(own))]
             yield Layer(layer["config"]["name"], weights)
 
 
 def _metadata(folder: str) -> dict[str, Any]:
-    """Returns {path of an object: what Keras notes of it} of a SavedModel."""
+    """Returns {path of an object: its metadata of Keras} of a SavedModel."""
     package = keras.Model.__module__.partition(".")[0]
     messages = importlib.import_module(f"{package}.protobuf.saved_metadata_pb2")
     metadata = messages.SavedMetadata()
@@ -233,7 +233,7 @@ def _metadata(folder: str) -> dict[str, Any]:
 
 
 def _plain(value: dict) -> Any:
-    """Returns Python's values for those that Keras writes as classes."""
+    """Returns the Python values that Keras writes as classes."""
     if value.get("class_name") == "__tuple__":
         return tuple(value["items"])
     return Ellipsis if value.get("class_name") == "__ellipsis__" else value

@@ -8,8 +8,8 @@ import tensorflow as tf
 from tf_pcl.compat import keras, layers
 from tf_pcl.surgery.graph import calls, is_inner_model
 
-# The layers that take a BatchNorm in, by the number of their kernels; the last one is scaled. Their
-# subclasses may compute otherwise.
+# The layers that can absorb a BatchNorm: their last kernel is scaled. Subclasses may compute
+# something else.
 _TAKING = (layers.Conv2D, layers.DepthwiseConv2D, layers.SeparableConv2D, layers.Dense)
 
 
@@ -17,8 +17,8 @@ class Folded(NamedTuple):
     """A network whose BatchNorm layers are folded where they can be.
 
     Attributes:
-      network: a keras.Model that answers as the one before does in inference. It is not to be
-        trained: the layers that stayed are those of the network before.
+      network: a keras.Model that computes in inference what the given one does. It must not be
+        trained: it shares its other layers with the given network.
       folded: the names of the BatchNorm layers that are folded.
       left: the names of the others.
     """
@@ -32,14 +32,14 @@ def fold_batch_norm(network: keras.Model) -> Folded:
     """Folds each BatchNorm that directly follows a layer with a kernel into that layer.
 
     BatchNorm computes s · x + t with s = γ / √(σ² + ε) and t = β − s · μ. A linear Conv2D,
-    DepthwiseConv2D, SeparableConv2D or Dense layer before it, whose output nobody else reads, takes
-    s into its kernel and t into its bias.
+    DepthwiseConv2D, SeparableConv2D or Dense layer before it, whose output no other layer uses,
+    absorbs s into its kernel and t into its bias.
 
     Args:
-      network: a functional keras.Model. Inner models are folded too, each for itself.
+      network: a functional keras.Model. Its inner models are folded too, each by itself.
 
     Returns:
-      A Folded; whether the networks agree is for the caller to prove.
+      A Folded; the caller must prove that the networks agree.
     """
     folding = _Folding()
     return Folded(folding.of(network), folding.folded, folding.left)
@@ -92,13 +92,13 @@ def _pairs(model):
 
 
 def _taken_in(call) -> Optional[Any]:
-    """Returns the call before that of a BatchNorm, if its layer can take the BatchNorm in."""
+    """Returns the call before that of a BatchNorm, if its layer can absorb the BatchNorm."""
     norm = call.layer
     if type(norm) is not layers.BatchNormalization or len(call.keras_inputs) != 1:
         return None
     x = call.keras_inputs[0]
     before = x.node
-    # Layers whose code was changed after they were made, and BatchNorm that uses its batch.
+    # Not layers whose code was changed after they were built, nor BatchNorm that uses its batch.
     changed = "call" in vars(norm) or "call" in vars(before.layer)
     phase = [*call.call_args[1:], *(v for k, v in call.call_kwargs.items() if k != "mask")]
     if changed or any(value not in (None, False) for value in phase):
@@ -112,19 +112,19 @@ def _taken_in(call) -> Optional[Any]:
 
 
 def _with_bias(layer):
-    """Returns a layer of the same kind that has a bias; it takes its weights once it is built."""
+    """Returns a layer of the same kind with a bias; its weights can be set once it is built."""
     return type(layer).from_config({**layer.get_config(), "use_bias": True})
 
 
 def _values(layer, norm):
     """Returns the weights of `_with_bias(layer)` that compute what the two layers do."""
     exact = lambda variable: np.asarray(tf.convert_to_tensor(variable), np.float64)
-    kernels = [w for w in layer.get_weights()][: len(layer.weights) - bool(layer.use_bias)]
+    kernels = layer.get_weights()[: len(layer.weights) - bool(layer.use_bias)]
     scale = 1 / np.sqrt(exact(norm.moving_variance) + norm.epsilon)
     scale *= exact(norm.gamma) if norm.scale else 1
     bias = (exact(layer.bias) if layer.use_bias else 0) - exact(norm.moving_mean)
     bias = scale * bias + (exact(norm.beta) if norm.center else 0)
-    # The last axes of a kernel count the outputs; those of a depthwise one are two of them.
+    # The last axis of a kernel counts the outputs; in a depthwise kernel the last two axes do.
     outputs = kernels[-1].shape[-2:] if type(layer) is layers.DepthwiseConv2D else (-1,)
     kernels[-1] = kernels[-1] * scale.reshape(outputs)
     return [*kernels, bias]

@@ -1,4 +1,4 @@
-"""The graph of a functional Keras model: its calls of layers, and the models that stand inside it.
+"""The graph of a functional Keras model: its calls of layers, and the models inside it.
 
 A *call* is Keras's Node: `layer`, `call_args`, `call_kwargs`, `keras_inputs`, `outputs`. An *inner
 model* is a functional model of one input that another one calls as a layer.
@@ -21,7 +21,8 @@ def calls(model: keras.Model) -> list:
         if id(tensor) not in known and id(tensor.node) not in needed:
             needed[id(tensor.node)] = tensor.node
             stack += tensor.node.keras_inputs
-    # Otherwise the order is that of model.layers, which is the same in every build of a network.
+    # Among several possible orders, take that of model.layers, the same in every build of a
+    # network.
     rank = {id(layer): i for i, layer in enumerate(model.layers)}
     waiting, ready = sorted(needed.values(), key=lambda call: rank[id(call.layer)]), []
     while waiting:
@@ -63,7 +64,7 @@ class Place(NamedTuple):
     around: tuple = ()
 
     def call(self):
-        """Returns the call that makes the tensor; it is no call of an inner model."""
+        """Returns the call that makes the tensor, which is not a call of an inner model."""
         return self.deepest().tensor.node
 
     def deepest(self) -> "Place":
@@ -83,7 +84,7 @@ class Place(NamedTuple):
 
 
 def leaves(model: keras.Model) -> list:
-    """Returns a model's layers, each once, with those of inner models in place of these."""
+    """Returns a model's layers, each once, with the layers of inner models in their place."""
     found: dict = {}
     for layer in model.layers:
         inside = leaves(layer) if is_inner_model(layer) else [layer]
@@ -92,7 +93,7 @@ def leaves(model: keras.Model) -> list:
 
 
 def names(model: keras.Model) -> dict:
-    """Returns {id of a leaf: its name}; a name that comes again gets the first free number."""
+    """Returns {id of a leaf: its name}; a repeated name gets the first free number."""
     found: dict = {}
     for layer in leaves(model):
         taken = set(found.values())
@@ -114,7 +115,7 @@ def head(model: keras.Model) -> keras.layers.Layer:
 
 def sublayers(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     """Yields a layer itself and every layer in it, at any depth."""
-    # Many times faster than the public `submodules`, which looks through all attributes.
+    # Many times faster than the public `submodules`, which searches all attributes.
     yield from model._flatten_layers(recursive=True, include_self=True)
 
 
@@ -126,7 +127,7 @@ def finalize(model: keras.Model) -> None:
 
 
 def continued(call, made: Sequence, wanted: dict) -> dict:
-    """Computes tensors that need one call's outputs alone, from other tensors in their place.
+    """Computes tensors that depend only on one call's outputs, from other tensors in their place.
 
     Args:
       call: a call in a model's graph.

@@ -1,4 +1,4 @@
-"""Watches which layers a model calls, on what, while it runs."""
+"""Watches a model's layers, and their inputs and outputs, while it runs."""
 
 import contextlib
 import inspect
@@ -22,7 +22,7 @@ def _watched(
 ):
     """Calls before(layer, inputs) and after(layer, inputs, outputs) around each layer's `call`.
 
-    Unless it is None, `training` takes the place of what the layers are given by that name.
+    Unless it is None, `training` replaces the layers' argument of that name.
     """
 
     def wrap(layer):
@@ -61,7 +61,7 @@ def own_weights(layer: keras.layers.Layer) -> list:
 
 
 def flops(model: keras.Model) -> dict:
-    """Counts what one image's forward pass costs in each of a model's leaves.
+    """Counts the cost of one image's forward pass in each of a model's leaves.
 
     Returns:
       {id of a leaf: FLOP}; see `flops_while` for what is counted.
@@ -69,7 +69,7 @@ def flops(model: keras.Model) -> dict:
     shape = [side or 32 for side in model.input_shape[1:]]
     image = tf.zeros([1, *shape], model.inputs[0].dtype)
     counted = flops_while(lambda: model(image, training=False), model)
-    # A layer that several leaves hold counts for the first.
+    # A layer that several leaves hold counts for the first one.
     return {
         id(leaf): sum(counted.pop(id(layer), 0) for layer in sublayers(leaf))
         for leaf in leaves(model)
@@ -79,8 +79,8 @@ def flops(model: keras.Model) -> dict:
 def flops_while(compute: Callable[[], object], model: keras.layers.Layer) -> dict:
     """Counts what the layers in a model cost while `compute` runs, eagerly and in inference mode.
 
-    What `compute` asks of a layer in training mode is computed in inference mode, so that no
-    statistics change and no random numbers are drawn.
+    If `compute` calls a layer in training mode, it runs in inference mode, so that no statistics
+    change and no random numbers are drawn.
 
     Returns:
       {id of a layer: FLOP}, 2 × multiply-adds with the kernels that the layer holds itself: of
@@ -114,11 +114,11 @@ def flops_while(compute: Callable[[], object], model: keras.layers.Layer) -> dic
 
 
 def first_weighted_input(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Returns what reaches the first layer with weights that are trained, for `images`.
+    """Returns the input of the first layer with trained weights, for `images`.
 
     Args:
       model: a functional keras.Model.
-      images: [B, H, W, C], in what scale they will come.
+      images: [B, H, W, C], on the scale that is used later.
     """
     seen: list = []
 

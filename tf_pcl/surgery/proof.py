@@ -1,7 +1,7 @@
 """Proofs that a model made from a network computes what the network computes.
 
 They run once, before training, on two random images, and change nothing: variables and the states
-of random generators are put back.
+of random generators are restored.
 """
 
 import random
@@ -20,11 +20,14 @@ TOLERANCE = 1e-3  # Of the largest output; convolutions may sum in another order
 
 
 class Run(NamedTuple):
-    """What one pass of a model leaves.
+    """The results of one pass of a model.
 
-    outputs: arrays. penalty: the sum of the losses that layers have of their own. changes: one
-    array for each state variable, its change. gradients: for each trainable weight, whether the sum
-    of the squared outputs has a gradient to it.
+    Attributes:
+      outputs: arrays.
+      penalty: the sum of the layers' own losses.
+      changes: the change of each state variable, an array; None if it is not of floats.
+      gradients: for each trainable weight, whether the sum of the squared outputs has a gradient
+        with respect to it; None in inference.
     """
 
     outputs: list
@@ -54,14 +57,14 @@ def states(model: keras.Model) -> list:
 def run(
     model: Callable, parts: Iterable, images, training: bool, state: list, weights: list, seed=None
 ) -> Run:
-    """Runs a model once on `images` and puts `state` back as it was.
+    """Runs a model once on `images` and restores `state`.
 
     Args:
       model: a function (images, training=…) that returns tensors in any structure.
       parts: the keras.Models whose losses count, all of which it calls.
       state: the variables that the pass may change.
-      weights: the weights that gradients are asked for, in training.
-      seed: TensorFlow's global seed for this run; afterwards the seed depends on Python's.
+      weights: the weights whose gradients are computed, in training.
+      seed: TensorFlow's global seed for this run; afterwards it is drawn from Python's generator.
     """
     before = [v.numpy() for v in state]
     if seed is not None:
@@ -117,24 +120,24 @@ def same(
     tolerance: float = TOLERANCE,
     known: Optional[tuple] = None,
 ) -> None:
-    """Proves that what was made of a network computes what the network computes.
+    """Proves that a model made from a network computes what the network computes.
 
     The outputs and the layers' own losses must agree; in training also the changes of state and the
     weights that get a gradient, with the same random numbers.
 
     Args:
-      model: the network, which says what images it takes.
-      other: what was made of it, a model or a function (images, training=…).
-      what: names `other` in the error.
+      model: the network, whose input defines the images.
+      other: what was made from it, a model or a function (images, training=…).
+      what: the name of `other` in the error.
       reference: what `other` must equal; by default the network itself.
       twin: the keras.Model that `other` belongs to, if it has variables of its own. They must have
         the network's values.
       parts: the keras.Models of which the two consist, whose losses are compared; by default the
         two themselves, or none if `other` is a function.
-      training: whether to look at training too, not at inference alone.
-      tolerance: how far answers and statistics may be apart, as a part of their size.
-      known: (a set, what tells the case whole); a case that is in the set was proven before and
-        is not run again, another one is put there.
+      training: whether to compare in training too, not only in inference.
+      tolerance: how much outputs and statistics may differ, relative to their size.
+      known: (a set, a key that describes the case). If the key is in the set, the case was proven
+        before and is not run again; otherwise the key is added.
 
     Raises:
       UserError: if they differ.
@@ -147,11 +150,11 @@ def same(
             parts = ([model], [other]) if isinstance(other, keras.Model) else ([], [])
         sides = [(reference or model, parts[0], model), (other, parts[1], twin or model)]
         state = [states(side) for _, _, side in sides]
-        if twin is not None:  # Generators draw the same numbers from the same states.
+        if twin is not None:  # So that generators draw the same numbers.
             for a, b in zip(*state):
                 b.assign(a)
         for phase in (False, True)[: 1 + training]:
-            for seed in (None, 1)[: 1 + phase]:  # Without a seed, perhaps only dropout differs.
+            for seed in (None, 1)[: 1 + phase]:  # Without a seed, only dropout may differ.
                 differ = _difference(
                     tolerance,
                     *(
@@ -163,15 +166,15 @@ def same(
                     break
             if differ:
                 where = "training" if phase else "inference"
-                raise UserError(f"{what} is not the network that was given: in {where} {differ}")
+                raise UserError(f"{what} differs from the given network: in {where} {differ}")
     if known:
         known[0].add(known[1])
 
 
 def _difference(tolerance: float, one: Run, other: Run) -> str:
-    """Says in what two runs differ; "" if in nothing."""
+    """Returns how two runs differ; "" if they do not."""
     if not _all_close(one.outputs, other.outputs, tolerance):
-        return "its answers differ"
+        return "its outputs differ"
     if not _close(one.penalty, other.penalty, tolerance):
         return "its own losses, of regularizers or add_loss, differ"
     if not _all_close(one.changes, other.changes, tolerance):
@@ -197,7 +200,7 @@ def draws_alike(model: keras.Model, other: keras.Model) -> bool:
 
 
 def apart(models: Iterable[keras.Model]) -> None:
-    """Proves that no two of some models share a variable.
+    """Proves that no two models share a variable.
 
     Raises:
       UserError: if they do.
@@ -214,10 +217,10 @@ def apart(models: Iterable[keras.Model]) -> None:
 
 
 def answers_once(model: keras.Model) -> None:
-    """Proves that a network gives the same answer to the same images in inference.
+    """Proves that a network gives the same outputs for the same images in inference.
 
     Raises:
-      UserError: if it is random, by dropout with training=True or a random operation.
+      UserError: if it is random, because of dropout with training=True or a random operation.
     """
     with trials:
         images, state = images_for(model), states(model)
@@ -228,8 +231,8 @@ def answers_once(model: keras.Model) -> None:
             variable.assign(value)
     if not _all_close(one, other):
         raise UserError(
-            f"network {model.name!r} answers the same images differently each time: it is random "
-            "in inference, as by dropout with training=True; leave that out"
+            f"network {model.name!r} gives other outputs for the same images each time: it is "
+            "random in inference, as with dropout with training=True; leave that out"
         )
 
 
@@ -243,7 +246,7 @@ def owns_its_variables(model: keras.Model) -> None:
     """Proves that a network's computation uses no variable that the network does not hold.
 
     Raises:
-      UserError: if it does, as a Lambda layer that closes over a variable.
+      UserError: if it does, for example in a Lambda layer that closes over a variable.
     """
     with trials:
         strategy = tf.distribute.get_strategy()
@@ -265,7 +268,7 @@ def owns_its_variables(model: keras.Model) -> None:
 
 
 def _handles(variables):
-    """Yields what variables refer to, also those of several replicas or of another precision."""
+    """Yields the handles of variables, also of those with several replicas or precisions."""
     for variable in variables:
         for part in getattr(variable, "values", None) or (variable,):
             yield part.handle

@@ -1,8 +1,8 @@
-"""Less memory for a training step: outputs of layers are computed again in the backward pass.
+"""Saves memory in a training step: outputs of layers are computed again in the backward pass.
 
 The backward pass needs the outputs of nearly all layers. Here a network is a chain of parts, each
-of which hands one tensor on to the next. Only these tensors are kept. What lies within a part is
-computed once more when its gradients are, and is dropped again.
+of which passes one tensor to the next. Only these tensors are kept. Everything within a part is
+computed again for its gradients, and then dropped.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from tf_pcl.compat import is_of_keras, keras
 from tf_pcl.surgery.features import LogOfProbabilities, WithoutActivation
 from tf_pcl.surgery.graph import calls, is_inner_model, sublayers
 
-# A part ends where what it has made is so many times what it hands on.
+# A part ends where all its outputs together are this many times as large as the one it passes on.
 _WORTH = 4
-# Keras's layers that run a function of somebody's, which may give something else the second time.
+# Keras's layers that run other functions, which may return something else the second time.
 _FOREIGN = ("Lambda", "TFOpLambda", "SlicingOpLambda", "ClassMethod")
 
-# (a network, what takes the place of its `call`).
+# (a network, the function that replaces its `call`).
 Recomputed = list[tuple[keras.Model, Callable[..., Any]]]
 
 
@@ -31,10 +31,10 @@ def recomputed(model: keras.Model, besides: Sequence[Any] = ()) -> Recomputed:
 
     Args:
       model: a keras.Model, such as a method. It is left as it is.
-      besides: models in it that are left out, since no gradient is taken of them.
+      besides: models in it that are left out, since they get no gradient.
 
     Returns:
-      The networks of which anything can be computed again.
+      The networks of which at least one part can be computed again.
     """
     found: Recomputed = []
     for layer in model._flatten_layers(recursive=False, include_self=False):
@@ -51,7 +51,7 @@ def recomputed(model: keras.Model, besides: Sequence[Any] = ()) -> Recomputed:
 
 @contextlib.contextmanager
 def recomputing(networks: Recomputed) -> Iterator[None]:
-    """Lets networks that are called with `training=True` within it keep little for the gradient.
+    """Lets networks that are called with `training=True` inside keep little for the gradient.
 
     Losses, gradients and the statistics of BatchNorm stay the same bit for bit. Parts with layers
     that draw random numbers, that hold a state other than BatchNorm's, or that are not Keras's own
@@ -62,7 +62,7 @@ def recomputing(networks: Recomputed) -> Iterator[None]:
     """
     try:
         for network, call in networks:
-            # Past Keras, which would make it a part of what is saved.
+            # Not through Keras's __setattr__, which would add it to what is saved.
             vars(network)["call"] = call
         yield
     finally:
@@ -77,7 +77,7 @@ class Part(NamedTuple):
       model: a keras.Model of the network's own layers with a list of outputs. The first of them is
         what the next part takes, if there is one.
       made: {place among the network's outputs: place among those of the model}.
-      repeatable: whether the part gives the same when it is called again, and leaves nothing.
+      repeatable: whether a second call gives the same outputs and has no effects.
     """
 
     model: keras.Model
@@ -97,7 +97,7 @@ def parts(network: keras.Model) -> list[Part]:
         if call is order[-1] or id(outputs[0]) in ends:
             own = {i: t for i, t in enumerate(network.outputs) if id(t) in inside}
             handed = [] if call is order[-1] else outputs
-            # Each tensor once: of two of the same, Keras forgets where the first came from.
+            # Each tensor once: if one is given twice, Keras loses the origin of the first.
             unique = [*{id(t): t for t in (*handed, *own.values())}.values()]
             places = {id(t): k for k, t in enumerate(unique)}
             model = keras.Model(start, unique)
@@ -108,7 +108,7 @@ def parts(network: keras.Model) -> list[Part]:
 
 
 def _ends(network: keras.Model, order: list) -> set[int]:
-    """Returns the ids of the tensors that parts hand on."""
+    """Returns the ids of the tensors that parts pass on."""
     last = {id(t): i for i, call in enumerate(order) for t in call.keras_inputs}
     waiting, size, ends = [network.input], 0, set()
     for i, call in enumerate(order[:-1]):
@@ -123,7 +123,7 @@ def _ends(network: keras.Model, order: list) -> set[int]:
 
 
 def _size(call: Any) -> int:
-    """Returns how many numbers a call makes for an image; a side that is not known counts as 1."""
+    """Returns how many numbers a call makes for an image; an unknown side counts as 1."""
     if is_inner_model(call.layer):
         return sum(map(_size, calls(call.layer)))
     return sum(int(np.prod(_known(t.shape))) for t in tf.nest.flatten(call.outputs))
@@ -180,7 +180,7 @@ def _twice(part: keras.Model) -> Callable[[tf.Tensor], Any]:
 
 @contextlib.contextmanager
 def _still(part: keras.Model) -> Iterator[None]:
-    """Lets a part's BatchNorm layers leave the averages of their statistics as they are."""
+    """Keeps a part's BatchNorm layers from updating their moving statistics."""
     norms = [(layer, layer.momentum) for layer in sublayers(part) if _is_norm(layer)]
     try:
         for layer, _ in norms:

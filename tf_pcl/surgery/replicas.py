@@ -16,22 +16,22 @@ _FUSED, _MOMENTS = "_fused_batch_norm", "_calculate_mean_and_var"
 def synchronize(model: keras.Model) -> list[str]:
     """Lets the BatchNorm layers of a model see the images of all replicas in training.
 
-    The layers stay what they are: their weights, configurations and answers in inference, and so
-    what is saved and exported, do not change. On one replica nothing changes. On several, equal
-    parts of a batch give the statistics that the whole batch gives on one: Keras's own
-    `synchronized=True` computes the variance as E x² − (E x)², which loses digits, and stores one
-    without the factor N / (N − 1) that its usual kernel has.
+    The layers keep their weights, configurations and outputs in inference, so saved and exported
+    networks do not change. On one replica nothing changes. On several, equal parts of a batch give
+    the statistics that the whole batch gives on one. Keras's own `synchronized=True` does not: it
+    computes the variance as E x² − (E x)², which loses digits, and stores it without the factor
+    N / (N − 1) of its usual kernel.
 
     Args:
-      model: a keras.Model, or a method, whose step was not traced yet. Each replica must get
+      model: a keras.Model or a method, whose step has not been traced yet. All replicas must get
         equally many images.
 
     Returns:
-      The layers that stay unsynchronized, "NAME (CLASS)" each: those that collect statistics of
-      their replica's images in a way of their own.
+      The layers that stay unsynchronized, each as "NAME (CLASS)": other layers that collect
+      statistics of their replica's images.
     """
     for layer in filter(_is_known, sublayers(model)):
-        # Attributes of this one layer: other models in the process keep the usual one.
+        # Attributes of this layer only: other models in the process keep Keras's functions.
         for name, ours in ((_FUSED, _fused), (_MOMENTS, _moments)):
             usual = functools.partial(getattr(type(layer), name), layer)
             setattr(layer, name, functools.partial(ours, layer, usual))
@@ -39,13 +39,13 @@ def synchronize(model: keras.Model) -> list[str]:
 
 
 def replica_bound(model: keras.Model, synchronized: bool = False) -> list[str]:
-    """Returns the layers whose work depends on the number of replicas, "NAME (CLASS)" each.
+    """Returns the layers that depend on the number of replicas, each as "NAME (CLASS)".
 
     They collect statistics of their replica's images, or draw random numbers for each replica.
 
     Args:
       model: a keras.Model, or a method.
-      synchronized: whether `synchronize` is used where there are several replicas.
+      synchronized: whether `synchronize` is used with several replicas.
     """
     found = [one for one in _collecting(model) if not (synchronized and _is_known(one))]
     found += [one for one in sublayers(model) if getattr(one, "_random_generator", None)]
@@ -53,7 +53,7 @@ def replica_bound(model: keras.Model, synchronized: bool = False) -> list[str]:
 
 
 def _collecting(model):
-    """Returns the layers with variables that replicas collect each for itself."""
+    """Returns the layers with variables that each replica collects by itself."""
     own = lambda layer: getattr(layer, "_non_trainable_weights", ())
     return [layer for layer in sublayers(model) if any(map(_is_local, own(layer)))]
 
@@ -63,8 +63,8 @@ def _named(layers):
 
 
 def _is_known(layer):
-    """Says whether a layer is Keras's BatchNorm, or of a subclass that leaves its work to it."""
-    # Parts of a batch that are normalised apart (virtual_batch_size) are so on one device too.
+    """Says whether a layer is Keras's BatchNorm, or a subclass that does not override its work."""
+    # With virtual_batch_size, parts of a batch are normalised apart on one device too.
     if not isinstance(layer, keras.layers.BatchNormalization) or layer.virtual_batch_size:
         return False
     for name in ("call", _FUSED, _MOMENTS):
@@ -75,7 +75,7 @@ def _is_known(layer):
 
 
 def _is_local(variable):
-    """Says whether replicas collect a variable each for itself, until somebody reads the mean."""
+    """Says whether each replica collects a variable by itself, and reading gives the mean."""
     return (
         variable.synchronization == tf.VariableSynchronization.ON_READ
         and variable.aggregation == tf.VariableAggregation.MEAN
@@ -96,7 +96,7 @@ def _fused(layer, usual, inputs, mask, training):
     axes = [i for i in range(x.shape.rank) if i not in layer.axis]
     mean, variance = _moments(layer, None, x, axes, False)
     count = tf.cast(_replicas().num_replicas_in_sync * tf.size(x) / tf.size(mean), tf.float32)
-    # As the kernel does: it normalises by the batch's variance and collects the unbiased one.
+    # Like the kernel, this normalises by the batch's variance and collects the unbiased one.
     for statistic, value in (
         (layer.moving_mean, mean),
         (layer.moving_variance, variance * (count / tf.maximum(count - 1.0, 1.0))),
@@ -117,7 +117,7 @@ def _moments(layer, usual, inputs, axes, keep_dims, mask=None):
     if mask is not None:
         return layer._sync_calculate_mean_and_var(inputs, axes, keep_dims, mask=mask)
     own = tf.stack(tf.nn.moments(inputs, axes, keepdims=keep_dims))
-    # One sum brings each replica everybody's mean and variance: each adds its own in its place.
+    # One sum gives each replica the means and variances of all: each adds its own at its place.
     place = tf.one_hot(
         context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=own.dtype
     )

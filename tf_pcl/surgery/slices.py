@@ -1,4 +1,4 @@
-"""Slices of a functional Keras model: a trunk that peers share, and a branch that each has."""
+"""Slices of a functional Keras model: the trunk that peers share, and the branch of each peer."""
 
 import inspect
 from collections.abc import Sequence
@@ -21,12 +21,12 @@ def split(network: keras.Model, at: Optional[str] = None) -> tuple:
 
     Args:
       network: what with_features takes.
-      at: the name of the trunk's last layer; by default the one that propose_cut gives.
+      at: the name of the trunk's last layer; by default that of propose_cut.
 
     Returns:
       trunk: a keras.Model from images to the output of `at`.
-      branch: a keras.Model from there to the outputs of with_features; "feature_map" is among them
-        only if the branch makes it. The two consist of the network's own layers.
+      branch: a keras.Model from there to the outputs of with_features, with "feature_map" only if
+        the branch makes it. Both consist of the network's own layers.
 
     Raises:
       UserError: if the network cannot be cut there; the text names the layers where it can.
@@ -44,22 +44,22 @@ def slice_at(whole: keras.Model, path: tuple) -> tuple:
     trunk, branch = _parts(whole, path)
     if not branch.trainable_weights:
         raise UserError(
-            f"network {whole.name!r} has no trainable layer after "
-            f"{last_leaf(trunk).name!r}: peers would all be the same; make some layer "
-            "there trainable, or cut earlier with `split_at`"
+            f"network {whole.name!r} has no trainable layer after {last_leaf(trunk).name!r}, so "
+            "all peers would be the same: make a layer there trainable, or cut earlier with "
+            "`split_at`"
         )
     rename = lambda model, name: keras.Model(model.input, model.output, name=name)
     return rename(trunk, "trunk"), rename(branch, "branch")
 
 
 def _parts(model, path):
-    """Returns the models before and after a cut; the second has the outputs that it can make."""
+    """Returns the models before and after a cut; the latter has the outputs that it can make."""
     order = calls(model)
     call, after = order[path[0]], {id(t) for t in _made_after(order, path[0])}
     if len(path) == 1:
         cut = tf.nest.flatten(call.outputs)[0]
         return keras.Model(model.input, cut), _model(cut, _outputs(model, after))
-    # Within an inner model, which is cut itself and called as it was.
+    # The cut is within an inner model: cut that, and call its parts as it was called.
     low, high = _parts(call.layer, path[1:])
     trunk = keras.Model(model.input, low(call.keras_inputs[0], **phase(call)))
     cut = keras.Input(high.input_shape[1:], dtype=high.input.dtype)
@@ -94,7 +94,7 @@ def deployable(preprocess: keras.layers.Layer, *parts: keras.Model) -> keras.Mod
 
     Args:
       preprocess: a layer in front of the first part.
-      parts: models, each of which takes what the one before gives; the last gives {"logits": …}.
+      parts: models, each of which takes the output of the one before; the last gives {"logits": …}.
 
     Returns:
       A functional keras.Model from raw images [B, H, W, C], see raw_images, to logits float32

@@ -1,4 +1,4 @@
-"""The target network as something that can be made several times."""
+"""The target network, of which several instances can be made."""
 
 import functools
 import inspect
@@ -18,7 +18,7 @@ from tf_pcl.surgery.graph import finalize, head, sublayers
 from tf_pcl.surgery.weights import assign_pairs
 
 USE_A_FUNCTION = (
-    "give the function that builds the network instead of the network: then it is called again "
+    "give the function that builds the network, not the network itself: the function is called "
     "for each peer"
 )
 
@@ -26,20 +26,20 @@ USE_A_FUNCTION = (
 class Target:
     """Makes separate instances of one target network.
 
-    A function is called again for each of them. A keras.Model is the first instance itself;
-    others are made by Keras's own serialization, and each is proven to compute the same.
+    A function is called for each instance. A keras.Model becomes the first instance; the others
+    are made by Keras's own serialization, and each is proven to compute the same.
 
     Args:
       network: a function that returns a keras.Model, without arguments or with the arguments
         (input_shape, num_classes); or a keras.Model.
       input_shape: (H, W, channels) of the images; a function of two arguments needs it.
       num_classes: C, for such a function.
-      load: a function that gives a network weights trained before, called on the first instance;
-        the others begin with the same weights, but for the classifier.
+      load: a function that loads trained weights into a network. It is called on the first
+        instance; the others start with the same weights, except for the classifier.
 
     Attributes:
       name: of the network.
-      proven: what was proven of graphs that instances have; see proof.same.
+      proven: keys of what was proven for the graphs of the instances; see proof.same.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Target:
         """Returns `network` itself if it is a Target, or the Target of a model or a function.
 
         Raises:
-          UserError: if it is a list, or nothing of the kind.
+          UserError: if it is a list, or anything else.
         """
         if isinstance(network, cls):
             return network
@@ -89,11 +89,11 @@ class Target:
     def new(self) -> keras.Model:
         """Makes another instance: a functional keras.Model that shares no weight with the others.
 
-        Its weights are drawn anew, but for those that are not trained and those that were loaded:
-        they are equal in all instances.
+        Its weights are drawn anew, except for those that are not trained or were loaded, which are
+        equal in all instances.
 
         Raises:
-          UserError: if there can be no such instance; the text says why and what to do.
+          UserError: if no such instance can be made; the text says why and what to do.
         """
         if not self._given:
             self._given = True
@@ -102,7 +102,7 @@ class Target:
 
     @property
     def first(self) -> keras.Model:
-        """The first instance, which the first call of `new` gives."""
+        """The first instance, which the first call of `new` returns."""
         if self._made is None:
             self._made = self._begin()
             self._hold(self._made)
@@ -161,7 +161,7 @@ class Target:
         return made
 
     def _again(self):
-        """Returns another instance, whose weights may be shared or unlike yet."""
+        """Returns another instance, whose weights are not checked yet."""
         if self._build:
             return functional(self._called(), self._shape)
         made = _serialized(self._instance)
@@ -184,13 +184,13 @@ class Target:
             unlike = twins.difference(self.first, made)
             if unlike:
                 raise UserError(f"{what} is not the network that was given: {unlike}")
-            # Copies of one configuration are alike: the first shows how they behave in training.
+            # Copies of one configuration are alike: only the first is compared in training.
             proof.same(self.first, made, what, twin=made, training=not self._copies)
             self._copies += 1
             made.set_weights(fresh)
         except UserError as e:
             raise UserError(f"{e}; {USE_A_FUNCTION}") from e
-        except Exception as e:  # Layers of the user's own in a copy that they were not made for.
+        except Exception as e:  # The user's own layers may not work in a copy.
             raise UserError(f"{what} cannot be made: {one_line(e)}; {USE_A_FUNCTION}") from e
         return made
 
@@ -204,7 +204,7 @@ class Target:
             if known is not None and known() is variable:
                 raise UserError(
                     f"network {self.name!r} shares the variable {variable.name!r} among its "
-                    "instances: build all its layers anew each time"
+                    "instances: build new layers each time"
                 )
 
 
@@ -251,10 +251,9 @@ def _serialized(model):
 
 
 class _SameLambda:
-    """Stands for a Lambda layer in a configuration: its copy gets the very same function.
+    """Represents a Lambda layer in a configuration, so that its copy gets the same function.
 
-    Keras would write the function's bytecode, which loses what it closes over, and refuses to read
-    it.
+    Keras would write the function's bytecode, which loses its closure, and refuses to read it.
     """
 
     known: dict = {}
@@ -268,11 +267,11 @@ class _SameLambda:
 
 
 def _readable(config):
-    """Returns a configuration in which Lambda layers and Keras's own classes are those of before.
+    """Returns a configuration that gives the same Lambda functions and classes of Keras when read.
 
-    Every Lambda layer is a _SameLambda. A class is named by the module that defines it: its public
-    name may lead to another Keras (see compat.names_are_taken), for whose layers this one would
-    wait without end.
+    Every Lambda layer becomes a _SameLambda. A class is named by the module that defines it: its
+    public name may lead to another Keras (see compat.names_are_taken), and reading the layers of
+    that one would never end.
     """
     if isinstance(config, (list, tuple)):
         return type(config)(map(_readable, config)) if config else config
@@ -325,7 +324,7 @@ def paired(one: keras.Model, other: keras.Model) -> list:
 
 
 def _draw_anew(model, salt):
-    """Draws trained weights that an initializer with a fixed seed gave again, with another seed."""
+    """Draws trained weights that an initializer with a fixed seed repeated, with another seed."""
     trained = {id(w) for w in model.trainable_weights}
     for layer in sublayers(model):
         for initializer in list(vars(layer).values()):
@@ -343,17 +342,17 @@ def _draw_anew(model, salt):
 def _drawn(initializer, weight):
     """Returns what an initializer gives for a weight, or None if it cannot."""
     try:
-        # A fresh one: some initializers draw other values when they are called again.
+        # A new one: some initializers draw other values when they are called again.
         fresh = type(initializer).from_config(initializer.get_config())
         return np.asarray(fresh(weight.shape, dtype=weight.dtype))
-    except Exception:  # For another rank of tensors, or the user's own and without a config.
+    except Exception:  # It is for tensors of another rank, or the user's own and has no config.
         return None
 
 
 def start_apart(others: list, model: keras.Model) -> None:
-    """Makes sure that a peer starts from other weights than those before it.
+    """Makes sure that a peer starts with other weights than the peers before it.
 
-    Where all its trained weights are those of another, its classifier's are drawn anew.
+    If all its trained weights equal those of another peer, its classifier's are drawn anew.
 
     Args:
       others: the peers before.
@@ -370,15 +369,15 @@ def start_apart(others: list, model: keras.Model) -> None:
             if name.endswith("_initializer") and isinstance(weight, tf.Variable):
                 config = initializer.get_config()
                 if "seed" in config:
-                    # Without a seed the values follow the global one, which a user's function may
-                    # set to the same number for each peer.
+                    # Without a seed the values depend on the global one, which a user's function
+                    # may set to the same number for each peer.
                     config["seed"] = (config["seed"] or 0) + 1000 + len(others)
                 drawn = type(initializer).from_config(config)
                 weight.assign(drawn(weight.shape, dtype=weight.dtype))
     if any(_alike(other, model) for other in others):
         raise UserError(
-            "the network starts from the same weights each time it is built, so that all peers "
-            "would be the same: give its initializers no fixed seed, or set no seed in the function"
+            "the network starts from the same weights each time it is built, so all peers would be "
+            "the same: remove fixed seeds from its initializers, or from the function"
         )
 
 

@@ -1,4 +1,4 @@
-"""Trial passes of a network before training: timed, and without what its layers print."""
+"""Trial passes of a network before training: they are timed, and their output is hidden."""
 
 import contextlib
 import io
@@ -9,10 +9,10 @@ from typing import Optional
 
 
 class Trials:
-    """A context manager for trial passes. It may be entered again within itself.
+    """A context manager for trial passes, which may be nested.
 
     Attributes:
-      seconds: what all of them took.
+      seconds: the time of all passes so far.
     """
 
     def __init__(self):
@@ -36,8 +36,8 @@ class Trials:
 
 
 def _silence() -> Optional[int]:
-    """Sends standard output nowhere; returns a copy of its descriptor, or None without one."""
-    # By its descriptor, since tf.print writes there past Python.
+    """Discards standard output; returns a copy of its descriptor, or None without one."""
+    # This uses the descriptor, since tf.print does not write through sys.stdout.
     with contextlib.suppress(OSError, ValueError, AttributeError):
         sys.stdout.flush()
         kept = os.dup(1)

@@ -25,19 +25,19 @@ def assign_pairs(pairs: Iterable) -> None:
 
 
 def load_weights(network: keras.Model, path: str, trust_files: bool = False) -> tuple:
-    """Gives a network the weights of a file; peers made of it begin with them too.
+    """Loads the weights of a file into a network; peers made from it start with them too.
 
-    Layers are found by their names, or else by their order. The layer that gives the logits may be
-    missing in the file, or be for other classes: it stays as it is. Everything else must be there,
-    in its shape. Weights are read as arrays; no code in the file runs.
+    Layers are matched by their names, or else by their order. The layer that gives the logits may
+    be missing in the file, or have other classes: it stays as it is. All other layers must be
+    there, with the same shapes. Weights are read as arrays; no code in the file runs.
 
     Args:
-      network: a functional keras.Model, with the layers and, unless the file says them, the order
-        of the one that was saved.
-      path: what Keras saves: weights (.weights.h5, .h5, the prefix of a TensorFlow checkpoint or
-        its folder) or a whole model (.keras, .h5, the folder of a SavedModel).
-      trust_files: where the arrays do not fit, let Keras build a whole model, with the code that
-        the file holds, and take the weights from that.
+      network: a functional keras.Model with the layers of the saved one, in the same order unless
+        the file has their names.
+      path: a file or folder that Keras has saved: weights (.weights.h5, .h5, the prefix or the
+        folder of a TensorFlow checkpoint) or a whole model (.keras, .h5, a SavedModel's folder).
+      trust_files: if the arrays do not fit, let Keras build the whole model, with the code in the
+        file, and take its weights.
 
     Returns:
       loaded, fresh: the names of the layers that got weights, and of those, at most one, that did
@@ -45,7 +45,7 @@ def load_weights(network: keras.Model, path: str, trust_files: bool = False) -> 
 
     Raises:
       UserError: if there is no such file, it cannot be read or does not fit; the network is then
-        as it was.
+        unchanged.
     """
     path = _located(path, trust_files)
     targets = [layer for layer in leaves(network) if layer.weights]
@@ -53,7 +53,7 @@ def load_weights(network: keras.Model, path: str, trust_files: bool = False) -> 
     missing, failure = targets, None
     before = network.get_weights()
     level = tf.get_logger().level
-    tf.get_logger().setLevel("ERROR")  # It warns of each layer that does not fit.
+    tf.get_logger().setLevel("ERROR")  # It warns for each layer that does not fit.
     try:
         for attempt in _attempts(network, path, trust_files):
             network.set_weights(
@@ -61,7 +61,7 @@ def load_weights(network: keras.Model, path: str, trust_files: bool = False) -> 
             )
             try:
                 found = attempt() or {id(layer): layer.get_weights() for layer in targets}
-            except Exception as e:  # Whatever a damaged file or one of another network leads to.
+            except Exception as e:  # Damaged files, and files of other networks, raise anything.
                 failure = failure or one_line(e)
                 continue
             lacking = [layer for layer in targets if not _fits(layer, found.get(id(layer)))]
@@ -135,7 +135,7 @@ def _attempts(network, path, trust_files):
 
     Each writes into the network, or returns {id of a layer: its weights}.
     """
-    # What Keras loads into a network comes by its structure; a SavedModel it would build.
+    # Keras loads weights by the structure of the network; from a SavedModel it would build a model.
     ways = [] if os.path.isdir(path) else _of_keras(network, path)
     if _is_model(path):
         ways = [*_of_layers(network, functools.partial(files.read_layers, path)), *ways]
@@ -163,7 +163,7 @@ def _of_layers(network, read):
 
 
 def _of_keras(network, path):
-    """Returns the ways of Keras, into the network itself and into all of it but the classifier."""
+    """Returns Keras's ways: into the whole network, and into all of it except the classifier."""
     feature = getattr(head(network), "input", None) if head(network) in network.layers else None
     headless = [] if feature is None else [keras.Model(network.inputs, feature)]
     return [functools.partial(_read, path, model) for model in (network, *headless)]

@@ -1,4 +1,4 @@
-"""From names and options to the Distiller of a stage."""
+"""Makes the Distiller of a stage from names and options."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -27,15 +27,15 @@ class Assembly:
 
     Args:
       data: the data set.
-      weights: {network's name: path of the weights that it starts from}.
+      weights: {network's name: path of its initial weights}.
       trunk_share: how much of a network's forward cost its peers share, as in surgery.propose_cut.
       initializer: how convolutions are drawn, as in networks.build.
-      preprocess: what the networks see: "standardise"d images, raw ones ("none"), or "auto": raw
-        ones if the network brings them to scale itself.
+      preprocess: what the networks see: "standardise" for standardised images, "none" for raw
+        images, "auto" for raw images only if the network scales them itself.
       trust_files: whether code in files of weights and of trained networks may run.
 
     Attributes:
-      lines: what was decided on the way, for people: whole lines, each once, in order.
+      lines: what was decided, for people: whole lines, each once, in order.
     """
 
     def __init__(
@@ -67,8 +67,8 @@ class Assembly:
         Args:
           cls: its class.
           network: the target network, or a list of several for methods of whole networks.
-          preprocess: what networks that were trained before saw their images through; by default
-            it is chosen for the network.
+          preprocess: the layer in front of networks that were trained before; by default it is
+            chosen for the network.
           **arguments: keyword arguments of the constructor.
 
         Raises:
@@ -95,7 +95,7 @@ class Assembly:
           A keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, K].
 
         Raises:
-          UserError: if there is none, or it tells other classes apart.
+          UserError: if there is none, or it has other classes.
         """
         return export.load(path, self.data.classes, self.trust_files)
 
@@ -132,16 +132,16 @@ class Assembly:
             raw = {networks.scales_raw_images(one, sample, standard) for one in several}
             if len(raw) > 1:
                 raise UserError(
-                    "of the networks, some scale raw images themselves and some do not: they "
-                    "cannot see the same images; give networks of one kind"
+                    "some of the networks scale raw images themselves and some do not, so they "
+                    "cannot see the same images: give networks of one kind"
                 )
             as_they_are = raw.pop()
         else:
             as_they_are = self.preprocess == "none"
         if as_they_are:
             self._say(
-                "images: as they are, 0–255"
-                + (", which the network scales itself" if self.preprocess == "auto" else "")
+                "images: raw, 0–255"
+                + (", since the network scales them itself" if self.preprocess == "auto" else "")
             )
             return None
         if isinstance(network, str) and network in self.weights:
@@ -159,7 +159,7 @@ class Assembly:
         if self.trunk_share or extreme or len(surgery.section_names(network)) < 2:
             line = f"no `split_at`: the peers share the network up to layer {cut.name}, "
             line += f"{100 * cut.share:.0f} % of its forward cost"
-            line += ", which is unusual: look at the other cuts" if extreme else ""
+            line += ", which is unusual: consider the other cuts" if extreme else ""
             self._say(line)
         return cut
 
@@ -170,7 +170,7 @@ class Assembly:
 
 
 def method_arguments(options: Options) -> dict[str, Any]:
-    """Returns the options that go to the stages of their method, {name: value}.
+    """Returns {name: value} of the options that the stages of their method take.
 
     Raises:
       UserError: if an option is given that this method does not take.
@@ -190,12 +190,12 @@ def method_arguments(options: Options) -> dict[str, Any]:
                 f"`{name}` does not go with `method={options.method}`: it is for {takers}. "
                 f"{options.method} takes {own}."
             )
-    # The Assembly turns a share into the layer to cut at.
+    # The Assembly turns trunk_share into a cut.
     return {name: value for name, value in given.items() if name != "trunk_share"}
 
 
 def options_of(method: str) -> set[str]:
-    """Returns the names of the options that a method takes: a share is for whoever can be cut."""
+    """Returns the names of the options that a method takes; those with a cut take trunk_share."""
     own = set(METHODS[method].parameters())
     own |= {"trunk_share"} if "split_at" in own else set()
     return own & set(names()) - {"network", "preprocess"}  # These go to the Assembly.

@@ -16,14 +16,14 @@ from tf_pcl.training.workdir import TEST_FILES, Workdir
 
 # Facts of data.json that do not depend on the seed.
 FACTS = ("classes", "image_shape", "test images")
-# Options of the machine and of how often to look, which leave the result as it is but for rounding.
+# Options of the machine, and how often to test: they change the result by rounding alone.
 _MACHINE = {"strategy", "jit_compile", "deterministic", "test_every"}
 
 
 def settings_of(given: Options) -> dict[str, str]:
-    """Returns {name: text} of the options that make a result what it is, but for the seed.
+    """Returns {name: text} of the options that affect the result, except for the seed.
 
-    What is not given, or has the default of the method, is left out.
+    Options that are not given, or have the default of the method, are left out.
     """
     defaults = METHODS[given.method].parameters()
     leave = {*given.run_only(), *_MACHINE, "seed"}
@@ -49,8 +49,8 @@ def same_test(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def gain(results: Mapping[str, Any], given: Options, workdir: Workdir) -> Optional[str]:
     """Returns a line for people that compares a run with a baseline beside it.
 
-    That is a finished run in the same parent folder with the same settings, but for the seed and
-    what the method takes of its own. Of several, it is the one of the same seed.
+    The baseline is a finished run in the same parent folder with the same settings, except for the
+    seed and the method's own options. Among several, the one with the same seed is taken.
 
     Args:
       results: the contents of the run's results.json.
@@ -58,7 +58,7 @@ def gain(results: Mapping[str, Any], given: Options, workdir: Workdir) -> Option
       workdir: its folder.
 
     Returns:
-      The line; None for a baseline, and where there is none beside the run.
+      The line; None if the run is a baseline, or has none beside it.
     """
     if given.method == BASELINE:
         return None
@@ -92,7 +92,7 @@ def _baselines(given: Options, workdir: Workdir) -> Iterator[tuple[str, dict[str
             if same and _common(its) == _common(given) and ended(results, its):
                 yield other.path, {**results, "deployed_error": float(results["deployed_error"])}
         except (UserError, OSError, ValueError, KeyError, TypeError):
-            continue  # It is no run, or none that this version can read.
+            continue  # It is not a run, or not one that this version can read.
 
 
 def _common(given: Options) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Keras callbacks: the record of a run, its early end, saving on time and on signals."""
+"""Keras callbacks: the record of a run, its early end, checkpoints regularly and on signals."""
 
 import signal
 import time
@@ -17,6 +17,9 @@ from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.events import Events
 from tf_pcl.training.workdir import Workdir
 
+# Smaller views are enlarged in pictures, by a whole number, but not beyond this many pixels.
+_VIEW_SIDE = 32
+
 Row = dict[str, float]
 Logs = Optional[Mapping[str, float]]
 
@@ -26,11 +29,11 @@ class Record(keras.callbacks.Callback):
 
     Args:
       workdir: the folder of the run or stage.
-      rows: what metrics.csv holds of the epochs before.
+      rows: the rows of metrics.csv of the epochs before.
       events: TensorBoard's files of the run or stage.
       batch_size: images a step.
       describe: a function rows -> contents of results.json.
-      seconds: wall-clock time spent before the first epoch, on earlier stages.
+      seconds: the wall-clock time of the earlier stages.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class Record(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         self.steps += 1
         if not self.traced:
-            # The first step of a process includes the tracing of the graph: time what follows it.
+            # The first step of a process traces the graph, so the time begins after it.
             self.traced = True
             self.steps, self.since = 0, time.perf_counter()
 
@@ -73,15 +76,14 @@ class Record(keras.callbacks.Callback):
         self.events.write(row)
         self.events.flush()
 
-    def show_views(self, views: Any, mean_side: int = 32) -> None:
+    def show_views(self, views: Any) -> None:
         """Writes a picture of the first 8 images' views to TensorBoard: a row per image.
 
         Args:
           views: uint8 [B, m, H, W, C].
-          mean_side: pixels; smaller views are enlarged to at least this side.
         """
         views = np.asarray(views[:8])
-        factor = max(1, mean_side // views.shape[2])
+        factor = max(1, _VIEW_SIDE // views.shape[2])
         views = np.pad(
             views.repeat(factor, 2).repeat(factor, 3), [(0, 0), (0, 0), (1, 1), (1, 1), (0, 0)]
         )
@@ -90,16 +92,16 @@ class Record(keras.callbacks.Callback):
         self.events.write_image("views", grid)
 
     def show_answers(self, step: int, counts: Any, classes: Sequence[str]) -> None:
-        """Writes pictures of how the trained network answers on the test images.
+        """Writes pictures of the trained network's predictions for the test images.
 
         Args:
-          step: the last one.
+          step: the last step.
           counts: how many images of class i are taken for class j, int [K, K].
           classes: the names of the classes.
         """
         for draw in (pictures.confusion_matrix, pictures.class_errors):
             image = pictures.pixels(draw(counts, classes))
-            # By this name they stand after the errors, on TensorBoard's first page too.
+            # By this name they come after the errors, also on TensorBoard's first page.
             self.events.write_image(f"test_images/{draw.__name__}", image, "test", step)
         self.events.flush()
 
@@ -135,11 +137,11 @@ class StopEarly(keras.callbacks.Callback):
 
 
 class Save(keras.callbacks.Callback):
-    """Saves checkpoints on time, and on SIGTERM and SIGINT, which end the run with Stopped.
+    """Saves checkpoints regularly, and on SIGTERM and SIGINT, which end the run with Stopped.
 
-    As a context manager it handles these signals. A signal takes effect when the step or the
-    validation under way is done; a second one ends the process at once. An epoch's last checkpoint
-    is saved after its row is in metrics.csv, so that every checkpoint's epochs are on record.
+    As a context manager it handles these signals. A signal takes effect after the current step or
+    test; a second one ends the process at once. An epoch's last checkpoint is saved after its row
+    is in metrics.csv, so that metrics.csv has all epochs of every checkpoint.
 
     Args:
       checkpoints: where to save.
@@ -147,8 +149,8 @@ class Save(keras.callbacks.Callback):
       step: the step at which the run begins.
       total: the run's last step.
       title: which stage of the run this is, for people; "" if there is one stage.
-      of_all: a function that gathers a number of all processes, where there are several. They all
-        stop at the same step, whichever of them has got the signal.
+      of_all: a function that gathers a number of all processes, if there are several. All of them
+        stop at the same step, whichever got the signal.
     """
 
     def __init__(
@@ -181,8 +183,8 @@ class Save(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         if self.step % self.model.steps_per_epoch:
-            # The run goes on within an epoch, whose first part counts in the metrics, and `fit` has
-            # just reset these.
+            # The run resumes within an epoch. The metrics include the first part of that epoch, and
+            # `fit` has just reset them.
             self.checkpoints.restore(self.step)
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
@@ -196,19 +198,19 @@ class Save(keras.callbacks.Callback):
         self._save_if_due()
 
     def _refuse_wrong(self, logs: Mapping[str, float]) -> None:
-        """Ends the run when a loss or an error is no finite number; terms come first."""
+        """Ends the run if a loss or an error is not finite; terms are checked first."""
         for name in sorted(logs, key=lambda name: not name.startswith("loss/")):
             if not np.isfinite(logs[name]):
                 raise self._gone_wrong(f"{name} is {logs[name]}")
 
     def _gone_wrong(self, what: str) -> Stopped:
         return Stopped(
-            f"{what} at step {self.step}: not saved; the newest checkpoint is of step "
-            f"{self.saved}. Try a smaller `learning_rate` in another `workdir`."
+            f"{what} at step {self.step}, which was not saved; the newest checkpoint is that of "
+            f"step {self.saved}. Try a smaller `learning_rate` in another `workdir`."
         )
 
     def _needed(self) -> bool:
-        """Returns whether an epoch has just ended whose checkpoint has to stay."""
+        """Returns whether the epoch that has just ended needs a checkpoint that stays."""
         between = self.step % self.model.steps_per_epoch == 0
         return between and self.checkpoints.needed(self.step) == self.step
 

@@ -19,11 +19,11 @@ class Checkpoints:
     """The last checkpoints of a model, numbered by step.
 
     Args:
-      model: a Distiller. Of one that is not compiled, only the weights are restored.
+      model: a Distiller. If it is not compiled, only its weights are restored.
       folder: where the checkpoints are; it is made when the first one is saved.
       keep: how many of them stay.
-      needed: a function from the step of one that stays to the step of another that has to stay
-        beside it, or None.
+      needed: a function from the step of a checkpoint that stays to the step of another one that
+        must stay with it, or None.
     """
 
     def __init__(
@@ -46,14 +46,14 @@ class Checkpoints:
         return path
 
     def not_finite(self) -> list[str]:
-        """Returns the names of the variables that have a value which is no finite number."""
+        """Returns the names of the variables with a value that is not finite."""
         return not_finite([*self.model.weights, *optimizers.state(self.model.optimizer)])
 
     def tidy(self, step: int) -> None:
-        """Removes what a killed process left behind, where `step` is the newest good checkpoint's.
+        """Removes what a killed process left behind; `step`: that of the newest good checkpoint.
 
-        Checkpoints of later steps, which could not be read, stay until the run has saved these
-        steps again.
+        Checkpoints of later steps, which could not be read, stay until the run saves these steps
+        again.
         """
         for name in os.listdir(self.folder) if os.path.isdir(self.folder) else ():
             if re.fullmatch(r"ckpt-\d+_temp", name):
@@ -64,10 +64,10 @@ class Checkpoints:
             self._keep_last(step)
 
     def restore(self, newest: Optional[int] = None) -> int:
-        """Restores the newest checkpoint that can be read, with a warning of each that cannot.
+        """Restores the newest checkpoint that can be read, with a warning for each that cannot.
 
         Args:
-          newest: the last step that is looked at; default: all.
+          newest: the last step that counts; by default all steps count.
 
         Returns:
           The checkpoint's step, or 0 if there is no checkpoint.
@@ -81,7 +81,7 @@ class Checkpoints:
             try:
                 self.read(step)
                 return step
-            # A damaged file raises whatever its damage leads to: IndexError, DataLossError, …
+            # A damaged file raises anything: IndexError, DataLossError, …
             except Exception as e:
                 logging.warning(
                     "checkpoint %s cannot be read (%s); trying the one before",
@@ -108,9 +108,9 @@ class Checkpoints:
         return os.path.join(self.folder, f"ckpt-{step}")
 
     def _keep_last(self, step: int) -> None:
-        """Removes what need not stay of the checkpoints up to `step`; lists the others.
+        """Removes the checkpoints up to `step` that need not stay, and lists the others.
 
-        The last ones stay, and those that are needed beside them. The list is TensorFlow's.
+        The last ones stay, and those that are needed with them. The list is in TensorFlow's form.
         """
         steps = [s for s in self._steps() if s <= step]
         last = steps[: self.keep]
@@ -126,14 +126,14 @@ class Checkpoints:
         workdirs.write(os.path.join(self.folder, "checkpoint"), "\n".join(lines) + "\n")
 
     def _steps(self) -> list[int]:
-        # Read the folder itself: after a crash TensorFlow's index of it can be out of date.
+        # Read the folder itself: after a crash TensorFlow's list of it can be out of date.
         names = os.listdir(self.folder) if os.path.isdir(self.folder) else []
         matches = (re.fullmatch(r"ckpt-(\d+)\.index", name) for name in names)
         return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
 def not_finite(variables: Iterable[tf.Variable]) -> list[str]:
-    """Returns the names of the variables that have a value which is no finite number."""
+    """Returns the names of the variables with a value that is not finite."""
     floats = [v for v in variables if v.dtype.is_floating]
     finite = [tf.reduce_all(tf.math.is_finite(v)) for v in floats]
     return [v.name for v, good in zip(floats, np.array(tf.stack(finite))) if not good]

@@ -1,4 +1,4 @@
-"""The processes that train together: which they are, and which of them do not answer."""
+"""The processes that train together: who they are, and which of them do not answer."""
 
 import concurrent.futures
 import contextlib
@@ -17,9 +17,9 @@ from tf_pcl.errors import Stopped, UserError, one_line
 
 # Under Slurm, the processes of a node listen on this port and those that follow it.
 SLURM_PORT = 12345
-# Seconds after which it is said which processes are waited for, and after which that is given up.
+# Seconds of waiting after which the missing processes are named, and after which the run ends.
 PATIENCE, LIMIT = 30.0, 600.0
-# What collective operations end with when a process is lost; Keras wraps it at times.
+# The errors of collective operations when a process is lost; sometimes Keras wraps them.
 _LOST = (tf.errors.OpError, RuntimeError, ValueError)
 
 
@@ -27,8 +27,8 @@ class Cluster(NamedTuple):
     """The processes that train together.
 
     Attributes:
-      names: what each is called, such as "worker 1". The chief, where there is one, or else the
-        first worker comes first.
+      names: the name of each, such as "worker 1". The chief comes first, or the first worker if
+        there is no chief.
       addresses: HOST:PORT of each, in the same order.
       own: the number of this process among them.
     """
@@ -39,11 +39,10 @@ class Cluster(NamedTuple):
 
 
 def find() -> Cluster:
-    """Returns the cluster of TF_CONFIG, which is set from Slurm's variables where it is not.
+    """Returns the cluster of TF_CONFIG; if that is not set, it is set from Slurm's variables.
 
     Raises:
-      UserError: if the environment does not say what the cluster is and which task this process
-        has.
+      UserError: if the environment does not define the cluster and the task of this process.
     """
     try:
         if not os.environ.get("TF_CONFIG") and "SLURM_STEP_NODELIST" in os.environ:
@@ -127,13 +126,13 @@ def gather(
 ) -> None:
     """Waits until all other processes have begun, and says which of them have not.
 
-    TensorFlow would wait for an hour and say nothing. This process takes connections at its address
-    meanwhile, as it does later in TensorFlow, so that the others see it.
+    TensorFlow would wait for an hour and say nothing. Meanwhile this process accepts connections at
+    its address, as TensorFlow does later, so that the others see it.
 
     Args:
       cluster: all processes.
-      patience: seconds after which a line says which processes are waited for; by default PATIENCE.
-      limit: seconds after which that is given up; by default LIMIT.
+      patience: seconds after which a line names the missing processes; by default PATIENCE.
+      limit: seconds after which the waiting ends; by default LIMIT.
 
     Raises:
       UserError: if another program uses the port of this process.
@@ -145,7 +144,7 @@ def gather(
     with _listening(cluster) as own, concurrent.futures.ThreadPoolExecutor(16) as pool:
         while others:
             answers = [*pool.map(lambda i: _answers(cluster.addresses[i]), others)]
-            # Those that have begun are asked again: they may have ended while others were lacking.
+            # Those that have begun are asked again: they may have ended while others were missing.
             lacking = _named(cluster, [i for i, answered in zip(others, answers) if not answered])
             if not lacking:
                 return
@@ -170,7 +169,7 @@ def gather(
 
 
 def _listening(cluster: Cluster) -> socket.socket:
-    """Returns a socket that takes connections at this process's port, and does not block."""
+    """Returns a socket that accepts connections at this process's port, and does not block."""
     port = int(cluster.addresses[cluster.own].rpartition(":")[2])
     backlog = max(128, 4 * len(cluster.names))
     try:
@@ -198,13 +197,13 @@ def _named(cluster: Cluster, processes: Iterable[int]) -> str:
 
 @contextlib.contextmanager
 def watched(cluster: Optional[Cluster]) -> Iterator[None]:
-    """Names the processes that have ended, where that ends what is done inside.
+    """Names the processes that have ended, if that ends the body.
 
     Args:
       cluster: the processes that train together; None for one alone.
 
     Raises:
-      Stopped: in place of an error of TensorFlow's, if another process does not answer any more.
+      Stopped: in place of an error of TensorFlow, if another process no longer answers.
     """
     try:
         yield
@@ -220,12 +219,11 @@ def watched(cluster: Optional[Cluster]) -> Iterator[None]:
 
 
 def silent(cluster: Cluster, seconds: float = 10.0) -> str:
-    """Returns the other processes that take no connection, as "worker 1 (HOST:PORT) and …".
+    """Returns the other processes that refuse connections, as "worker 1 (HOST:PORT) and …".
 
     Args:
       cluster: all processes.
-      seconds: how long to wait for one to be found, since a process that ends still listens for a
-        while.
+      seconds: how long to look for one, since a process that ends still listens for a while.
     """
     end = time.monotonic() + seconds
     while True:

@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run: written, and read where metrics.csv was damaged."""
+"""Writes TensorBoard's files of a run, and reads them if metrics.csv is damaged."""
 
 import contextlib
 import glob
@@ -14,29 +14,29 @@ from tf_pcl.errors import one_line
 from tf_pcl.training.workdir import Workdir
 
 SPLITS = ("train", "test", "validation")
-# The folder of all, where the HParams page looks for what a run was asked.
+# The common folder, in which the HParams page finds the options of a run.
 _BOTH = ""
-# TensorBoard sorts tags by name, and this is to be the first one. It repeats another tag, or the
-# test error in results.json.
+# TensorBoard sorts tags by name, and this one comes first. It repeats another tag, or the test
+# error in results.json.
 FIRST_TAG = "deployed_error"
-# Columns of metrics.csv that are no scalars of TensorBoard.
+# Columns of metrics.csv that are not scalars of TensorBoard.
 _PLACES = ("epoch", "step")
-# What a disk that refuses to be written ends in.
+# The errors of a disk that cannot be written.
 _REFUSED = (OSError, tf.errors.OpError)
 
 
 class Events:
     """The event files of a run or stage, in which each tag has each step once.
 
-    The files of an earlier process are replaced: metrics.csv holds all that they do. Where files
-    cannot be written, a warning says so, and every later call tries to write all of them anew.
+    The files of an earlier process are replaced, since metrics.csv has all their values. If files
+    cannot be written, a warning says so, and every later call tries to write all of them again.
 
     Args:
       workdir: the folder of the run or stage.
       rows: the rows of metrics.csv.
-      deployed_exit: the name of the exit whose error stands first.
-      settings: {name: value} of what the run was asked, for the HParams page.
-      tested: what the errors of every epoch are of, "test" or "validation".
+      deployed_exit: the name of the exit whose error comes first.
+      settings: {name: value} of the run's options, for the HParams page.
+      tested: the split that every epoch is tested on, "test" or "validation".
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Events:
         self._try(self._write_all)
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Writes a row of metrics.csv: what begins with val_ into `tested`, the rest into train."""
+        """Writes a row of metrics.csv: names with val_ into `tested`, the others into train."""
         self._rows.append(row)
         self._try(lambda: self._write_row(row))
 
@@ -67,7 +67,7 @@ class Events:
         self._try(lambda: self._write_image(name, image, split, step))
 
     def write_tested(self, step: int, error: float) -> None:
-        """Writes the test error of what is exported, where every epoch's is of validation images.
+        """Writes the test error of the exported network, if every epoch has a validation error.
 
         Args:
           step: the step of the exported epoch.
@@ -77,11 +77,11 @@ class Events:
         self._try(lambda: self._write_tested(step, error))
 
     def flush(self) -> None:
-        """Hands what was written to the system."""
+        """Flushes the files."""
         self._try(self._flush)
 
     def _try(self, write: Callable[[], None]) -> None:
-        """Calls a function that writes, or writes all anew where something could not be written."""
+        """Calls a function that writes, or writes all again if an earlier call failed."""
         try:
             if self._lacking:
                 self._write_all()
@@ -91,15 +91,15 @@ class Events:
             if not self._lacking:
                 logging.warning(
                     "TensorBoard's files in %s cannot be written (%s): the training goes on, and "
-                    "its points are made good from metrics.csv, in a later epoch or when the same "
-                    "command is given again",
+                    "their points will be written from metrics.csv, in a later epoch or when the "
+                    "same command is given again",
                     self.workdir.path,
                     one_line(e),
                 )
             self._lacking = True
         else:
             if self._lacking:
-                logging.warning("TensorBoard's files in %s are whole again", self.workdir.path)
+                logging.warning("TensorBoard's files in %s are complete again", self.workdir.path)
             self._lacking = False
 
     def _write_all(self) -> None:
@@ -117,7 +117,7 @@ class Events:
         for test in self._tests:
             self._write_tested(*test)
         self._flush()
-        # Not before the new ones are written.
+        # The old files go only after the new ones are written.
         for path in old:
             os.remove(path)
 
@@ -170,7 +170,7 @@ def _scalars(path: str) -> Iterator[tuple[int, str, float]]:
                 if scalar.dtype.kind == "f" and scalar.ndim == 0:
                     yield event.step, value.tag, float(scalar)
     except tf.errors.DataLossError:
-        return  # The end of a file that a killed process wrote; what was before it counts.
+        return  # A killed process has left the end damaged; the part before it counts.
 
 
 def _files(workdir: Workdir, split: str) -> list[str]:

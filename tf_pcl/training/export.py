@@ -19,7 +19,7 @@ from tf_pcl.errors import Stopped, UserError, one_line
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import not_finite
 
-# Loads a SavedModel where tf_pcl cannot be imported and writes what its two signatures answer.
+# Loads a SavedModel where tf_pcl cannot be imported, and writes the outputs of its two signatures.
 _CHECK = """
 import sys
 sys.modules["tf_pcl"] = None
@@ -36,12 +36,12 @@ np.savez(result, raw=signatures["serving_default"](images=tf.constant(images))["
 def export(model: keras.Model, classes: Sequence[str], folder: str) -> str:
     """Writes FOLDER/saved_model/1 and FOLDER/labels.txt.
 
-    A SavedModel that was there before is replaced when the new one is whole. It has two signatures:
+    An older SavedModel is replaced once the new one is complete. It has two signatures:
 
       serving_default: images uint8 [N, H, W, C] -> probabilities and logits, float32 [N, K].
       serve_bytes: image_bytes string [N], JPEG or PNG of any size -> the same. Images of another
-        size than the network's are resized as in training; where the network's are square, the
-        middle square is cut out first.
+        size than the network's are resized as in training; if the network takes square images,
+        the square in the middle is cut out first.
 
     Args:
       model: a functional keras.Model from raw images uint8 to logits float32.
@@ -76,7 +76,7 @@ def _signatures(model: keras.Model) -> dict[str, Callable[..., Any]]:
     shape = model.input_shape[1:]
 
     def answers(images: tf.Tensor) -> dict[str, tf.Tensor]:
-        # Some kernels refuse a batch of no images: it gets one, whose answer is left out.
+        # Some kernels refuse an empty batch: it gets an image, whose output is dropped.
         count = tf.shape(images)[0]
         more = tf.cast(count == 0, tf.int32)
         logits = model(tf.pad(images, [[0, more], *[[0, 0]] * 3]), training=False)[:count]
@@ -105,16 +105,16 @@ def load(path: str, classes: Sequence[str], trust_files: bool = False) -> keras.
 
     Args:
       path: the run's workdir, its export folder or the SavedModel itself.
-      classes: names of the classes that it must tell apart, in order.
-      trust_files: also load networks with Lambda layers, layers of the user's own or uncommon
-        functions, whose code then runs.
+      classes: the names of the classes that it must have, in order.
+      trust_files: whether to load networks with Lambda layers, the user's own layers or uncommon
+        functions too, whose code then runs.
 
     Returns:
       A keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, K].
 
     Raises:
-      UserError: if there is none, its code would have to be trusted, or its labels.txt says that it
-        was trained on other classes.
+      UserError: if there is none, its code would have to be trusted, or its labels.txt has other
+        classes.
     """
     folder = workdirs.saved_model(path)
     if folder is None:
@@ -130,7 +130,7 @@ def load(path: str, classes: Sequence[str], trust_files: bool = False) -> keras.
         _ = model.input_shape, model.output_shape
     except UserError:
         raise
-    except Exception as e:  # Whatever a damaged file leads to.
+    except Exception as e:  # A damaged file raises anything.
         raise UserError(
             f"{folder} cannot be loaded as a Keras model ({one_line(e)}): give the export of a "
             "run of this program"
@@ -138,7 +138,7 @@ def load(path: str, classes: Sequence[str], trust_files: bool = False) -> keras.
     known = workdirs.read_labels(folder)
     if known is not None and known != list(classes):
         raise UserError(
-            f"{path} tells {len(known)} classes apart ({', '.join(known[:3])} …), the data set has "
+            f"{path} has {len(known)} classes ({', '.join(known[:3])} …), the data set has "
             f"{len(classes)} ({', '.join(classes[:3])} …): give one that was trained on the same "
             "classes"
         )
@@ -146,7 +146,7 @@ def load(path: str, classes: Sequence[str], trust_files: bool = False) -> keras.
 
 
 def check_finite(model: keras.Model, images: np.ndarray) -> None:
-    """Checks that a network that is to be exported gives numbers.
+    """Checks that the weights and outputs of a network are finite before its export.
 
     Args:
       model: a keras.Model from raw images uint8 to logits.
@@ -174,13 +174,13 @@ def check(folder: str, model: keras.Model, images: np.ndarray) -> None:
       images: real images uint8 [N, H, W, C].
 
     Raises:
-      RuntimeError: if it does not load or its answers differ.
+      RuntimeError: if it does not load or its outputs differ.
     """
     expected = model(images, training=False).numpy()
     scale = max(1.0, np.abs(expected).max())
     of_scale = lambda logits: np.abs(logits - expected).max() / scale
-    # Low precision and another device sum in another order. How much that can matter for this
-    # network is seen from a graph of it in this process.
+    # Low precision and other devices sum in another order. A graph of the network in this process
+    # shows how much that matters.
     tolerance = 1e-4 if model.dtype_policy.name == "float32" else 0.05
     in_graph = tf.function(lambda given: model(given, training=False))
     tolerance = max(tolerance, 10 * of_scale(in_graph(tf.constant(images)).numpy()))
@@ -188,21 +188,21 @@ def check(folder: str, model: keras.Model, images: np.ndarray) -> None:
         difference = of_scale(logits)
         if not difference <= tolerance:
             raise RuntimeError(
-                f"the SavedModel {folder} answers otherwise than the trained network ({name}: "
-                f"logits differ by {difference:.2g} of their size)"
+                f"the outputs of the SavedModel {folder} differ from the trained network's "
+                f"({name}: logits differ by {difference:.2g} of their size)"
             )
 
 
 def _answers_elsewhere(folder: str, images: np.ndarray) -> dict[str, np.ndarray]:
-    """Returns the logits float32 [N, K] that a fresh process gets, by the form of the images."""
+    """Returns {form of the images: logits float32 [N, K]} that a fresh process computes."""
     with tempfile.TemporaryDirectory() as scratch:
         given, result = (os.path.join(scratch, name) for name in ("given.npy", "result.npz"))
         np.save(given, images)
         done = subprocess.run(
             [sys.executable, "-c", _CHECK, ".", given, result],
-            # TensorFlow cannot load from a path with brackets or *: above this folder they may be.
+            # TensorFlow cannot load from a path with brackets or *, which a parent folder may have.
             cwd=folder,
-            # The GPUs' memory is this process's; the comparison does not need them.
+            # This process holds the memory of the GPUs; the comparison does not need them.
             env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"},
             capture_output=True,
             text=True,

@@ -9,17 +9,17 @@ from tf_pcl.compat import keras
 from tf_pcl.data.datasets import ImageData
 from tf_pcl.data.storage import MEMORY_LIMIT, Arrays
 
-# What is measured in less time says little, and a smaller share is not worth a warning.
+# Measurements of fewer seconds say little, and a smaller share is not worth a warning.
 SECONDS, SHARE = 10.0, 0.2
 
 
 class Feeding(keras.callbacks.Callback):
     """Measures the share of the time that the training step waits for data, and warns once.
 
-    A batch notes when it is made, behind which it may lie in buffers. A step has waited for its
-    batch if the step began first. So nothing is measured within the step, and the step does not
-    become slower. What has been measured is judged at the end of the first epoch after which it
-    amounts to SECONDS.
+    The time when a batch is made is noted; the batch may then wait in buffers. A step has waited
+    for its batch if it began before that time. So nothing is measured within the step, which does
+    not become slower. The share is judged once, at the end of the first epoch after which SECONDS
+    have been measured.
 
     Args:
       data: the data set.
@@ -33,7 +33,7 @@ class Feeding(keras.callbacks.Callback):
         self.told = False
 
     def noted(self, batches: tf.data.Dataset) -> tf.data.Dataset:
-        """Returns the batches that the next `fit` takes one by one, which note when they are made.
+        """Returns the batches for the next `fit`, and notes when each of them is made.
 
         Args:
           batches: a data set of this process, whose elements are tuples.
@@ -53,7 +53,7 @@ class Feeding(keras.callbacks.Callback):
 
     @property
     def share(self) -> Optional[float]:
-        """The share of the time that steps have waited, in [0, 1]; None if too little is known."""
+        """The share of the time that steps have waited, in [0, 1]; None before SECONDS."""
         return self.waited / self.spent if self.spent >= SECONDS else None
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
@@ -62,7 +62,7 @@ class Feeding(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         made = self.made.pop(self.number, None)
         self.number += 1
-        # The first step includes the tracing of the graph, and the beginning of the pipeline.
+        # The first step includes the tracing of the graph and the start of the pipeline.
         if self.told or made is None or self.number == 1:
             return
         spent = time.perf_counter() - self.began

@@ -1,4 +1,4 @@
-"""Pictures of how a network answers on labelled images, as figures of matplotlib."""
+"""Pictures of a network's predictions for labelled images, as figures of matplotlib."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 
 from tf_pcl.data.class_names import escape
 
-# With more classes, names or numbers would not be read.
+# With more classes, names or numbers could not be read.
 _MOST_NAMES, _MOST_NUMBERS, _MOST_BARS = 40, 15, 40
 
 
@@ -51,7 +51,7 @@ def class_errors(counts: np.ndarray, classes: Sequence[str]) -> Any:
     worst = sorted(errors, key=lambda i: (-errors[i], i))[:_MOST_BARS]
     figure = _figure(6, 1.2 + 0.22 * len(worst))
     axes = figure.add_subplot()
-    # At numbers and not at names, of which two may be alike when they are cut.
+    # Bars are placed by number, since two shortened names may be equal.
     bars = axes.barh(range(len(worst)), [errors[i] for i in worst])
     axes.set_yticks(range(len(worst)), [short(classes[i]) for i in worst], parse_math=False)
     axes.bar_label(bars, [f"{errors[i]:.1f} % of {count[i]}" for i in worst], padding=3, size=8)
@@ -70,7 +70,7 @@ def short(name: str, length: int = 20) -> str:
 
 
 def pixels(figure: Any) -> np.ndarray:
-    """Returns what a figure looks like, uint8 [H, W, 3]."""
+    """Returns the pixels of a figure, uint8 [H, W, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     canvas = FigureCanvasAgg(figure)
@@ -79,7 +79,7 @@ def pixels(figure: Any) -> np.ndarray:
 
 
 def _figure(width: float, height: float) -> Any:
-    # Not through pyplot, which would choose a window system and keep all figures.
+    # pyplot would choose a window system and keep all figures.
     from matplotlib.figure import Figure
 
     return Figure((width, height), dpi=100, layout="constrained")

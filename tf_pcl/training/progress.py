@@ -1,4 +1,4 @@
-"""What a stage tells while it trains: one line on a terminal, elsewhere a line for each epoch."""
+"""The output of a stage while it trains: one line on a terminal, else lines for each epoch."""
 
 import collections
 import sys
@@ -16,24 +16,24 @@ from tf_pcl.methods.cost import FORWARD_AND_BACKWARD
 
 Logs = Optional[Mapping[str, float]]
 
-# Seconds between two looks at the time, and so between two changes of the line.
+# Seconds between two measurements of the speed, and so between two updates of the line.
 EVERY = 0.5
-# The speed is that of so many looks: of the last five minutes, or of as many steps.
+# The speed is measured over this many of them: over the last five minutes, or as many steps.
 _LOOKS = 600
-# Seconds after the first step until the speed is worth telling.
+# Seconds after the first step until the speed is known well enough.
 _SETTLED = 3.0
 
 
 class Plan(NamedTuple):
-    """What a stage has to do, as far as time depends on it.
+    """The amounts of a stage that its time depends on.
 
     Attributes:
       steps: training steps of all epochs.
-      steps_per_epoch: those of one.
+      steps_per_epoch: training steps of an epoch.
       batch_size: images a step.
-      epochs_per_test: epochs from a test to the next.
+      epochs_per_test: epochs from one test to the next.
       test_images: images of a test.
-      later: for each stage after this one, how many times as much its steps cost.
+      later: the costs of a step in the later stages, divided by that in this stage.
     """
 
     steps: int
@@ -47,16 +47,15 @@ class Plan(NamedTuple):
 class Pace:
     """Measures how fast a stage trains, and says how long the run will still take.
 
-    What was measured in this process counts, and the stages to come are taken to need as much more
-    or less time as they cost by arithmetic.
+    The measurements are those of this process; the time of later stages is scaled by their cost.
 
     Args:
       plan: what the stage has to do.
       clock: a function that returns seconds.
 
     Attributes:
-      first: what the first step took in seconds, None before its end. TensorFlow traces the graph
-        in it.
+      first: the seconds of the first step, in which TensorFlow traces the graph; None before its
+        end.
     """
 
     def __init__(self, plan: Plan, clock: Callable[[], float] = time.perf_counter):
@@ -71,11 +70,11 @@ class Pace:
         self._in_tests = 0.0
 
     def begin(self) -> None:
-        """Tells that the training begins."""
+        """Notes that the training begins."""
         self._began = self._clock()
 
     def stepped(self, step: int) -> bool:
-        """Tells that a step is done; returns whether it was time to look at the speed."""
+        """Notes that a step is done; returns whether the speed was measured."""
         now = self._clock()
         if now < self._next:
             return False
@@ -86,39 +85,39 @@ class Pace:
         return True
 
     def look(self, step: int) -> None:
-        """Looks at the speed at once; `step`: the last one that is done."""
+        """Measures the speed at once; `step`: the last one that is done."""
         self._next = 0.0
         self.stepped(step)
 
     def test_begins(self) -> None:
-        """Tells that the training pauses for a test."""
+        """Notes that the training pauses for a test."""
         self._testing = self._clock()
 
     def test_ends(self) -> None:
-        """Tells that the training goes on after what followed the last epoch, if there was one."""
+        """Notes that the training goes on after a test, if there was one."""
         if self._testing is None:
             return
         took = self._clock() - self._testing
         self._testing = None
         self._in_tests += took
-        # The first one includes tracing, and says nothing of the others.
+        # The first one includes tracing, so it does not count.
         if self._tests:
             self._test = took if self._test is None else min(self._test, took)
         self._tests += 1
 
     @property
     def measured(self) -> float:
-        """The seconds of training on which the speed rests."""
+        """The seconds of training over which the speed is measured."""
         return self._looks[-1][0] - self._looks[0][0] if self._looks else 0.0
 
     @property
     def images_per_second(self) -> Optional[float]:
-        """Training images a second, None as long as one step alone is done."""
+        """Training images a second; None before the second measurement."""
         seconds = self._step_seconds()
         return self.plan.batch_size / seconds if seconds else None
 
     def left(self, step: int) -> Optional[float]:
-        """Returns the seconds that the run will still take, None as long as that is not known.
+        """Returns the seconds that the run will still take; None as long as they are not known.
 
         Args:
           step: the last one that is done.
@@ -176,13 +175,13 @@ def duration(seconds: float) -> str:
 class Epochs(keras.callbacks.ProgbarLogger):
     """Keras's lines of an epoch with three numbers: the loss, the training and the test error.
 
-    They are the errors of the deployed exit. Where that exit is not trained, the training error is
-    the first exit's.
+    The errors are those of the deployed exit. If that exit is not trained, the training error is
+    that of the first exit.
     """
 
     def set_params(self, params: dict[str, Any]) -> None:
-        # Show the epochs of the run: where a run goes on within an epoch, the rest of the epoch is
-        # a `fit` of its own.
+        # Show the epochs of the run: if a run resumes within an epoch, the rest of that epoch is a
+        # separate `fit`.
         super().set_params({**params, "epochs": self.model.epochs})
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
@@ -200,7 +199,7 @@ class Epochs(keras.callbacks.ProgbarLogger):
 
 
 class Line:
-    """The last line of a terminal, written again and again; other output goes above it.
+    """The last line of a terminal, which is updated; other output goes above it.
 
     Args:
       console: the terminal.
@@ -208,16 +207,16 @@ class Line:
 
     def __init__(self, console: Console):
         self._console = console
-        # No thread writes: nothing is shown but what a step tells.
+        # Without a thread: only steps update the line.
         self._live = Live(
             console=console, auto_refresh=False, redirect_stderr=_is_terminal(sys.stderr)
         )
 
     def show(self, text: str) -> None:
-        """Shows a text, as much of it as a line holds."""
+        """Shows a text, cut to the width of the terminal."""
         if not self._live.is_started:
             self._live.start()
-            # A process that is killed would leave its terminal without a cursor.
+            # A killed process would leave its terminal without a cursor.
             self._console.show_cursor(True)
         self._live.update(Text(text, no_wrap=True, overflow="crop"), refresh=True)
 
@@ -227,9 +226,9 @@ class Line:
 
 
 def terminal() -> Optional[Console]:
-    """Returns standard output as a terminal whose lines can be written again; None if it is none.
+    """Returns standard output as a terminal whose lines can be updated; None if it is not one.
 
-    What is written there never fails.
+    Writing to it never fails.
     """
     if not _is_terminal(sys.stdout):
         return None
@@ -245,7 +244,7 @@ def _is_terminal(stream: Any) -> bool:
 
 
 class Progress(keras.callbacks.Callback):
-    """Says once how long the first step took and how long the run will, and shows the line.
+    """Prints once the time of the first step and the time left, and updates the line.
 
     As a context manager it ends the line.
 
@@ -253,9 +252,9 @@ class Progress(keras.callbacks.Callback):
       pace: measures the speed.
       title: what is trained, for people.
       step: the step at which the training begins.
-      tested: what the errors of every epoch are of, "test" or "validation".
-      error: the last one of the deployed exit in percent, None before the first test.
-      console: where the line is shown; None for nowhere.
+      tested: the split that every epoch is tested on, "test" or "validation".
+      error: the last error of the deployed exit in percent; None before the first test.
+      console: the terminal of the line; None for no line.
     """
 
     def __init__(
@@ -316,7 +315,7 @@ class Progress(keras.callbacks.Callback):
         self.pace.test_ends()
 
     def _say(self) -> None:
-        """Prints what the first steps told, once."""
+        """Prints once what the first steps have shown."""
         if self.said or self.pace.first is None:
             return
         self.said = True

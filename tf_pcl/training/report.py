@@ -1,4 +1,4 @@
-"""What a run tells: the contents of results.json and the lines for people."""
+"""The contents of results.json, and a run's lines for people."""
 
 import json
 import platform
@@ -22,13 +22,13 @@ from tf_pcl.training.workdir import TEST_FILES
 
 # Peers are alike where their diversity is below this share of the error rate; `alike` says why.
 ALIKE = 0.1
-# What rounding leaves of the distance between equal probabilities.
+# The distance that rounding leaves between equal probabilities.
 _EQUAL = 1e-6
 _DIVERSITY = "val_diversity"
 
 
 def facts_of(data: ImageData) -> dict[str, Any]:
-    """Returns what tells a data set from another one, for data.json."""
+    """Returns the facts that identify a data set, for data.json."""
     return {
         "classes": list(data.classes),
         "image_shape": list(data.image_shape),
@@ -37,14 +37,14 @@ def facts_of(data: ImageData) -> dict[str, Any]:
         **({} if data.validation is None else {"validation images": len(data.validation)}),
         **({"division": _fingerprint(data)} if data.lists else {}),
         **_test_files(data),
-        # Channel means fingerprint the pixel data. They are rounded, since machines may differ in
-        # the last digits.
+        # Channel means identify the pixels. They are rounded, since machines may differ in the last
+        # digits.
         "means": [round(float(m), 3) for m in data.mean],
     }
 
 
 def _fingerprint(data: ImageData) -> str:
-    """Returns a number that tells which files are in which split, and their labels."""
+    """Returns a checksum of the files in each split and their labels."""
     lists = {split: [escape(path) for path in paths] for split, paths in data.lists.items()}
     number = zlib.crc32(json.dumps(lists, sort_keys=True).encode())
     for part in (data.train, data.test, data.validation):
@@ -77,8 +77,8 @@ def opening(
       data: the data set.
       steps: steps an epoch.
       replicas: how many devices share a batch.
-      gflop: what a step costs, or a step of each stage together.
-      alone: what a step costs that trains the deployed network alone.
+      gflop: the cost of a step; with several stages, of one step of each.
+      alone: the cost of a step that trains the deployed network alone.
     """
     shape = "×".join(map(str, data.image_shape))
     device = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
@@ -107,14 +107,14 @@ def results(
     """Returns the contents of results.json.
 
     Args:
-      rows: the rows of metrics.csv; in the last one's epoch there was a test.
+      rows: the rows of metrics.csv; the last epoch was tested.
       options: the run's options.
       stage: which stage of the method this is.
       model: what is trained.
       deployed: the network that it deploys.
-      gflop: what the stages before cost, and what a step costs.
+      gflop: the cost of the stages before, and that of a step.
       selection: what the validation images decide; None where there are none.
-      tested: {name: value} of the test of what is exported, where there was one after training.
+      tested: {name: value} of the test of the exported network, if there was one after training.
     """
     last, key = rows[-1], f"val_error/{model.deployed_exit}"
     row = (selection and selection.exported(rows)) or last
@@ -157,7 +157,7 @@ def _validated(
     selection: Selection,
     tested: Optional[Mapping[str, float]],
 ) -> dict[str, Any]:
-    """Returns what results.json holds beside the rest where there are validation images.
+    """Returns what results.json has in addition if there are validation images.
 
     Args:
       rows: the rows of metrics.csv.
@@ -179,14 +179,14 @@ def _validated(
 
 
 def ended(results: Mapping[str, Any], options: Options) -> bool:
-    """Returns whether the training that results.json tells of has come to its end.
+    """Returns whether the training that results.json describes has reached its end.
 
     Args:
       results: the contents of results.json.
-      options: what the run was asked for.
+      options: the run's options.
     """
     if "test_error" in results:
-        # Until the test, the errors are those of the validation images; a run may end early.
+        # The number of epochs does not tell, since such a run may end early.
         return results["test_error"] is not None
     return bool(results["epochs"] >= options.epochs)
 
@@ -241,7 +241,7 @@ def warning(results: dict[str, Any], data: ImageData) -> Optional[str]:
         same = alike(results)
         return same and f"WARNING: {same}"
     return (
-        "WARNING: the deployed network is no better than a guess: to answer always with the most "
+        "WARNING: the deployed network is no better than a guess: predicting always the most "
         f"frequent class gives a test error of {guess:.2f} %. Look at the losses in metrics.csv, "
         "the learning rate and the length of training."
     )
@@ -250,7 +250,7 @@ def warning(results: dict[str, Any], data: ImageData) -> Optional[str]:
 def alike(results: Mapping[str, Any]) -> Optional[str]:
     """Returns a sentence for people if the peers of a run have become alike, else None.
 
-    Peers that differ do so mostly where they err, so that diversity is measured against the error
+    Peers differ mostly on the images that they get wrong, so diversity is compared with the error
     rate. At the end of 60 epochs on 200 of the digits, ResNet-8, it was 0.26 to 1.4 times the error
     rate in runs of three methods. Where the peers began with the same weights and saw the same
     view, it was 0 (PCL without its ensemble classifier, which pulls peers apart again) and 0.08
@@ -266,7 +266,7 @@ def alike(results: Mapping[str, Any]) -> Optional[str]:
     below = f", less than {ALIKE:g} times the error rate of {rate:.2g}"
     return (
         f"the peers have become alike: their diversity is {diversity:.2g}"
-        f"{below if diversity < ALIKE * rate else ''}, so that they can teach each other little. "
+        f"{below if diversity < ALIKE * rate else ''}, so they can teach each other little. "
         "Look at diversity in metrics.csv, and try views of their own, an earlier cut or another "
         "seed."
     )

@@ -24,19 +24,19 @@ from tf_pcl.training.workdir import Workdir
 
 
 def run(options: Options) -> dict[str, Any]:
-    """Trains a network and exports it, or goes on where the workdir stands.
+    """Trains a network and exports it, or resumes the run in the workdir.
 
     The stages of a method are trained one after another: the last one in the workdir itself, each
-    of those before in a folder N-NAME of it.
+    earlier one in a folder N-NAME of it.
 
     Args:
-      options: what to train, on which data, how and where.
+      options: the run's options.
 
     Returns:
       The contents of results.json.
 
     Raises:
-      UserError: if the options, the data or the workdir cannot be used; nothing is written then.
+      UserError: if the options, the data or the workdir cannot be used; then nothing is written.
       Stopped: if a signal, a bad loss or an error ended the run early.
     """
     laps = Laps()
@@ -73,7 +73,7 @@ def _run(
     workdir.check_replicas(replicas, bound)
     gflop = [options.batch_size * training_flop(model) / 1e9 for model in models]
     alone = options.batch_size * alone_flop(models[-1].deployed()) / 1e9
-    # The others are built again when it is their turn: none of them stays in memory until then.
+    # The other stages are built again when their turn comes, and do not stay in memory until then.
     first = models[0]
     del models
 
@@ -96,7 +96,7 @@ def _run(
 
 
 def _workdir(options: Options, worker: int) -> Workdir:
-    """Returns the workdir of this process among several, checked."""
+    """Returns the workdir of this process, after checking it."""
     first = Workdir.of_run(options)
     first.check(options, alone=not worker)
     if not worker:
@@ -108,10 +108,10 @@ def _workdir(options: Options, worker: int) -> Workdir:
 
 
 def assemble(options: Options, data: datasets.ImageData) -> tuple[Assembly, list[Stage]]:
-    """Returns what makes a run's networks, and the stages of its method.
+    """Returns the Assembly of a run's networks, and the stages of its method.
 
     Raises:
-      UserError: if the options do not fit the method or its networks cannot be had.
+      UserError: if the options do not fit the method, or its networks cannot be built.
     """
     make = Assembly(
         data,
@@ -139,17 +139,17 @@ def _target(options: Options) -> Any:
 
 
 def load_data(options: Options, began: Optional[Mapping[str, Any]] = None) -> datasets.ImageData:
-    """Loads the data set of a run; UserError if it cannot be had or used.
+    """Loads the data set of a run; UserError if it cannot be loaded or used.
 
     Args:
       options: the run's options.
-      began: what was recorded of the image files when the run began (datasets.load).
+      began: the record of the image files from the beginning of the run (datasets.load).
     """
     return datasets.load(**_data_asked(options), began=began)
 
 
 def look_at_data(options: Options) -> tuple[tuple[int, ...], tuple[str, ...], int]:
-    """Returns what `data.look` finds out of the data set of a run; UserError as there."""
+    """Returns what `data.look` finds about the data set of a run; UserError as there."""
     return datasets.look(**_data_asked(options))
 
 
@@ -176,15 +176,15 @@ def _train_all(
     gflop: list[float],
     laps: Laps,
 ) -> dict[str, Any]:
-    """Trains and exports every stage, the first of which is built; returns the last's results.
+    """Trains and exports every stage, and returns the results of the last.
 
     Args:
-      trainer: what trains a stage.
+      trainer: trains a stage.
       stages: the stages.
-      first: the model of the first one.
+      first: the model of the first stage, which is built already.
       workdir: the folder of the run.
-      gflop: what a step of each stage costs.
-      laps: takes the time.
+      gflop: the cost of a step in each stage.
+      laps: measures what the run spends its time on.
     """
     folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(stages[:-1], 1)]
     models, results = [first], {"wall_seconds": 0.0}

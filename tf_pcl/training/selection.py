@@ -1,7 +1,7 @@
-"""Which epoch is exported and when a run ends early, by the errors on validation images.
+"""Chooses the epoch to export and the end of a run, by the errors on validation images.
 
 Both are functions of the rows of metrics.csv up to an epoch. So they need no state of their own,
-and a run that goes on decides as one that was never stopped.
+and a resumed run decides as one that was never stopped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +17,12 @@ Rows = Sequence[Mapping[str, float]]
 
 
 class Selection(NamedTuple):
-    """How the validation error of the deployed exit decides.
+    """Decides by the validation error of the deployed exit.
 
     Attributes:
       column: the column of metrics.csv with this error.
-      best: whether the epoch with the lowest one is exported, the first of several; else the last.
-      patience: for how many epochs it may fail to improve until the run ends; None for no limit.
+      best: whether the first epoch with the lowest error is exported; otherwise the last epoch is.
+      patience: the epochs without improvement after which the run ends; None for no limit.
     """
 
     column: str
@@ -32,7 +32,7 @@ class Selection(NamedTuple):
     def lowest(self, rows: Rows) -> Optional[Mapping[str, float]]:
         """Returns the first row with the lowest error, or None if no row has one."""
         tested = [row for row in rows if self.column in row]
-        # Errors are of float32: metrics.csv has as many digits as that needs, and not more.
+        # Errors are float32 numbers: metrics.csv has only as many digits as they need.
         return min(tested, key=lambda row: np.float32(row[self.column]), default=None)
 
     def exported(self, rows: Rows) -> Optional[Mapping[str, float]]:
@@ -61,8 +61,8 @@ def check(options: Options, data: ImageData) -> None:
     asked = {"export": options.export == "best", "early_stop": options.early_stop}
     for name in (name for name, needed in asked.items() if needed and data.validation is None):
         raise UserError(
-            f"{data.name} has no validation images, and an epoch is not chosen by the test images, "
-            "which would flatter it: hold some out of training with `validation_examples=0.1`",
+            f"{data.name} has no validation images, and an epoch that is chosen by the test images "
+            "has too low a test error: hold images out with `validation_examples=0.1`",
             parameter=name,
             value=getattr(options, name),
         )

@@ -38,7 +38,7 @@ class Trainer:
       options: the run's options.
       data: the data set.
       strategy: where the training runs.
-      lines: what building said, for people: whole lines, each once, in order.
+      lines: what was decided in building, for people: whole lines, each once, in order.
       trained: the folders of the stages in which `train` found anything to train.
     """
 
@@ -54,7 +54,7 @@ class Trainer:
         return datasets.steps_per_epoch(self.data, self.options.batch_size)
 
     def build(self, stages: Sequence[Stage], before: Sequence[Distiller]) -> Distiller:
-        """Builds and compiles the stage that follows those that `before` are the models of."""
+        """Builds and compiles the stage after those of the models `before`."""
         options, number = self.options, len(before)
         keras.utils.set_random_seed(self._seed(number, last=number == len(stages) - 1))
         with self.strategy.scope():
@@ -87,31 +87,29 @@ class Trainer:
             )
         if options.sync_batch_norm:
             self._synchronize(model)
-        # What cannot be deployed is to fail here, before the training.
+        # If the network cannot be deployed, this fails before the training.
         deployed = model.deployed()
         if options.precision == "mixed_bfloat16":
             self._say(strategies.slow_in_bfloat16(deployed))
-        # TensorFlow's seed enters the shuffling of streams, which is to be the same in all stages.
+        # The shuffling of streams depends on TensorFlow's seed, and must be the same in all stages.
         tf.random.set_seed(options.seed)
         return model
 
     def _synchronize(self, model: Distiller) -> None:
         if self.strategy.num_replicas_in_sync == 1:
             self._say(
-                "`sync_batch_norm`: there is one replica, whose BatchNorm sees all images anyway"
+                "`sync_batch_norm`: there is one replica, so BatchNorm sees all images anyway"
             )
         elif left := surgery.synchronize(model):
             layers = ", ".join(left)
-            self._say(
-                f"`sync_batch_norm`: {layers} still see the images of their own replica alone"
-            )
+            self._say(f"`sync_batch_norm`: {layers} still see only the images of their own replica")
 
     def _say(self, line: str) -> None:
         if line and line not in self.lines:
             self.lines.append(line)
 
     def build_all(self, stages: Sequence[Stage]) -> list[Distiller]:
-        """Builds every stage once, untrained, so that what cannot be built fails at once."""
+        """Builds every stage once, untrained, so that errors in building appear at once."""
         models: list[Distiller] = []
         for _ in stages:
             models.append(self.build(stages, models))
@@ -126,16 +124,16 @@ class Trainer:
         seconds: float = 0.0,
         later: Sequence[float] = (),
     ) -> dict[str, Any]:
-        """Trains a stage, or goes on where its folder stands; the model is then what is exported.
+        """Trains a stage, or resumes it; afterwards the model has the weights to export.
 
         Args:
           model: the compiled Distiller.
           workdir: the folder of the stage.
-          describe: a function (rows, selection) -> contents of results.json. Where there are
-            validation images, its third argument is {name: value} of the test of what is exported.
+          describe: a function (rows, selection, tested) -> contents of results.json; `tested` is
+            {name: value} of the test of the exported network, if there are validation images.
           title: what the stage is, for people; "" if there is one stage.
-          seconds: what the stages before took.
-          later: for each stage after this one, how many times as much its steps cost.
+          seconds: the seconds of the stages before.
+          later: the costs of a step in the later stages, divided by that in this stage.
 
         Returns:
           The contents of results.json.
@@ -202,7 +200,7 @@ class Trainer:
     def _progress(
         self, model: Distiller, start: int, rows: list[Row], title: str, later: Sequence[float]
     ) -> progress.Progress:
-        """Returns what tells how far the stage is; arguments as in `train`."""
+        """Returns the callback that shows the progress of the stage; arguments as in `train`."""
         options, tested = self.options, self.data.validation or self.data.test
         plan = progress.Plan(
             model.steps_per_epoch * options.epochs,
@@ -223,7 +221,7 @@ class Trainer:
         )
 
     def _selection(self, model: Distiller) -> Optional[Selection]:
-        """Returns what the validation images decide, None if there are none."""
+        """Returns the Selection by validation images; None if there are none."""
         if self.data.validation is None:
             return None
         best, patience = self.options.export == "best", self.options.early_stop
@@ -238,7 +236,7 @@ class Trainer:
         rows: list[Row],
         describe: Callable[..., dict[str, Any]],
     ) -> dict[str, Any]:
-        """Brings the model to the exported epoch, tests it, and writes and returns results.json."""
+        """Restores the exported epoch, tests it, and writes and returns results.json."""
         lowest, last = selection.lowest(rows), rows[-1]
         if lowest and last["epoch"] < self.options.epochs:
             print(
@@ -276,13 +274,13 @@ class Trainer:
         return start
 
     def _settings(self, title: str) -> dict[str, Any]:
-        """Returns the options that have a value and bear upon the result."""
+        """Returns the options that have a value and affect the result."""
         free = self.options.run_only()
         settings = {k: v for k, v in report.effective(self.options).items() if k not in free}
         return {**settings, **({"stage": title} if title else {})}
 
     def _answers(self, model: Distiller) -> np.ndarray:
-        """Returns how many test images of class i the deployed network takes for j, int [K, K]."""
+        """Returns how many test images of class i are predicted as class j, int [K, K]."""
         network = tf.function(model.deployed(), reduce_retracing=True)
         classes = len(self.data.classes)
         counts = np.zeros([classes, classes], int)
@@ -294,7 +292,7 @@ class Trainer:
     def _rows(self, model: Distiller, workdir: Workdir, start: int, of_all: OfAll) -> list[Row]:
         """Returns the rows of the epochs up to step `start`.
 
-        Those that metrics.csv lacks are taken from TensorBoard's files, and the last one's errors
+        Rows that metrics.csv lacks are taken from TensorBoard's files; the errors of the last epoch
         are measured again.
         """
         steps, last = model.steps_per_epoch, self.options.epochs
@@ -323,7 +321,7 @@ class Trainer:
         return ordered
 
     def _every_epoch(self) -> tf.data.Dataset:
-        """Returns batches of what every epoch is tested on: validation images if there are some."""
+        """Returns the batches that every epoch is tested on: validation images if there are any."""
         split = "test" if self.data.validation is None else "validation"
         return datasets.test_batches(self.data, 4 * self.options.batch_size, split)
 
@@ -368,9 +366,9 @@ class Trainer:
         return losses.balanced_class_weights(labels, len(self.data.classes))
 
     def _noted(self, feeding: Feeding, **arguments: Any) -> tf.data.Dataset:
-        """Returns _batches that note when they are made, where this process can be told of it."""
+        """Returns _batches, and notes when they are made if this process can know it."""
         batches = self._batches(**arguments)
-        # A TPU's host has no Python of this process.
+        # A TPU's host cannot run Python code of this process.
         elsewhere = isinstance(self.strategy, tf.distribute.TPUStrategy)
         return batches if elsewhere else feeding.noted(batches)
 
@@ -399,7 +397,7 @@ class Trainer:
 
 
 def _check_same(rows: list[Row], selection: Optional[Selection], of_all: OfAll) -> None:
-    """Checks that the rows lead all processes to the same decisions; UserError if not."""
+    """Checks that all processes decide the same by their rows; UserError if not."""
     if not (selection and of_all):
         return
     decisive = [(row["epoch"], row.get(selection.column, -1)) for row in rows]
@@ -411,7 +409,7 @@ def _check_same(rows: list[Row], selection: Optional[Selection], of_all: OfAll) 
 
 
 def _check_needed(checkpoints: Checkpoints, step: int) -> None:
-    """Checks that the checkpoint which a run at `step` may export is there; UserError if not."""
+    """Checks that the checkpoint that a run at `step` may export exists; UserError if not."""
     needed = checkpoints.needed(step)
     if needed is not None and not checkpoints.has(needed):
         raise UserError(

@@ -1,4 +1,4 @@
-"""Where the training runs."""
+"""The distribution strategy of a run, and its precision and seeds."""
 
 from collections.abc import Callable
 from typing import Any, Optional
@@ -23,8 +23,8 @@ def start(options: Options) -> tf.distribute.Strategy:
     """Prepares this process for a run and returns the strategy of its options.
 
     Raises:
-      UserError: if this machine has no such strategy, or the options do not fit its number of
-        replicas.
+      UserError: if this machine does not allow the strategy, or the options do not fit its number
+        of replicas.
     """
     prepare(options)
     strategy = make(options.strategy)
@@ -35,11 +35,11 @@ def start(options: Options) -> tf.distribute.Strategy:
 
 
 def prepare(options: Options) -> None:
-    """Sets what must stand before any network is built: precision, seeds, determinism."""
+    """Sets what must be set before any network is built: precision, seeds, determinism."""
     set_precision(options.precision)
     keras.utils.set_random_seed(options.seed)
-    # Layers that draw random numbers (dropout) then keep the state of their generators in
-    # variables, which checkpoints hold.
+    # So layers that draw random numbers (dropout) keep the state of their generators in variables,
+    # which checkpoints save.
     keras.backend.experimental.enable_tf_random_generator()
     if options.deterministic:
         tf.config.experimental.enable_op_determinism()
@@ -52,15 +52,15 @@ def set_precision(policy: str) -> None:
     """Sets Keras's precision policy and, in bfloat16 on the CPU, how elementwise work is compiled.
 
     TensorFlow's own kernels for ReLU and additions are slower there in bfloat16 than in float32,
-    and take a third of a ResNet's step. XLA's are several times faster. Convolutions stay with
-    oneDNN, whose kernels are faster than XLA's.
+    and take a third of a ResNet's step. Those of XLA are several times faster. Convolutions stay
+    with oneDNN, whose kernels are faster than those of XLA.
 
     Args:
       policy: the name of a Keras policy, such as "mixed_bfloat16".
     """
     narrow = policy == "mixed_bfloat16" and let_xla_compile_elementwise()
     keras.mixed_precision.set_global_policy(policy)
-    # Nothing is turned off here: whoever has asked for XLA elsewhere keeps it.
+    # XLA is never turned off here, since it may have been turned on elsewhere.
     if narrow and not tf.config.list_physical_devices("GPU"):
         tf.config.optimizer.set_jit("autoclustering")
 
@@ -95,10 +95,10 @@ def slow_in_bfloat16(network: keras.Model) -> str:
 
 
 def _compile_first() -> None:
-    """Lets XLA compile something small, since TensorFlow writes two lines the first time."""
+    """Lets XLA compile a small function, since TensorFlow writes two lines the first time."""
     relu = tf.function(tf.nn.relu)
     with no_lines_of_tensorflow():
-        for _ in range(3):  # A cluster is not compiled when it runs for the first time.
+        for _ in range(3):  # A cluster of operations is not compiled in its first run.
             relu(tf.ones([2], tf.bfloat16))
 
 
@@ -110,11 +110,11 @@ def make(name: str) -> tf.distribute.Strategy:
         TF_CONFIG, see cluster.find), tpu or one_device.
 
     Raises:
-      UserError: if this machine has no such thing.
+      UserError: if this machine does not allow it.
       Stopped: if another process of the cluster does not begin.
     """
-    # Physical devices, because listing logical ones starts TensorFlow's runtime, and several
-    # workers must be connected before that.
+    # Physical devices, because listing logical ones starts TensorFlow's runtime, before which
+    # workers must be connected.
     gpus = tf.config.list_physical_devices("GPU")
     if name == "mirrored" or (name == "auto" and len(gpus) > 1):
         devices = tf.config.list_logical_devices("GPU" if gpus else "CPU")
@@ -157,7 +157,7 @@ def check(strategy: tf.distribute.Strategy, options: Options) -> None:
 
 
 def distribute(strategy: tf.distribute.Strategy, batches: Callable[..., tf.data.Dataset]) -> Any:
-    """Returns what `fit` iterates over under a strategy.
+    """Returns the data set for `fit` under a strategy.
 
     Args:
       strategy: where the training runs.
@@ -186,7 +186,7 @@ def gatherer(strategy: tf.distribute.Strategy) -> Optional[Callable[[int], set[i
     @tf.function
     def gathered(own: tf.Tensor) -> Any:
         context = tf.distribute.get_replica_context
-        # The identity gives each replica's value a device, which the collective asks for.
+        # The identity gives each replica's value a device, which the collective needs.
         return strategy.run(lambda one: context().all_gather(tf.identity(one), axis=0), (own,))
 
     def of_all(number: int) -> set[int]:

@@ -1,6 +1,6 @@
-"""Runs on the pages of Weights & Biases and MLflow, where these are asked for.
+"""Logs runs to Weights & Biases and MLflow, if the options ask for it.
 
-Each is one callback that logs the row of metrics.csv after every epoch. Where to is said by the
+Each is a callback that logs the row of metrics.csv after every epoch. The destination is set by the
 packages' own environment variables (WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI, …).
 """
 
@@ -24,12 +24,12 @@ PROJECT = "tf_pcl"
 
 
 class Tracker(keras.callbacks.Callback):
-    """Logs a run, or goes on with the one that an earlier process logged.
+    """Logs a run, or continues the one that an earlier process logged.
 
     Args:
-      workdir: the folder of the run or stage, which keeps the tracker's name for it.
-      rows: the rows of metrics.csv, whose last one is new at the end of each epoch.
-      settings: {name: value} of what the run was asked.
+      workdir: the folder of the run or stage, which keeps the tracker's id of the run.
+      rows: the rows of metrics.csv, which gets a new one at the end of each epoch.
+      settings: {name: value} of the run's options.
     """
 
     name = ""
@@ -60,11 +60,11 @@ class Tracker(keras.callbacks.Callback):
     def _warns(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as e:  # A training is not to fail since a server does not answer.
-            logging.warning("%s has not taken %s: %s", self.name, what, one_line(e))
+        except Exception as e:  # A training must not fail because a server does not answer.
+            logging.warning("%s has not accepted %s: %s", self.name, what, one_line(e))
 
     def begin(self, workdir: Workdir, run: Optional[str], settings: Mapping[str, Any]) -> str:
-        """Begins a run, or goes on with the one of this name; returns its name."""
+        """Begins a run, or continues the one with the id `run`; returns its id."""
         raise NotImplementedError
 
     def log(self, row: Mapping[str, float], step: int) -> None:
@@ -72,7 +72,7 @@ class Tracker(keras.callbacks.Callback):
         raise NotImplementedError
 
     def end(self, good: bool) -> None:
-        """Ends the run; `good`: whether the training came to its end."""
+        """Ends the run; `good`: whether the training reached its end."""
         raise NotImplementedError
 
 
@@ -127,7 +127,7 @@ TRACKERS: dict[str, type[Tracker]] = {cls.name: cls for cls in (Wandb, Mlflow)}
 
 
 def check(options: Options) -> None:
-    """Checks that the packages of the trackers that are asked for are installed.
+    """Checks that the packages of the chosen trackers are installed.
 
     Raises:
       UserError: if one is not.
@@ -149,7 +149,7 @@ def tracked(
     rows: Sequence[Mapping[str, float]],
     settings: Mapping[str, Any],
 ) -> Iterator[list[Tracker]]:
-    """Gives the callbacks of the trackers of these names, and ends their runs.
+    """Yields the callbacks of these trackers, and ends their runs.
 
     Args:
       names: keys of TRACKERS.
@@ -178,7 +178,7 @@ def tracked(
 
 
 def _read(path: str) -> dict[str, str]:
-    """Returns {tracker: its name of the run}; {} if there is no such file or it is damaged."""
+    """Returns {tracker: its id of the run}; {} if there is no such file or it is damaged."""
     try:
         with open(path, encoding="utf-8") as f:
             return dict(json.load(f))

@@ -1,23 +1,23 @@
-"""The files of a workdir, whose layout is known here alone.
+"""The files of a workdir; only this module knows their layout.
 
 flags.txt             the options of the run, as a flagfile
-data.json             what the data were
+data.json             facts about the data set
 versions.json         the versions of Python and the packages that it ran with, and its replicas
 train_images.txt, validation_images.txt, test_images.txt
                       the files of each, where the run divided them itself
 images.json           of images too large for memory: which of their files could not be read when
                       the run began, and the channels' means and deviations
-trackers.json         what W&B and MLflow call the run, where they are asked for
+trackers.json         the run's ids in W&B and MLflow, if it is logged there
 lock                  which process works here; the lock itself ends with that process
-results.json          what came out; rewritten after every epoch that was tested
+results.json          the results; rewritten after every epoch that was tested
 metrics.csv           a row for every epoch
 checkpoints/          the last checkpoints
 tensorboard/train, tensorboard/test or, where there are validation images, tensorboard/validation
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
 export/labels.txt     the classes in the order of the outputs, a line each, escaped
 export/classes.json   the same names as a JSON list
-1-NAME, 2-NAME, …     the same for each stage before the last, without the first three files
-worker-1, worker-2, … what the workers after the first write
+1-NAME, 2-NAME, …     of each stage before the last: trackers.json, results.json and the rest
+worker-1, worker-2, … the folders of the workers after the first
 """
 
 import contextlib
@@ -72,12 +72,12 @@ class Workdir:
 
     @classmethod
     def of_run(cls, options: Options, worker: int = 0) -> "Workdir":
-        """Returns the workdir that the options ask for.
+        """Returns the workdir of a run with these options.
 
         Args:
           options: the run's options.
           worker: the index of this process among several. All of them must save, since statistics
-            are gathered from all; the first one's workdir is the run's.
+            are gathered from all; the run's workdir is that of the first.
         """
         network = options.network.replace(":", ".").replace(",", "+")
         name = f"{options.dataset}-{network}-{options.method}-seed{options.seed}"
@@ -118,11 +118,11 @@ class Workdir:
             return
         if options.resume == "never":
             raise self._refused(
-                "the folder holds a run already: give another workdir, or `resume=auto` to go on"
+                "the folder holds a run: give another workdir, or `resume=auto` to resume the run"
             )
-        # Files that broke since can be left out for the rest of a run.
+        # Files that have broken since then may be left out for the rest of the run.
         given, free = options.as_flags(), {*options.run_only(), "on_bad_image"}
-        # An option that is newer than the run has its default there.
+        # An option that is newer than the run had its default there.
         old = {**Options().as_flags(), **self._read_flags()}
         differ = [
             f"`{name}={given.get(name, '(unset)')}` here, {old.get(name, '(unset)')} there"
@@ -136,10 +136,10 @@ class Workdir:
             )
 
     def check_data(self, facts: Mapping[str, Any]) -> None:
-        """Checks that a run in this folder, if there is one, is on the data that `facts` tell of.
+        """Checks that a run in this folder, if there is one, has the data that `facts` describe.
 
         Raises:
-          UserError: if it is on other data.
+          UserError: if it has other data.
         """
         old = _recorded(self.data)
         if old is None:
@@ -158,7 +158,7 @@ class Workdir:
     def check_versions(self, versions: Mapping[str, str]) -> None:
         """Checks that a run in this folder, if there is one, ran on the stack of `versions`.
 
-        Two stacks round differently: a run that changed between them would be the run of neither.
+        Two stacks round differently: no run on one stack would equal a run that changed stacks.
 
         Args:
           versions: versions by package, among them "tensorflow" and "keras".
@@ -185,7 +185,7 @@ class Workdir:
 
         Args:
           replicas: how many devices share a batch.
-          bound: the layers whose work depends on that number.
+          bound: the layers that depend on that number.
 
         Raises:
           UserError: if it began on another number and there are such layers.
@@ -193,17 +193,17 @@ class Workdir:
         before = (_recorded(self.versions) or {}).get("replicas", replicas)
         if before != replicas and bound:
             raise self._refused(
-                f"the run began on {before} replicas, here are {replicas}, and the work of "
-                f"{len(bound)} layers depends on that ({', '.join(bound[:2])}"
-                f"{', …' * (len(bound) > 2)}): go on with {before}, or give another workdir"
+                f"the run began on {before} replicas, not {replicas}, and {len(bound)} layers "
+                f"depend on that number ({', '.join(bound[:2])}{', …' * (len(bound) > 2)}): go on "
+                f"with {before}, or give another workdir"
             )
 
     def follow(self, first: "Workdir") -> None:
-        """Makes the checkpoints of a later worker those of the first worker's workdir.
+        """Copies the first worker's checkpoints into this workdir of a later worker.
 
-        Workers that were killed may have saved different steps, or there are more of them now.
-        Nothing is done where the first worker's workdir is not on this machine's disks, or holds no
-        run yet.
+        Workers that were killed may have saved different steps, or there may be more workers now.
+        Nothing is done if the first worker's workdir is not on this machine's disks, or has no run
+        yet.
         """
         if not os.path.exists(first.flags):
             return
@@ -221,7 +221,7 @@ class Workdir:
     def begin(
         self, options: Options, facts: Mapping[str, Any], versions: Mapping[str, Any]
     ) -> None:
-        """Makes the folder and writes what the run is: its options, data and versions."""
+        """Makes the folder and writes the options, data and versions of the run."""
         os.makedirs(self.path, exist_ok=True)
         given = {name: value for name, value in options.as_flags().items() if name != "workdir"}
         write(self.flags, "".join(f"--{name}={value}\n" for name, value in given.items()))
@@ -241,7 +241,7 @@ class Workdir:
         return _recorded(self.images, needs=("left_out", "mean", "std"))
 
     def write_images(self, record: Optional[Mapping[str, Any]]) -> None:
-        """Writes what data.datasets.record tells of the image files, if anything."""
+        """Writes the record of the image files (data.datasets.record), if there is one."""
         if record is not None:
             write_json(self.images, record)
 
@@ -253,16 +253,16 @@ class Workdir:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes out of this folder, which is made if it is not there.
+        """Keeps other processes out of this folder, which is made if it does not exist.
 
-        The lock ends with the process, whatever ends it. A file system that has no locks gives a
-        warning.
+        The lock ends with the process, for whatever reason. On a file system without locks there
+        is a warning.
 
         Raises:
           UserError: if another process has the lock; the text names it.
         """
         os.makedirs(self.path, exist_ok=True)
-        # The file stays open: when a process closes it anywhere, the system takes the lock back.
+        # The file stays open: if a process closes it anywhere, the system releases the lock.
         with open(self.lock, "a+", encoding="utf-8") as f:
             self._take(f)
             f.truncate(0)
@@ -291,7 +291,7 @@ class Workdir:
     def read_rows(self) -> list[dict[str, float]]:
         """Returns the rows of metrics.csv without empty cells, or [] if there is no such file.
 
-        What is no row of numbers, or of an epoch out of order, is left out with a warning.
+        Lines that are not rows of numbers, or are out of order, are left out with a warning.
         """
         if not os.path.exists(self.metrics):
             return []
@@ -311,7 +311,7 @@ class Workdir:
                     foreign.append(number)
         if foreign:
             logging.warning(
-                "%s: lines %s are not of this run, and are left out",
+                "%s: lines %s are not rows of this run, and are left out",
                 self.metrics,
                 ", ".join(map(str, foreign[:5])) + ", …" * (len(foreign) > 5),
             )
@@ -333,7 +333,7 @@ class Workdir:
             )
 
     def _locked(self, lock: TextIO) -> Optional[str]:
-        """Locks an open file until it is closed; returns who has locked it if another has."""
+        """Locks an open file until it is closed; returns the owner if another has locked it."""
         try:
             if fcntl:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -352,8 +352,8 @@ class Workdir:
         matches = [re.fullmatch(r"--(\w+)=(.*)", line) for line in lines]
         if not lines or not all(matches):
             raise self._refused(
-                "its flags.txt is damaged, so it is not known which run is there: write the flags "
-                "of that run into it again, one flag and its value a line, or give another workdir"
+                "its flags.txt is damaged, so the options of the run are not known: write its "
+                "flags again, one flag and its value a line, or give another workdir"
             )
         return {match[1]: match[2] for match in matches if match}
 
@@ -367,7 +367,7 @@ class Workdir:
             raise self._refused("there is no such home folder: give another workdir")
         if re.search(r"[][*?\\]", self.path):
             raise self._refused(
-                "TensorFlow takes brackets, *, ? and \\ in a path for a pattern and would not find "
+                "TensorFlow reads brackets, *, ? and \\ in a path as a pattern and would not find "
                 "its files again: give a name without them"
             )
 
@@ -378,7 +378,7 @@ class Workdir:
             there, name = os.path.split(there)
             missing.insert(0, name)
         try:
-            # Names that are too long fail here, and not when the folder is made.
+            # Names that are too long fail here, before the folder is made.
             for path in [*missing, os.path.join(*missing, _LONGEST)]:
                 with contextlib.suppress(FileNotFoundError):
                     os.lstat(os.path.join(there, path))
@@ -393,7 +393,7 @@ class Workdir:
 
 
 def write(path: str, text: str) -> None:
-    """Writes a text file so that a reader sees the old one or the new one, never a part."""
+    """Writes a text file so that readers see either the old one or the new one, never a part."""
     with open(path + ".part", "w", encoding="utf-8", newline="") as f:
         f.write(text)
         f.flush()
@@ -407,7 +407,7 @@ def write_json(path: str, value: Any) -> None:
 
 
 def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
-    """Returns what a JSON file records of how a run began; None if it is missing or damaged.
+    """Returns a JSON file's record of a run's beginning; None if it is missing or damaged.
 
     Args:
       path: the file.
@@ -423,8 +423,7 @@ def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
     except (ValueError, TypeError):
         pass
     logging.warning(
-        "%s is damaged: it is written anew, and whether the run goes on as it began is not known "
-        "from it",
+        "%s is damaged: it is written again, and cannot show whether the run resumes as it began",
         path,
     )
     return None
@@ -457,7 +456,7 @@ def write_labels(export: str, classes: Iterable[str]) -> None:
 
 
 def read_labels(saved_model: str) -> Optional[list[str]]:
-    """Returns the names of the classes of an exported SavedModel, or None if no file tells them."""
+    """Returns the names of the classes of an exported SavedModel; None if no file has them."""
     path = os.path.join(saved_model, "..", "..", LABELS)
     if not os.path.exists(path):
         return None

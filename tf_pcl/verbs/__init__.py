@@ -1,6 +1,6 @@
 """The verbs of the command line. A verb is one file and one row here.
 
-A verb's file imports nothing that takes long: the command line imports all of them.
+The file of a verb imports nothing slow, since the command line imports all of them.
 """
 
 from tf_pcl.verbs import compare, evaluate, export, predict, report, train

@@ -1,4 +1,4 @@
-"""tf-pcl compare: many runs with one command, and what they show."""
+"""tf-pcl compare: trains many runs with one command, and compares them."""
 
 import os
 import re
@@ -28,7 +28,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "grid",
         None,
         "file with a line for each set of runs: flags, or NAME: flags, where NAME takes the "
-        "method's place in the runs' names; flags of the command line go for all lines",
+        "method's place in the runs' names; flags of the command line apply to all lines",
         flag_values=values,
     )
     flags.DEFINE_string(
@@ -40,8 +40,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_boolean(
         "equal_cost",
         None,
-        "add a baseline that is trained until it has cost what the dearest method costs; default: "
-        "with more than one method",
+        "add a baseline that is trained until it has cost as much as the most expensive method; "
+        "default: with more than one method",
         flag_values=values,
     )
     flags.DEFINE_enum(
@@ -55,7 +55,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "jobs",
         None,
         "how many runs train at the same time; default: 1 on this machine, on a Ray cluster 1 for "
-        "each GPU or, where there is none, for each machine",
+        "each GPU or, if it has none, for each machine",
         lower_bound=1,
         flag_values=values,
     )
@@ -79,34 +79,33 @@ def _define_lists(values: flags.FlagValues) -> None:
         flags.DEFINE_list(
             plural,
             None,
-            f"{what}, comma separated; --{_SINGLE[plural]} tells which there are",
+            f"{what}, comma separated; see --{_SINGLE[plural]} for their names",
             flag_values=values,
         )
     flags.DEFINE_list(
         "seeds",
         None,
-        "how many seeds, from 0 on, or several numbers: 3 is as 0,1,2; default: 1",
+        "the number of seeds, from 0 on, or several seeds: 3 means 0,1,2; default: 1",
         flag_values=values,
     )
 
 
 def planned(values: flags.FlagValues, rest: Sequence[str] = ()) -> list[Any]:
-    """Returns the Cells that parsed flags ask for.
+    """Returns the Cells of parsed flags.
 
     Args:
       values: absl FlagValues.
-      rest: what is no flag.
+      rest: the arguments that are not flags.
 
     Raises:
       UserError: if they do not fit together.
     """
-    if rest:
-        raise UserError(f"{rest[0]!r} is not a flag: flags begin with --, as in --epochs=300")
+    train.refuse_words(rest)
     if values.grid and values.table:
         raise UserError("--grid does not go with --table: give one of them")
     common = options.given(values)
     workdir = os.path.expanduser(common.pop("workdir", os.path.join("runs", "compare")))
-    # TensorFlow takes seconds to import: not before the flags are known to be good.
+    # TensorFlow takes seconds to import, so the flags are checked first.
     options.from_flags(values)
     lists = _lists(values, common)
     texts = _read(values.grid) if values.grid else []
@@ -151,20 +150,17 @@ def _compare(rest: list[str]) -> None:
 def _lines(
     values: flags.FlagValues, usual: dict[str, list[Any]], texts: list[tuple[int, str, list[str]]]
 ) -> list[Any]:
-    """Returns the Lines that are asked for.
+    """Returns the Lines of a grid.
 
     Args:
       values: absl FlagValues.
-      usual: what the command line gives to all, as `_lists` returns it.
+      usual: the lists of the command line for all lines, as `_lists` returns them.
       texts: the lines of a file, as `_read` returns them.
     """
-    from tf_pcl.study.grid import Line
-
     if values.table:
         return _of_table(values.table, usual)
-    default = options.Options()
     if not texts:
-        return [_line(Line, "", usual, {}, default)]
+        return [_line("", usual, {})]
     found = []
     for number, name, arguments in texts:
         own = flags.FlagValues()
@@ -178,25 +174,26 @@ def _lines(
             lists = {**usual, **_lists(own, given)}
             for single in ("workdir", *_SINGLE.values()):
                 given.pop(single, None)
-            found.append(_line(Line, name, lists, given, default))
+            found.append(_line(name, lists, given))
         except (flags.Error, UserError) as e:
             raise UserError(f"{values.grid}, line {number}: {e}") from e
     return found
 
 
-def _line(
-    make: Any, name: str, lists: dict[str, Any], given: dict[str, Any], default: options.Options
-) -> Any:
-    """Makes a Line; what it does not say is as in a run of its own."""
-    said = {
+def _line(name: str, lists: dict[str, Any], given: dict[str, Any]) -> Any:
+    """Returns a Line, with the defaults of a run for missing lists."""
+    from tf_pcl.study.grid import Line
+
+    default = options.Options()
+    whole = {
         plural: lists.get(plural) or [getattr(default, single)]
         for plural, single in _SINGLE.items()
     }
-    return make(**said, given=given, name=name)
+    return Line(**whole, given=given, name=name)
 
 
 def _lists(values: flags.FlagValues, given: dict[str, Any]) -> dict[str, list[Any]]:
-    """Returns {"methods": …, "seeds": …} of those that are given, in either number."""
+    """Returns {"methods": …, "seeds": …} of the given ones, from flags in singular or plural."""
     found: dict[str, list[Any]] = {}
     for plural, single in _SINGLE.items():
         several = values[plural].value

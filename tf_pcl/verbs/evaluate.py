@@ -1,4 +1,4 @@
-"""tf-pcl evaluate: what a trained network is worth."""
+"""tf-pcl evaluate: evaluates a trained network."""
 
 import dataclasses
 import os
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from tf_pcl.deploy.evaluate import Evaluation
     from tf_pcl.options import Options
 
-# How many of the classes with the most errors the table has.
+# The number of classes in the table of those with the most errors.
 _ROWS = 10
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("dataset", None, "data to judge by; default: those of the run's flags.txt")
+    flags.DEFINE_string("dataset", None, "data to evaluate on; default: those of the run")
     flags.DEFINE_string("data_dir", None, "folder of the data; default: that of the run")
     flags.DEFINE_enum(
         "on_bad_image",
@@ -30,20 +30,20 @@ def _define_flags() -> None:
         ["fail", "skip"],
         "refuse image files that cannot be read, or leave them out; default: as the run",
     )
-    flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which of the images")
+    flags.DEFINE_enum("split", "test", ["train", "validation", "test"], "which images")
     flags.DEFINE_boolean(
         "corruptions",
         False,
         "also measure the error on images with noise, blur, other contrast, other brightness and "
         "JPEG artifacts, each at five strengths",
     )
-    flags.DEFINE_integer("seed", 0, "of the noise", lower_bound=0, upper_bound=2**31 - 1)
+    flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0, upper_bound=2**31 - 1)
     flags.DEFINE_integer("worst", 24, "how many wrong images to show", lower_bound=1)
     flags.DEFINE_string(
         "output",
         None,
-        "folder of what is written; default: evaluation in the run's workdir, else "
-        "evaluation-NAME beside the network",
+        "folder for the files; default: evaluation in the run's workdir, else evaluation-NAME "
+        "beside the network",
     )
 
 
@@ -83,7 +83,7 @@ def _evaluate(rest: list[str]) -> None:
 
 
 def _workdir(path: str) -> Optional[str]:
-    """Returns the workdir of the run that a network is of, if it lies in one."""
+    """Returns the workdir in which a network lies, if it lies in one."""
     folder = os.path.abspath(os.path.expanduser(path))
     # WORKDIR/export/saved_model/1 is the deepest place.
     for _ in range(4):
@@ -100,13 +100,13 @@ def _options_of_run(workdir: Optional[str]) -> Optional["Options"]:
 
 
 def _options(of_run: Optional["Options"], shape: tuple[int, ...]) -> "Options":
-    """Returns options that say which data to load, for a network of images of this shape."""
+    """Returns options for loading the data, for a network of images of this shape."""
     from tf_pcl.options import Options
 
     values = flags.FLAGS
     dataset = values.dataset or (of_run.dataset if of_run else None)
     if dataset is None:
-        raise UserError("no run is known that the network is of: say with `dataset` what to take")
+        raise UserError("the run of this network is not known: name its data with `dataset`")
     base = of_run if of_run and of_run.dataset == dataset else Options(dataset=dataset)
     given: dict[str, Any] = {name: values[name].value for name in ("data_dir", "on_bad_image")}
     # Images of other sizes are brought to the network's, as in training.
@@ -115,7 +115,7 @@ def _options(of_run: Optional["Options"], shape: tuple[int, ...]) -> "Options":
 
 
 def _load(chosen: "Options") -> "ImageData":
-    """Loads the data, which need not be divided as the run's were where they are others."""
+    """Loads the data, without the run's division if other data come divided already."""
     from tf_pcl.training import run
 
     try:
@@ -129,7 +129,7 @@ def _load(chosen: "Options") -> "ImageData":
 
 
 def _beside(path: str, workdir: Optional[str], chosen: "Options", data: "ImageData") -> str:
-    """Returns the folder that is written to by default."""
+    """Returns the default folder for the files."""
     from tf_pcl.training import beside, report
     from tf_pcl.training.workdir import Workdir, saved_model
 
@@ -162,7 +162,7 @@ def _show(found: "Evaluation", about: dict[str, Any]) -> None:
 
     from tf_pcl.data.class_names import escape
 
-    # What a name has in brackets is no markup.
+    # Brackets in names are not markup.
     console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
     figures = found.summary()
     table = Table("", "", show_header=False, title=f"{about['network']} ({about['form']})")
@@ -194,7 +194,7 @@ def _show(found: "Evaluation", about: dict[str, Any]) -> None:
 
 
 VERB = Verb(
-    "Judges a trained network: errors, calibration, confusions, robustness.",
+    "Evaluates a trained network: errors, calibration, confusions, robustness.",
     _define_flags,
     _evaluate,
     arguments="PATH",

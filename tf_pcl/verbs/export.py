@@ -1,4 +1,4 @@
-"""tf-pcl export: the network of a run in other forms, with a model card."""
+"""tf-pcl export: writes the network of a run in other formats, with a model card."""
 
 from absl import flags
 
@@ -11,27 +11,27 @@ def _define_flags() -> None:
     flags.DEFINE_list(
         "format",
         ["saved_model", "tflite", "tflite_float16", "tflite_int8"],
-        "forms, comma separated: saved_model, tflite, tflite_float16 (weights in float16), "
+        "formats, comma separated: saved_model, tflite, tflite_float16 (weights in float16), "
         "tflite_int8 (integers, calibrated on training images), onnx (needs tf_pcl[onnx])",
     )
     flags.DEFINE_string(
         "exit",
         "deployed",
-        "whose network: deployed; ensemble, all peers with their ensemble classifier (PCL-E), "
-        "which is the mean teachers' where the run has these; or a name in results.json",
+        "exit whose network is written: deployed; ensemble, all peers with their ensemble "
+        "classifier (PCL-E), those of the mean teacher if there is one; or a name in results.json",
     )
     flags.DEFINE_string("data_dir", None, "folder of the run's data set, if it was moved")
     flags.DEFINE_string(
         "folder",
         None,
-        "where the files go; default: RUN/export, for another exit than the deployed one "
-        "RUN/export/EXIT; with --fold_batch_norm a folder `folded` of that",
+        "folder for the files; default: RUN/export, for another exit than the deployed one "
+        "RUN/export/EXIT; with --fold_batch_norm, its folder `folded`",
     )
     flags.DEFINE_bool(
         "fold_batch_norm",
         False,
-        "fold BatchNorm into the convolution or dense layer before it, for faster answers; all "
-        "test images must get the same ones",
+        "fold BatchNorm into the convolution or dense layer before it, which is faster; the "
+        "outputs for all test images must stay the same",
     )
     flags.DEFINE_integer(
         "calibration_images",
@@ -44,7 +44,7 @@ def _define_flags() -> None:
 def _export(rest: list[str]) -> None:
     if len(rest) != 1:
         raise UserError(
-            f"{len(rest)} workdirs are given: give one run, as in tf-pcl export runs/NAME"
+            f"{len(rest)} workdirs were given: give one run, as in tf-pcl export runs/NAME"
         )
     values = flags.FLAGS
     compat.import_tensorflow()

@@ -1,7 +1,7 @@
-"""What the tables of methods, networks and data sets add to --help, without importing them.
+"""Texts from the tables of methods, networks and data sets for --help, without their import.
 
-To import them takes seconds, since they import TensorFlow. Their texts stand in a file beside this
-one. After a change of the tables, this writes it anew:
+Importing the tables takes seconds, since they import TensorFlow. A file beside this one has their
+texts. After a change of the tables, this writes the file again:
 
     python -c "from tf_pcl.verbs import further_help; further_help.write()"
 """
@@ -21,13 +21,13 @@ def complete() -> None:
 
 
 def written() -> dict[str, str]:
-    """Returns {flag: text} as the file has them."""
+    """Returns {flag: text} of the file."""
     texts: dict[str, str] = json.loads(_FILE.read_text(encoding="utf-8"))
     return texts
 
 
 def found() -> dict[str, str]:
-    """Returns {flag: text} as the tables say it now."""
+    """Returns {flag: text} of the present tables."""
     from tf_pcl import options
     from tf_pcl.data import datasets
     from tf_pcl.methods import METHODS
@@ -37,7 +37,7 @@ def found() -> dict[str, str]:
 
 
 def write() -> None:
-    """Writes the file of a checkout anew."""
+    """Writes the file of a checkout again."""
     with open(str(_FILE), "w", encoding="utf-8") as f:
         json.dump(found(), f, indent=1, ensure_ascii=False)
         f.write("\n")

@@ -1,4 +1,4 @@
-"""tf-pcl predict: what a trained network says of image files."""
+"""tf-pcl predict: classifies image files."""
 
 import json
 import sys
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def _define_flags() -> None:
     flags.DEFINE_integer("top_k", 3, "how many of the likeliest classes to name", lower_bound=1)
-    flags.DEFINE_boolean("json", False, "print a line of JSON for each file in place of a table")
+    flags.DEFINE_boolean("json", False, "print a line of JSON for each file instead of a table")
 
 
 def _predict(rest: list[str]) -> None:
@@ -72,16 +72,16 @@ def _as_table(found: Iterable["Prediction"], top_k: int) -> Iterator["Prediction
             continue
         pairs = zip(one.classes, one.probabilities)
         table.add_row(_plain(one.path), *(f"{_plain(c)} {100 * p:.1f} %" for c, p in pairs))
-    # Elsewhere than on a screen, nothing is folded.
+    # Lines are not folded unless they go to a terminal.
     width = None if sys.stdout.isatty() else 10_000
-    # What a name has in brackets is no markup.
+    # Brackets in names are not markup.
     console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
     if table.row_count:
         console.print(table)
 
 
 VERB = Verb(
-    "Says of which class images are, by a trained network.",
+    "Classifies images by a trained network.",
     _define_flags,
     _predict,
     arguments="MODEL IMAGE…",

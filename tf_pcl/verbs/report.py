@@ -1,4 +1,4 @@
-"""tf-pcl report: what several runs show together."""
+"""tf-pcl report: compares several runs."""
 
 from absl import flags
 
@@ -8,7 +8,7 @@ from tf_pcl.verbs.verb import Verb
 
 
 def _define_flags() -> None:
-    flags.DEFINE_string("output", "report", "folder that the page and the tables are written to")
+    flags.DEFINE_string("output", "report", "folder for the page and the tables")
 
 
 def _report(rest: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the command line needs to know of a verb."""
+"""The description of a verb for the command line."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -9,15 +9,16 @@ def _nothing() -> None:
 
 
 class Verb(NamedTuple):
-    """Something that the command line does.
+    """A verb of the command line.
 
     Attributes:
       summary: one line for --help.
       define_flags: defines its absl flags.
-      run: does it, given the arguments that are not flags. UserError and Stopped end it in one
+      run: runs it, given the arguments that are not flags. UserError and Stopped end it with one
         line.
-      arguments: what `run` takes beside flags, as --help writes it, such as "RUN…".
-      complete_help: adds to the help of its flags what is not known where they are defined.
+      arguments: its arguments beside flags, as --help shows them, such as "RUN…".
+      complete_help: completes the help of its flags with texts that are not known where the flags
+        are defined.
     """
 
     summary: str
