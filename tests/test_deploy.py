@@ -404,7 +404,7 @@ def test_the_network_is_looked_for_before_the_images_and_loaded_after_them(tmp_p
         (photo,): "1 paths were given: give a network",
         (absent, photo): f"the network {absent} is not there",
         (absent, absent): f"the network {absent} is not there",
-        (photo, photo): f"the form of the network {photo} is not known",
+        (photo, photo): f"the network {photo} has no suffix of a known format",
         (network, absent): rf"no image is found \({absent}\)",
         (network, photo): f"{network} cannot be loaded",
     }.items():

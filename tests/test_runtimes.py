@@ -113,7 +113,7 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypat
     for name, text in {
         "a.tflite": "cannot be loaded as a TFLite file",
         "b.onnx": "install it with pip install onnxruntime",
-        "c.bin": "is not that of a known format: give a workdir",
+        "c.bin": "has no suffix of a known format: give a workdir",
         "d": "cannot be loaded as a SavedModel",
         "empty": "holds no SavedModel",
         "absent": "is not there",

@@ -260,7 +260,7 @@ def find(path: str) -> Callable[[], Runtime]:
         raise UserError(f"the network {path} is not there: give {forms}")
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in FILES:
-        raise UserError(f"the suffix of {path} is not that of a known format: give {forms}")
+        raise UserError(f"the network {path} has no suffix of a known format: give {forms}")
     return functools.partial(FILES[suffix], path)
 
 

@@ -164,8 +164,9 @@ def check_ends(network: keras.Model, others: Mapping[str, keras.Model]) -> None:
         taught, of = ends(other)
         if of != asked or not tf.TensorShape(taught).is_compatible_with(given):
             raise UserError(
-                f"{name} gives {of} classes for images {taught}, where {asked} classes for "
-                f"images {given} are asked: take one for the same classes and images of this size"
+                f"{name} has {of} classes and takes images {taught}; the network has {asked} "
+                f"classes and takes images {given}: take one for the same classes and images of "
+                "this size"
             )
 
 
