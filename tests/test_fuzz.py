@@ -123,7 +123,7 @@ def prepared(arguments):
     """Does with a command line what a run does before it loads the data."""
     values = flags.FlagValues()
     options.define_flags(values)
-    train._refuse_words(values(["train.py", *cli._with_recipes(arguments)])[1:])
+    train.refuse_words(values(["train.py", *cli._with_recipes(arguments)])[1:])
     chosen = options.from_flags(values)
     run._check_names(chosen)
     Workdir.of_run(chosen).check(chosen)

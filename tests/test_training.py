@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import pathlib
+import signal
+import weakref
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ import tensorflow as tf
 from helpers import CLASSES, SHAPE, noise, without_norm
 from tensorflow import keras
 
-from tf_pcl import networks
+from tf_pcl import console, networks
 from tf_pcl.data import image_files
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
@@ -26,7 +28,7 @@ QUICK = dict(dataset="digits", network="resnet8", epochs=2, batch_size=256, trai
 def small_model():
     model = METHODS["pcl"](lambda: without_norm(SHAPE, CLASSES), peers=2)
     model.compile(epochs=4, steps_per_epoch=3)
-    model.optimizer.build(model.trainable_weights)
+    model.build_optimizer()
     return model
 
 
@@ -69,6 +71,27 @@ def test_the_whole_state_is_in_a_checkpoint(tmp_path):
     assert {k: float(v.result()) for k, v in model.mean_of.items()} == {
         k: float(v.result()) for k, v in other.mean_of.items()
     }
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_signal_that_python_drops_before_the_training_ends_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(console, "_noted", [])
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        console.end_on_signals()
+        thing = type("Thing", (), {})()
+        watched = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+        del thing
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert watched() is None
+    model = small_model()
+    save = callbacks.Save(Checkpoints(model, str(tmp_path)), 100, 0, 10)
+    save.set_model(model)
+    with pytest.raises(callbacks.Stopped, match="stopped by SIGTERM at step 1 of 10; saved"):
+        save.on_train_batch_end(0, {"loss": 1.0})
+    assert (tmp_path / "ckpt-1.index").exists()
 
 
 def test_a_loss_that_is_no_number_is_not_saved(tmp_path):

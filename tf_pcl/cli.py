@@ -7,7 +7,6 @@ Exit status: 0 when done; 2 for an invalid request, with one line on stderr; 1 w
 import os
 import pathlib
 import re
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -78,8 +77,7 @@ def _call(row: Verb, program: str, rest: list[str]) -> int:
     """Runs a verb and returns the exit status."""
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
-    # A training handles signals itself; elsewhere SIGTERM acts as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    console.end_on_signals()  # A training handles signals itself.
     console.end_with_stdin()
     try:
         row.run(rest)

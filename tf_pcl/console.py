@@ -9,12 +9,15 @@ import os
 import signal
 import sys
 import threading
-from typing import Any
+from types import FrameType
+from typing import Any, Optional
 
 _PLAIN = {"×": "x", "–": "-", "…": "...", "±": "+-", "’": "'"}
 _ERRORS = "tf_pcl_plain"
 # The environment variable that asks a process to end when its standard input does.
 ENDS_WITH_STDIN = "TF_PCL_ENDS_WITH_STDIN"
+# The names of the signals that this process got.
+_noted: list[str] = []
 
 
 class Unfailing:
@@ -71,6 +74,27 @@ def show(markdown: str) -> None:
     from rich.markdown import Markdown
 
     Console(highlight=False).print(Markdown(markdown))
+
+
+def end_on_signals() -> None:
+    """Makes SIGTERM act as Ctrl-C does: both raise KeyboardInterrupt, and are noted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # It may be ignored.
+        signal.signal(signal.SIGINT, _interrupt)
+
+
+def noted_signal() -> Optional[str]:
+    """Returns the name of the signal that this process got, None if it got none.
+
+    Python drops an exception that is raised in a finalizer or in the callback of a weak reference.
+    What then still runs should end as soon as it can.
+    """
+    return _noted[0] if _noted else None
+
+
+def _interrupt(number: int, frame: Optional[FrameType]) -> None:
+    _noted.append(signal.Signals(number).name)
+    raise KeyboardInterrupt
 
 
 def end_with_stdin() -> None:

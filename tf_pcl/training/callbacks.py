@@ -10,6 +10,7 @@ import numpy as np
 
 from tf_pcl import optimizer as optimizers
 from tf_pcl.compat import keras
+from tf_pcl.console import noted_signal
 from tf_pcl.errors import Stopped
 from tf_pcl.training import pictures
 from tf_pcl.training import workdir as workdirs
@@ -166,7 +167,7 @@ class Save(keras.callbacks.Callback):
         self.of_all = of_all
         self.of = f"{total} ({title})" if title else str(total)
         self.checkpoints, self.every, self.step, self.total = checkpoints, every, step, total
-        self.signal: Optional[str] = None
+        self.signal = noted_signal()
         self.saved = step
 
     def __enter__(self) -> "Save":
