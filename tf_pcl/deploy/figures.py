@@ -50,7 +50,7 @@ def corruptions(errors: Mapping[str, Sequence[float]], clean: float) -> Figure:
         axes.plot([0, *range(1, len(row) + 1)], [clean, *row], marker=marker, label=name)
     axes.set_xlabel("strength; 0: as it is")
     axes.set_ylabel("error in percent")
-    # The highest point is seen whole.
+    # Leave room for the marker of the highest point.
     axes.set_ylim(0, 1.05 * max(clean, *map(max, errors.values()), 1))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -148,15 +148,15 @@ class Finished:
 
         They are sorted by their seeds, this one is among them, and each seed occurs once.
         """
-        found = {self.options.seed: self}
+        found, mine = {self.options.seed: self}, _settings(self)
+        data = Workdir(self.path).read_data()
         for flags in sorted(glob.glob(os.path.join(glob.escape(self._beside), "*", "flags.txt"))):
             try:
                 other = Finished.of(os.path.dirname(flags))
             except UserError:
                 continue
-            mine, its = map(_settings, (self, other))
-            data, its_data = (Workdir(run.path).read_data() for run in (self, other))
-            if mine == its and same_test(data, its_data):
+            same = same_test(Workdir(other.path).read_data(), data)
+            if same and _settings(other) == mine:
                 found.setdefault(other.options.seed, other)
         return [found[seed] for seed in sorted(found)]
 

@@ -81,7 +81,9 @@ class BAN(Distiller):
 
     def students(self, views, training):
         return {
-            self.deployed_exit: Exit(**self.network(self.seen(views, training), training=training))
+            self.deployed_exit: Exit(
+                **self.network(self.prepared_view(views, training), training=training)
+            )
         }
 
     def teachers(self, views, training):

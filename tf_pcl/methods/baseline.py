@@ -25,7 +25,9 @@ class Baseline(Distiller):
 
     def students(self, views, training):
         return {
-            self.deployed_exit: Exit(**self.network(self.seen(views, training), training=training))
+            self.deployed_exit: Exit(
+                **self.network(self.prepared_view(views, training), training=training)
+            )
         }
 
     def loss_terms(self, labels, student, teacher):

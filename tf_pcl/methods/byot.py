@@ -77,7 +77,7 @@ class BYOT(Distiller):
         ]
 
     def students(self, views, training):
-        outputs = dict(self.network(self.seen(views, training), training=training))
+        outputs = dict(self.network(self.prepared_view(views, training), training=training))
         exits = {
             name: Exit(**classify(outputs.pop(name), training=training))
             for name, classify in zip(self.shallow_names, self.shallow)

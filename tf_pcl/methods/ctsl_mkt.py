@@ -124,14 +124,14 @@ class CTSLMKT(Distiller):
         return list(self.alone.values())
 
     def students(self, views, training):
-        images = self.seen(views, training)
+        images = self.prepared_view(views, training)
         return {
             name: Exit(**network(images, training=training))
             for name, network in self.networks.items()
         }
 
     def teachers(self, views, training):
-        images = self.seen(views, training)
+        images = self.prepared_view(views, training)
         return {
             f"alone_{name}": Exit(**network(images, training=False))
             for name, network in self.alone.items()

@@ -198,8 +198,8 @@ class Distiller(Fitting):
 
     # What methods use.
 
-    def seen(self, views: tf.Tensor, training: bool) -> tf.Tensor:
-        """Returns what a method of one view has its networks see, float32 [B, H, W, C]."""
+    def prepared_view(self, views: tf.Tensor, training: bool) -> tf.Tensor:
+        """Returns the first view of each image, preprocessed, float32 [B, H, W, C]."""
         return surgery.prepared(self.preprocess, views[:, 0], training)
 
     @property

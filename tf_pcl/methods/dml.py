@@ -42,7 +42,7 @@ class DML(Distiller):
         check_ends(self.networks["peer_1"], self.networks)
 
     def students(self, views, training):
-        images = self.seen(views, training)
+        images = self.prepared_view(views, training)
         return {
             name: Exit(**network(images, training=training))
             for name, network in self.networks.items()

@@ -83,7 +83,9 @@ class KD(Distiller):
         return [self.teacher]
 
     def students(self, views, training):
-        return {"student": Exit(**self.network(self.seen(views, training), training=training))}
+        return {
+            "student": Exit(**self.network(self.prepared_view(views, training), training=training))
+        }
 
     def teachers(self, views, training):
         return {"teacher": Exit(**self.teacher(views[:, 0], training=False))}

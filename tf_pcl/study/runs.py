@@ -374,7 +374,7 @@ def _other_training(sections: Sequence[Section]) -> list[str]:
             if mine[0] != its[0] or np.abs(np.subtract(mine[1], its[1])).max() > _MEANS:
                 notes.append(
                     f"{run.path} was trained on other images than {one.path} ({section.data}): "
-                    "what they differ by may be due to that"
+                    "that may explain a difference between them"
                 )
     return notes
 

@@ -11,7 +11,15 @@ from tf_pcl.errors import UserError
 from tf_pcl.surgery import proof
 from tf_pcl.surgery.convert import functional
 from tf_pcl.surgery.described import described
-from tf_pcl.surgery.graph import Place, calls, continued, is_inner_model, phase, sublayers
+from tf_pcl.surgery.graph import (
+    Place,
+    calls,
+    continued,
+    free_name,
+    is_inner_model,
+    phase,
+    sublayers,
+)
 from tf_pcl.surgery.trial import trials
 
 # Names, since tf.nn and Keras have different functions. A log-softmax counts too: log-probabilities
@@ -192,9 +200,7 @@ def _vector(network, place) -> Place:
 
 def _free(network, name):
     """Returns `name`, prefixed, with a number if one of the network's layers has it."""
-    taken = {layer.name for layer in sublayers(network)}
-    numbered = (f"tf_pcl_{name}_{i}" for i in range(len(taken) + 1))
-    return next(n for n in (f"tf_pcl_{name}", *numbered) if n not in taken)
+    return free_name(f"tf_pcl_{name}", {layer.name for layer in sublayers(network)})
 
 
 class WithoutActivation(layers.Layer):

@@ -4,7 +4,8 @@ A *call* is Keras's Node: `layer`, `call_args`, `call_kwargs`, `keras_inputs`, `
 model* is a functional model of one input that another one calls as a layer.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -96,11 +97,14 @@ def names(model: keras.Model) -> dict:
     """Returns {id of a leaf: its name}; a repeated name gets the first free number."""
     found: dict = {}
     for layer in leaves(model):
-        taken = set(found.values())
-        numbered = (f"{layer.name}_{i}" for i in range(2, len(taken) + 3))
-        free = (name for name in (layer.name, *numbered) if name not in taken)
-        found[id(layer)] = next(free)
+        found[id(layer)] = free_name(layer.name, set(found.values()))
     return found
+
+
+def free_name(name: str, taken: Collection[str]) -> str:
+    """Returns a name, with the first free number from 2 on if it is taken."""
+    numbered = (f"{name}_{i}" for i in itertools.count(2))
+    return next(one for one in itertools.chain([name], numbered) if one not in taken)
 
 
 def last_leaf(layer: keras.layers.Layer) -> keras.layers.Layer:

@@ -10,7 +10,7 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.surgery.cuts import find_cut
 from tf_pcl.surgery.features import with_features
-from tf_pcl.surgery.graph import calls, continued, last_leaf, phase
+from tf_pcl.surgery.graph import calls, continued, free_name, last_leaf, phase
 
 # What the inputs and outputs of a deployed network are called.
 _ENDS = ("images", "logits")
@@ -134,14 +134,13 @@ def renamed(layer: keras.layers.Layer, taken: Sequence[str], x: Any) -> keras.la
     if layer.name not in taken:
         return layer
     inner = keras.Input(x.shape[1:], dtype=x.dtype)
-    numbered = (f"{layer.name}_{i}" for i in range(1, len(taken) + 2))
-    return keras.Model(inner, layer(inner), name=next(n for n in numbered if n not in taken))
+    return keras.Model(inner, layer(inner), name=free_name(layer.name, taken))
 
 
 def prepared(preprocess: keras.layers.Layer, images: tf.Tensor, training: bool) -> tf.Tensor:
-    """Calls a layer in front of a network in the phase of the network.
+    """Returns images after the layer in front of a network, called in the network's phase.
 
-    Without that, layers of random augmentation act in a test, too.
+    Otherwise layers of random augmentation would change the images of a test, too.
     """
     takes = inspect.signature(preprocess.call).parameters
     return preprocess(images, **({"training": training} if "training" in takes else {}))

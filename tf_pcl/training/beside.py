@@ -40,8 +40,12 @@ def settings_of(given: Options) -> dict[str, str]:
 
 
 def same_test(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Returns whether two data.json tell of the same classes and, as far as known, test images."""
-    # Runs of earlier versions do not know their test files.
+    """Says whether the data of two runs have the same classes and test images.
+
+    Args:
+      one, other: the contents of their data.json. The files of the test images are compared if both
+        have them, which runs of earlier versions do not.
+    """
     files = {data[TEST_FILES] for data in (one, other) if TEST_FILES in data}
     return len(files) < 2 and all(one.get(name) == other.get(name) for name in FACTS)
 
@@ -80,7 +84,7 @@ def gain(results: Mapping[str, Any], given: Options, workdir: Workdir) -> Option
 
 def _baselines(given: Options, workdir: Workdir) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields (path, results) of the baselines beside a run with which it can be compared."""
-    parent = os.path.dirname(os.path.normpath(workdir.path))
+    parent, data = os.path.dirname(os.path.normpath(workdir.path)), workdir.read_data()
     for name in sorted(os.listdir(parent or ".")):
         other = Workdir(os.path.join(parent, name))
         try:
@@ -88,7 +92,7 @@ def _baselines(given: Options, workdir: Workdir) -> Iterator[tuple[str, dict[str
             if results["method"] != BASELINE:
                 continue
             its = options.from_file(other.flags)
-            same = same_test(other.read_data(), workdir.read_data())
+            same = same_test(other.read_data(), data)
             if same and _common(its) == _common(given) and ended(results, its):
                 yield other.path, {**results, "deployed_error": float(results["deployed_error"])}
         except (UserError, OSError, ValueError, KeyError, TypeError):

@@ -154,7 +154,7 @@ class Laps:
         self._seconds: dict[str, float] = {}
 
     def end(self, what: str) -> None:
-        """Tells what the time since the last call, or since the beginning, was spent on."""
+        """Counts the time since the last call, or since the beginning, as spent on `what`."""
         now = self._clock()
         self._seconds[what] = self._seconds.get(what, 0.0) + now - self._began
         self._began = now
