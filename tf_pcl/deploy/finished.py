@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import json
 import os
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -56,8 +55,7 @@ class Finished:
                 "command again to resume it"
             )
         try:
-            with open(workdir.results, encoding="utf-8") as f:
-                results = dict(json.load(f))
+            results = workdirs.read_json(workdir.results)
             results["error"][results["deployed"]], results["epochs"]
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(

@@ -16,6 +16,7 @@ tensorboard/train, tensorboard/test or, where there are validation images, tenso
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
 export/labels.txt     the classes in the order of the outputs, a line each, escaped
 export/classes.json   the same names as a JSON list
+evaluation/           what tf-pcl evaluate has written
 1-NAME, 2-NAME, …     of each stage before the last: trackers.json, results.json and the rest
 worker-1, worker-2, … the folders of the workers after the first
 """
@@ -44,6 +45,8 @@ except ImportError:  # Windows has no such locks.
 
 SAVED_MODEL = os.path.join("saved_model", "1")
 LABELS, NAMES = "labels.txt", "classes.json"
+# The folder of the evaluation of a run in its workdir, and the file of its predictions.
+EVALUATION, PREDICTIONS = "evaluation", "predictions.npz"
 # What data.json calls a number that tells test images from files apart. One of them may break.
 TEST_FILES = "test files"
 # The longest path that is made below a workdir, with some reserve.
@@ -230,11 +233,7 @@ class Workdir:
 
     def read_data(self) -> dict[str, Any]:
         """Returns what data.json tells of the data; {} if it is missing or damaged."""
-        try:
-            with open(self.data, encoding="utf-8") as f:
-                return dict(json.load(f))
-        except (OSError, ValueError, TypeError):
-            return {}
+        return read_json_if_any(self.data)
 
     def read_images(self) -> Optional[dict[str, Any]]:
         """Returns what `write_images` wrote; None if the folder holds no such run."""
@@ -406,6 +405,25 @@ def write_json(path: str, value: Any) -> None:
     write(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str) -> dict[str, Any]:
+    """Returns the contents of a JSON file that holds an object.
+
+    Raises:
+      OSError: if it cannot be read.
+      ValueError, TypeError: if it is damaged.
+    """
+    with open(path, encoding="utf-8") as f:
+        return dict(json.load(f))
+
+
+def read_json_if_any(path: str) -> dict[str, Any]:
+    """Returns the same as `read_json`; {} if the file is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
     """Returns a JSON file's record of a run's beginning; None if it is missing or damaged.
 
@@ -416,8 +434,7 @@ def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
     if not os.path.exists(path):
         return None
     try:
-        with open(path, encoding="utf-8") as f:
-            record = dict(json.load(f))
+        record = read_json(path)
         if set(needs) <= set(record):
             return record
     except (ValueError, TypeError):
