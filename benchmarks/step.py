@@ -50,6 +50,7 @@ from tf_pcl import compat, data
 from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import training_flop
+from tf_pcl.methods.distiller import build_all
 from tf_pcl.training import strategy
 from tf_pcl.training.assemble import Assembly
 from tf_pcl.training.callbacks import Record
@@ -125,10 +126,7 @@ class Trained:
         began = time.perf_counter()
         set_precision(case.precision)
         stages = stages_of(case, loaded)[: case.stage + 1]
-        models: list[Any] = []
-        for stage in stages:
-            models.append(stage.build(models))
-        self.model, self.name = models[-1], stages[-1].name
+        self.model, self.name = build_all(stages)[-1], stages[-1].name
         self.precision, self.batch_size, self.steps = case.precision, batch_size, steps
         self.model.compile(epochs=300, steps_per_epoch=steps + 1, recompute=case.recompute)
         self.stream = data.train_batches(loaded, batch_size, 300, views=self.model.num_views)

@@ -8,6 +8,7 @@ from tensorflow import keras
 from tf_pcl import data, networks
 from tf_pcl.data import datasets
 from tf_pcl.methods import METHODS
+from tf_pcl.methods.distiller import build_all
 
 SHAPE, CLASSES = (8, 8, 1), 10
 
@@ -92,10 +93,7 @@ def last_stage(method, network, preprocess=None):
             **{"preprocess": preprocess, **arguments},
         )
 
-    models = []
-    for stage in METHODS[method].stages(make, "target"):
-        models.append(stage.build(models))
-    return models[-1]
+    return build_all(METHODS[method].stages(make, "target"))[-1]
 
 
 def build(method, network, epochs=4, steps_per_epoch=5, optimizer=None, **kwargs):

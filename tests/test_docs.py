@@ -18,6 +18,7 @@ from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, 
 
 from tf_pcl import cli, methods, networks, options
 from tf_pcl.methods import METHODS
+from tf_pcl.methods.distiller import build_all
 from tf_pcl.study import paper
 from tf_pcl.training import cluster, run
 from tf_pcl.training.assemble import Assembly, method_arguments
@@ -187,12 +188,10 @@ def test_recipes_build(path):
     classes = int(chosen.dataset[len("cifar") :])
     images = with_labels(noise(4, 32, 32, 3), np.arange(4))
     images = dataclasses.replace(images, classes=tuple(map(str, range(classes))))
-    models = []
-    for stage in METHODS[chosen.method].stages(
+    stages = METHODS[chosen.method].stages(
         Assembly(images), chosen.network, **method_arguments(chosen)
-    ):
-        models.append(stage.build(models))
-    assert models[-1].deployed().output_shape == (None, classes)
+    )
+    assert build_all(stages)[-1].deployed().output_shape == (None, classes)
 
 
 def test_every_method_of_a_paper_has_the_recipe_of_two_networks():

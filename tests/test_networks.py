@@ -8,6 +8,7 @@ from tensorflow import keras
 
 from tf_pcl import methods, networks, surgery
 from tf_pcl.errors import UserError
+from tf_pcl.methods.distiller import build_all
 from tf_pcl.options import Options
 from tf_pcl.surgery import graph
 from tf_pcl.surgery.cuts import DEFAULT_TRUNK_SHARE
@@ -686,10 +687,9 @@ def test_trained_networks_go_on_with_the_images_they_know(digits, tmp_path, monk
     monkeypatch.setattr(networks, "preprocessing", published)
     network = "test_networks:plain"
     path = saved(plain((8, 8, 1), 10), ".h5", tmp_path)
-    make, trained = Assembly(digits, weights={network: path}), []
-    for stage in methods.CTSLMKT.stages(make, network):
-        trained.append(stage.build(trained))
-    assert [model.preprocess.name for model in trained] == ["published"] * 3
+    make = Assembly(digits, weights={network: path})
+    models = build_all(methods.CTSLMKT.stages(make, network))
+    assert [model.preprocess.name for model in models] == ["published"] * 3
 
 
 def test_names(tmp_path, monkeypatch):

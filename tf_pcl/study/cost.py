@@ -16,7 +16,7 @@ from tf_pcl.data.storage import Arrays
 from tf_pcl.errors import UserError, choose
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import training_flop
-from tf_pcl.methods.distiller import Distiller
+from tf_pcl.methods.distiller import build_all
 from tf_pcl.options import Options
 from tf_pcl.training.assemble import Assembly, method_arguments
 from tf_pcl.training.run import look_at_data
@@ -130,10 +130,7 @@ def _flop(
         **method_arguments(options),
     )
     found: list[tuple[str, str, float, bool]] = []
-    models: list[Distiller] = []
-    for stage in stages:
-        models.append(stage.build(models))
+    for stage, model in zip(stages, build_all(stages)):
         trained = stage.network if isinstance(stage.network, list) else [stage.network]
-        flop = training_flop(models[-1])
-        found.append((stage.name, ",".join(trained), flop, stage.alone))
+        found.append((stage.name, ",".join(trained), training_flop(model), stage.alone))
     return found
