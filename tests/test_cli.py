@@ -1,17 +1,15 @@
 """The command line's verbs, as a process calls them and within this one."""
 
 import ast
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from pages import ROOT
 
 from tf_pcl import cli, console
 from tf_pcl.verbs import further_help
-
-ROOT = pathlib.Path(__file__).parent.parent
 
 
 def called(*arguments, cwd=ROOT):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -12,13 +11,12 @@ import time
 import numpy as np
 import pytest
 from absl import flags
-from pages import commands, page
+from pages import ROOT, commands, page
 from test_train_py import final_weights
 
 from tf_pcl.errors import UserError
 from tf_pcl.verbs import compare
 
-ROOT = pathlib.Path(__file__).parent.parent
 FLAGS = [
     "--dataset=digits",
     "--network=helpers:without_norm",

@@ -2,7 +2,6 @@
 
 import configparser
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -11,8 +10,8 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from pages import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 LINUX = {"sys_platform": "linux", "platform_system": "Linux"}
 INTEL = {**LINUX, "platform_machine": "x86_64"}
 LINUX_ARM = {**LINUX, "platform_machine": "aarch64"}

@@ -6,15 +6,14 @@ machines have one stack alone and nothing to compare with: there are no tests he
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from pages import ROOT
 
 OTHER = os.environ.get("TF_PCL_OTHER_PYTHON")
-ROOT = pathlib.Path(__file__).parent.parent
 RUN = [
     "train.py",
     "--method=pcl",

@@ -4,7 +4,6 @@ import configparser
 import csv
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ import sysconfig
 import zipfile
 
 import pytest
+from pages import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 PAPER = ROOT / "tf_pcl" / "paper"
 
 

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 from faults import BrokenPipe, failing
 from helpers import SHAPE, noise, tiny_model, with_labels
+from pages import ROOT
 
 from tf_pcl import console
 from tf_pcl.data import datasets, storage
@@ -23,9 +24,6 @@ from tf_pcl.training import cluster as clusters
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.workdir import Workdir
-
-ROOT = pathlib.Path(__file__).parent.parent
-
 
 # Paths.
 

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -13,10 +12,10 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from pages import ROOT
 
 from tf_pcl.methods import METHODS
 
-ROOT = pathlib.Path(__file__).parent.parent
 # 22 steps an epoch.
 RUN = [
     "--dataset=digits",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import noise, with_labels, with_norm
+from pages import ROOT
 
 from tf_pcl import surgery
 from tf_pcl.compat import keras
@@ -30,7 +31,6 @@ from tf_pcl.training.selection import Selection
 from tf_pcl.training.stages import Trainer, _check_same
 from tf_pcl.training.workdir import Workdir
 
-ROOT = pathlib.Path(__file__).parent.parent
 WORKDIRS = "alone", "together"
 RUN = [
     "--dataset=digits",
