@@ -138,6 +138,13 @@ def flop(model):
     return total
 
 
+def assert_close(one, other, **tolerance):
+    """np.testing.assert_allclose for all arrays of two lists or dicts of the same form."""
+    tf.nest.assert_same_structure(one, other, check_types=False)
+    for a, b in zip(tf.nest.flatten(one), tf.nest.flatten(other)):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
 def slow_but(names, *quick):
     """Parameters for pytest, all of which but `quick` are tested in the slow tier."""
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]

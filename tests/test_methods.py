@@ -6,7 +6,17 @@ import graphlib
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, TINY, batch, build, last_stage, slow_but, with_norm
+from helpers import (
+    CLASSES,
+    SHAPE,
+    TINY,
+    assert_close,
+    batch,
+    build,
+    last_stage,
+    slow_but,
+    with_norm,
+)
 from pages import METHODS_OF_PAPERS
 
 from tf_pcl import data, surgery
@@ -81,9 +91,7 @@ def test_contract(method, network, digits, tmp_path):
     assert Checkpoints(other, str(tmp_path / "checkpoints")).restore() == 24
     for m in (model, other):
         m.fit(one, epochs=1, steps_per_epoch=2, verbose=0)
-    assert len(model.weights) == len(other.weights)
-    for a, b in zip(model.weights, other.weights):
-        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-6)
+    assert_close(model.weights, other.weights, atol=1e-6)
 
 
 def optimized_graph(model, batches, folder):
@@ -158,12 +166,9 @@ def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
 
     weights, history = trained(tf.distribute.get_strategy())
     mirrored, of_two = trained(two_replicas)
-    assert len(weights) == len(mirrored) > 4
-    for a, b in zip(weights, mirrored):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-5)
-    assert set(history) == set(of_two)
-    for name in history:
-        np.testing.assert_allclose(history[name], of_two[name], rtol=1e-4, atol=1e-4, err_msg=name)
+    assert len(weights) > 4
+    assert_close(weights, mirrored, rtol=1e-6, atol=1e-5)
+    assert_close(history, of_two, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("method", slow_but(METHODS, "baseline"))

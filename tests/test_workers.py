@@ -16,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import noise, with_labels, with_norm
+from helpers import assert_close, noise, with_labels, with_norm
 from pages import ROOT
 
 from tf_pcl import surgery
@@ -341,8 +341,8 @@ def test_synchronized_statistics_are_those_of_the_whole_batch(shape, two_replica
         made = strategy.experimental_local_results(tf.function(step)(parts))
         return [np.concatenate(made), *model.get_weights()]
 
-    for one, two in zip(trained(tf.distribute.get_strategy()), trained(two_replicas)):
-        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-3)
+    alone = trained(tf.distribute.get_strategy())
+    assert_close(alone, trained(two_replicas), rtol=1e-5, atol=1e-3)
 
 
 def test_synchronizing_changes_nothing_on_one_device(digits):
@@ -353,8 +353,7 @@ def test_synchronizing_changes_nothing_on_one_device(digits):
     images = tf.cast(digits.train.images[:16], tf.float32)
     for training in True, False:
         np.testing.assert_array_equal(usual(images, training), ours(images, training))
-        for a, b in zip(usual.get_weights(), ours.get_weights()):
-            np.testing.assert_array_equal(a, b)
+        np.testing.assert_equal(ours.get_weights(), usual.get_weights())
     ops = [
         [op.type for op in tf.function(m).get_concrete_function(images).graph.get_operations()]
         for m in (usual, ours)
@@ -416,8 +415,7 @@ def test_a_run_goes_on_with_another_number_of_replicas(tmp_path, two_replicas, m
             trained(name, begun)
         stop = 0
         again, resumed = trained(name, ended)
-        for a, b in zip(weights, again):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_close(again, weights, rtol=1e-4, atol=1e-5)
         assert len(resumed) == len(whole) == 2
         for a, b in zip(whole, resumed):
             for key in set(a) - {"wall_seconds", "images_per_second"}:
