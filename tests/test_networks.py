@@ -567,9 +567,8 @@ def test_weights_from_a_file(form, inner, tmp_path):
 
     source, network = build(5), build(5)
     loaded, fresh = surgery.load_weights(network, saved(source, form, tmp_path))
-    assert (
-        loaded == [*(("a", "norm", "b") if inner else ("first", "second")), "logits"] and not fresh
-    )
+    assert loaded == [*(("a", "norm", "b") if inner else ("first", "second")), "logits"]
+    assert not fresh
     np.testing.assert_equal(network.get_weights(), source.get_weights())
 
 

@@ -256,10 +256,8 @@ def test_every_stage_leaves_what_a_run_leaves(ban):
         ):
             assert (folder / name).exists(), folder / name
         of_stage = json.loads((folder / "results.json").read_text())
-        assert (
-            of_stage["stage"] == of_stage["deployed"] == f"generation_{i}"
-            and of_stage["network"] == QUICK["network"]
-        )
+        assert of_stage["stage"] == of_stage["deployed"] == f"generation_{i}"
+        assert of_stage["network"] == QUICK["network"]
         # What a generation erred when it was trained is what it errs as an ancestor.
         assert results["error"][f"generation_{i}"] == pytest.approx(
             of_stage["deployed_error"], abs=1e-3
@@ -355,10 +353,8 @@ def test_different_networks_learn_together(tmp_path):
         count = lambda name: sum(
             int(np.prod(w.shape)) for w in name(SHAPE, CLASSES).trainable_weights
         )
-        assert (
-            results["network"] == "helpers:without_norm,helpers:other"
-            and set(results["error"]) == exits
-        )
+        assert results["network"] == "helpers:without_norm,helpers:other"
+        assert set(results["error"]) == exits
         assert results["parameters"] == {
             "deployed": count(without_norm),
             "training": count(without_norm) + count(other),

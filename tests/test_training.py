@@ -344,11 +344,9 @@ def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replica
     settings = results["settings"]
     assert settings["batch_size"] == QUICK["batch_size"] and settings["strategy"] == "mirrored"
     # The method's own defaults too; what another method takes, or has no value, is left out.
-    assert (
-        settings["temperature"] == 3.0
-        and settings["peers"] == 3
-        and not {"generations", "ema_decay"} & set(settings)
-    )
+    assert settings["temperature"] == 3.0
+    assert settings["peers"] == 3
+    assert not {"generations", "ema_decay"} & set(settings)
     assert results["deployed"] == "mean_peer_1" and results["steps"] == 4 and results["peers"] == 3
     assert results["parameters"]["deployed"] == sum(
         int(np.prod(w.shape)) for w in networks.resnet8(SHAPE, CLASSES).trainable_weights
