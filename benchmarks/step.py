@@ -265,11 +265,7 @@ def printed(cells: Sequence[str]) -> str:
 
 
 def cells(
-    case: Case,
-    one: Trained,
-    base: Trained,
-    machine: Optional[yardsticks.Machine],
-    source: tuple,
+    case: Case, one: Trained, base: Trained, machine: Optional[yardsticks.Machine], source: tuple
 ) -> list[str]:
     """Returns what is printed of a case, whose times are compared to those of `base`."""
     name = " ".join(filter(None, (case.method, one.name, "recompute" * case.recompute)))

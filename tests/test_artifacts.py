@@ -145,14 +145,8 @@ def fake_run(folder, seed, error=10.0, **changes):
         ({"path": "nowhere"}, "nowhere is not a workdir: it has no flags.txt; give that of a run"),
         ({"path": "begun"}, "the run in begun has not ended, since it has no SavedModel yet"),
         ({"path": "odd"}, "odd/results.json is damaged"),
-        (
-            {"folder": "done/export", "exit_name": "peer_1"},
-            "`folder=done/export`: it has",
-        ),
-        (
-            {"folder": "done/export", "fold_batch_norm": True},
-            "`folder=done/export`: it has",
-        ),
+        ({"folder": "done/export", "exit_name": "peer_1"}, "`folder=done/export`: it has"),
+        ({"folder": "done/export", "fold_batch_norm": True}, "`folder=done/export`: it has"),
         ({"folder": "done/flags.txt"}, "`folder=done/flags.txt`: the folder cannot be written"),
     ],
 )

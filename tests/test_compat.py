@@ -125,10 +125,7 @@ def test_keras_3_without_tf_keras_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(
     ("before", "status", "said"),
-    [
-        ("", 0, r"\Aafter\Z"),
-        ("sys.modules['tensorflow'] = None", 1, "ModuleNotFoundError"),
-    ],
+    [("", 0, r"\Aafter\Z"), ("sys.modules['tensorflow'] = None", 1, "ModuleNotFoundError")],
 )
 def test_tensorflow_is_imported_without_a_word(before, status, said):
     done = subprocess.run(

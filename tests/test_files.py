@@ -155,8 +155,7 @@ def test_networks_of_this_package_are_teachers_without_trust(tmp_path):
     images = np.random.RandomState(0).randint(0, 256, (4, 32, 32, 3)).astype(np.uint8)
     for name in ("applications.MobileNet", "applications.ResNet50"):
         deployed = surgery.deployable(
-            networks.preprocessing(name, (32, 32, 3)),
-            surgery.with_logits(network_of_32(name)),
+            networks.preprocessing(name, (32, 32, 3)), surgery.with_logits(network_of_32(name))
         )
         folder = export.export(deployed, "abcde", str(tmp_path / name))
         np.testing.assert_array_equal(export.load(folder, "abcde")(images), deployed(images))

@@ -209,10 +209,7 @@ WRONG_BATCHES = {
     "size known late": (
         lambda: tf.data.Dataset.from_generator(
             lambda: generator(IMAGES[:, :6], LABELS),
-            output_signature=(
-                tf.TensorSpec([None] * 4, tf.uint8),
-                tf.TensorSpec([None], tf.int64),
-            ),
+            output_signature=(tf.TensorSpec([None] * 4, tf.uint8), tf.TensorSpec([None], tf.int64)),
         ),
         r"6,8,1.* is needed",
     ),

@@ -191,8 +191,7 @@ def test_mixed_precision(method, precision, digits):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method, precision",
-    [*((method, "mixed_float16") for method in METHODS), ("pcl", "float32")],
+    "method, precision", [*((method, "mixed_float16") for method in METHODS), ("pcl", "float32")]
 )
 def test_jit_compile(method, precision, digits):
     keras.mixed_precision.set_global_policy(precision)
@@ -269,7 +268,4 @@ def test_any_keras_optimizer_and_plain_images(digits):
     ).batch(32)
     history = model.fit(own, epochs=2, verbose=0).history
     assert history["loss"][1] < history["loss"][0]
-    assert set(model.evaluate(own, verbose=0, return_dict=True)) == {
-        "loss",
-        "error/peer_1",
-    }
+    assert set(model.evaluate(own, verbose=0, return_dict=True)) == {"loss", "error/peer_1"}

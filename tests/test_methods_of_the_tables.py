@@ -29,9 +29,7 @@ def three_stages(input_shape, num_classes):
 
 def build(method, network=without_norm, **kwargs):
     model = METHODS[method](
-        lambda: network(SHAPE, CLASSES),
-        preprocess=networks.standardise([78.0], [96.0]),
-        **kwargs,
+        lambda: network(SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]), **kwargs
     )
     model.compile(epochs=EPOCHS, steps_per_epoch=STEPS)
     return model

@@ -284,8 +284,7 @@ def test_proposed_cuts():
         "the last before the feature"
     )
     with pytest.raises(
-        UserError,
-        match="`trunk_share=0.1`: the first layer .* is a, .* give at least 0.43",
+        UserError, match="`trunk_share=0.1`: the first layer .* is a, .* give at least 0.43"
     ) as e:
         surgery.propose_cut(network, 0.1)
     assert surgery.propose_cut(network, 0.43).name == "a" and "\n" not in str(e.value)
@@ -325,14 +324,7 @@ def test_a_model_in_the_network_is_cut_inside():
     # number.
     network = nested(base, keras.layers.Rescaling(1 / 255), Conv2D(3, 1, name="a"), training=False)
     whole = surgery.with_features(network)
-    assert surgery.cut_points(whole) == [
-        "rescaling",
-        "a",
-        "a_2",
-        "norm",
-        "sum",
-        "b",
-    ]
+    assert surgery.cut_points(whole) == ["rescaling", "a", "a_2", "norm", "sum", "b"]
     x = tf.constant(noise(3, 8, 8, 3), tf.float32)
     for training in (False, True):
         np.testing.assert_allclose(whole(x, training=training)["logits"], network(x), atol=1e-5)
@@ -380,10 +372,7 @@ def test_what_a_layer_knows_beside_its_weights_is_copied():
         return 2.0 * x
 
     network = nested(
-        small(lambda x: x),
-        statistics,
-        keras.layers.Lambda(double),
-        Conv2D(3, 1, activation=double),
+        small(lambda x: x), statistics, keras.layers.Lambda(double), Conv2D(3, 1, activation=double)
     )
     x = tf.constant(noise(3, 8, 8, 3), tf.float32)
     np.testing.assert_allclose(surgery.with_features(network)(x)["logits"], network(x), rtol=1e-5)

@@ -102,10 +102,7 @@ def table(name):
 
 
 def test_the_recipes_expect_what_the_paper_s_tables_say():
-    tables = {
-        "cifar10": table("table1_cifar10.csv"),
-        "cifar100": table("table2_cifar100.csv"),
-    }
+    tables = {"cifar10": table("table1_cifar10.csv"), "cifar100": table("table2_cifar100.csv")}
     two_stage = table("two_stage_resnet32.csv")
     compared = 0
     for path in sorted((ROOT / "flags").iterdir()):

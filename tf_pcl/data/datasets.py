@@ -213,10 +213,7 @@ def record(data: ImageData) -> Optional[dict[str, Any]]:
 
 
 def look(
-    name: str,
-    data_dir: Optional[str] = None,
-    image_size: Optional[int] = None,
-    **others: Any,
+    name: str, data_dir: Optional[str] = None, image_size: Optional[int] = None, **others: Any
 ) -> tuple[tuple[int, ...], tuple[str, ...], int]:
     """Returns facts about a data set; of image files it reads only the headers.
 

@@ -76,11 +76,7 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    splits: Collection[str],
-    where: str,
-    layout: str,
-    parameter: str = "",
-    divisible: bool = False,
+    splits: Collection[str], where: str, layout: str, parameter: str = "", divisible: bool = False
 ) -> Chosen:
     """Returns the splits for training, tests and validation.
 

@@ -35,9 +35,7 @@ class Table(NamedTuple):
 
 
 def errors(
-    section: Section,
-    costs: Mapping[str, Optional[float]],
-    comparisons: Sequence[Comparison],
+    section: Section, costs: Mapping[str, Optional[float]], comparisons: Sequence[Comparison]
 ) -> Table:
     """Returns the table of a section's groups, a row each.
 
