@@ -30,7 +30,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
@@ -200,17 +199,9 @@ def peak_memory(source: tuple, case: Case, batch_size: int) -> float:
     """
     with contextlib.redirect_stdout(None):
         loaded = data.load(*source)
-    before = most_memory()
+    before = yardsticks.most_memory()
     Trained(case, loaded, batch_size, steps=2).take_turn(None)
-    return most_memory() - before
-
-
-def most_memory() -> float:
-    """Returns the GiB that this process has held at most, as Linux counts them."""
-    # Not getrusage, in which a process inherits its parent's.
-    with open("/proc/self/status") as f:
-        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", f.read())
-    return int(kib) / 2**20
+    return yardsticks.most_memory() - before
 
 
 def measure(network: str, loaded: data.ImageData) -> tuple[dict, dict]:
