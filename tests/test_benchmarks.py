@@ -4,13 +4,12 @@ import importlib
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
-from pages import ROOT
+from pages import ROOT, python
 
 from tf_pcl.training.events import Events
 from tf_pcl.training.workdir import Workdir, write_json
@@ -22,12 +21,7 @@ VARIANTS = [[], ["eager", "eager_channels_last"]][: 2 if importlib.util.find_spe
 def printed(folder, command):
     """The lines that a benchmark, "NAME FLAGS", prints when it is called in a folder."""
     name, *words = command.split()
-    done = subprocess.run(
-        [sys.executable, ROOT / f"benchmarks/{name}.py", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    done = python(ROOT / f"benchmarks/{name}.py", *words, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -250,9 +244,7 @@ def test_the_step_beside_pytorchs(variants, tmp_path):
 @pytest.mark.slow
 def test_losses_that_differ_end_the_comparison_with_pytorch():
     program = "import versus_torch; versus_torch.check('losses of x', [1.0, 2.0], [1.0, 2.1], 1e-2)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT / "benchmarks", capture_output=True, text=True
-    )
+    done = python("-c", program, cwd=ROOT / "benchmarks")
     assert done.returncode == 1 and "losses of x are [1. 2.] and should be [1.  2.1]" in done.stderr
 
 

@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pages
 import pytest
 import tensorflow as tf
 from tensorflow import keras
@@ -128,16 +129,11 @@ def test_keras_3_without_tf_keras_says_what_to_install(monkeypatch):
     [("", 0, r"\Aafter\Z"), ("sys.modules['tensorflow'] = None", 1, "ModuleNotFoundError")],
 )
 def test_tensorflow_is_imported_without_a_word(before, status, said):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import sys\nfrom tf_pcl import compat\n{before}\ncompat.import_tensorflow()\n"
-            "sys.stderr.write('after')",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    done = pages.python(
+        "-c",
+        f"import sys\nfrom tf_pcl import compat\n{before}\ncompat.import_tensorflow()\n"
+        "sys.stderr.write('after')",
+        TF_CPP_MIN_LOG_LEVEL="3",
     )
     assert done.returncode == status and re.search(said, done.stderr), done.stderr
 

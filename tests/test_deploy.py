@@ -9,7 +9,6 @@ import logging
 import os
 import pathlib
 import shutil
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import noise, with_labels
-from pages import ROOT
+from pages import python
 from PIL import Image
 from tensorflow import keras
 
@@ -493,13 +492,7 @@ def test_the_folder_of_a_run_has_what_is_its_own(make_folder, tmp_path, monkeypa
 
 
 def called(*arguments, cwd):
-    done = subprocess.run(
-        [sys.executable, "-m", "tf_pcl", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    done = python("-m", "tf_pcl", *arguments, cwd=cwd)
     return done.returncode, done.stdout, done.stderr
 
 

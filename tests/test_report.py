@@ -9,7 +9,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pages
@@ -582,14 +581,7 @@ def test_the_command_of_the_page_makes_a_report(folder, tmp_path):
     (arguments,) = pages.commands(pages.page("docs/compare.md"), "tf-pcl report")
     here = tmp_path / "here"
     folder = pathlib.Path(shutil.copytree(folder, here / arguments[0]))
-    call = [sys.executable, "-m", "tf_pcl", "report"]
-    run = lambda *more: subprocess.run(
-        [*call, *more],
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": str(pages.ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    run = lambda *more: pages.python("-m", "tf_pcl", "report", *more, cwd=here)
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("# resnet8 on digits\n")

@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 from faults import BrokenPipe, failing
 from helpers import SHAPE, noise, tiny_model, with_labels
-from pages import ROOT
+from pages import ROOT, python
 
 from tf_pcl import console
 from tf_pcl.data import datasets, storage
@@ -162,17 +162,16 @@ def test_a_second_process_is_told_who_works_in_a_workdir(tmp_path):
         "from tf_pcl.training.workdir import Workdir; w = Workdir(sys.argv[1]);"
         "w.check(Options()); held = w.locked(); held.__enter__()"
     )
-    command = [sys.executable, "-c", other, workdir.path]
     held = tmp_path / "run/lock"
     with workdir.locked():
         before = held.stat().st_mtime_ns
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = python("-c", other, workdir.path)
         assert done.returncode == 1
         assert f"process {os.getpid()}): wait for its end" in done.stderr.splitlines()[-1]
         assert held.stat().st_mtime_ns == before
     # The lock ends with its process, however that ends, and the file may stay.
-    kill = [*command[:2], other + "; import os; os.kill(os.getpid(), 9)", workdir.path]
-    assert subprocess.run(kill, cwd=ROOT).returncode == -9
+    killed = python("-c", other + "; import os; os.kill(os.getpid(), 9)", workdir.path)
+    assert killed.returncode == -9
     workdir.check(Options())
     with workdir.locked():
         assert f"process {os.getpid()}" in held.read_text()

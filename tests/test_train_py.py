@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from pages import ROOT
+from pages import ROOT, python
 
 from tf_pcl.methods import METHODS
 
@@ -111,16 +111,7 @@ def test_a_run_leaves_what_the_contract_says(undisturbed):
     assert len(metrics(workdir)) == 3
     # The flagfile repeats the run. In the same workdir it finds it finished and trains nothing.
     before = (workdir / "metrics.csv").read_text()
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            f"--flagfile={workdir}/flags.txt",
-            f"--workdir={workdir}",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    done = python("train.py", f"--flagfile={workdir}/flags.txt", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
     assert (workdir / "metrics.csv").read_text() == before
     assert "Epoch" not in done.stdout
@@ -224,10 +215,7 @@ def test_bad_input_is_one_line_and_status_2(flags, text, tmp_path):
 
 
 def test_help_names_every_flag_with_its_default():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True
-    )
-    text = " ".join(done.stdout.split())
+    text = " ".join(python("train.py", "--help").stdout.split())
     for line in (
         f"--method: how to train: {', '.join(METHODS)}. Flags",
         "target first. Names: resnet8,",

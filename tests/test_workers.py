@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import assert_close, noise, with_labels, with_norm
-from pages import ROOT
+from pages import ROOT, python
 
 from tf_pcl import surgery
 from tf_pcl.compat import keras
@@ -284,14 +284,8 @@ def test_a_worker_that_never_begins_ends_the_others_in_a_line(tmp_path):
     addresses = free_addresses(2)
     task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
     flags = ["--dataset=digits", "--network=resnet8", "--method=baseline", "--workdir=run"]
-    done = subprocess.run(
-        [sys.executable, "-c", impatient, *flags, "--strategy=multi_worker"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    command = "-c", impatient, *flags, "--strategy=multi_worker"
+    done = python(*command, cwd=tmp_path, timeout=100, TF_CONFIG=json.dumps(task))
     waiting, ended = done.stderr.strip().splitlines()
     assert done.returncode == 1 and waiting.startswith(f"Waiting for worker 1 ({addresses[1]})")
     assert ended.startswith(f"train.py: worker 1 ({addresses[1]}) of the cluster did not begin")
