@@ -30,16 +30,11 @@ def residual_toy(input_shape=(8, 8, 3), num_classes=5):
 
 
 @pytest.mark.parametrize(
-    "name, classes, parameters",
-    [
-        ("resnet32", 100, 472_756),
-        ("resnet8", 10, 78_042),
-        ("resnet14", 10, 175_258),
-        ("resnet20", 10, 272_474),
-    ],
+    "name, parameters", [("resnet8", 78_042), ("resnet14", 175_258), ("resnet20", 272_474)]
 )
-def test_parameter_counts(name, classes, parameters):
-    network = networks.build(name, (32, 32, 3), classes)
+def test_parameter_counts(name, parameters):
+    """Those of the networks that are not in the tables; test_zoo.py has the others."""
+    network = networks.build(name, (32, 32, 3), 10)
     assert count(network) == parameters
     trunk, branch = surgery.split(network)
     assert count(trunk) + count(branch) == parameters

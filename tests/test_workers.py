@@ -1,7 +1,6 @@
 """Several processes that train together, on this machine's loopback."""
 
 import concurrent.futures
-import csv
 import json
 import os
 import pathlib
@@ -86,11 +85,6 @@ def start_workers(cwd, *flags, count=2):
     ]
 
 
-def rows(workdir):
-    with open(workdir / "metrics.csv", newline="") as f:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-
-
 @pytest.mark.slow
 def test_two_workers_report_what_one_device_does(tmp_path):
     flags = ["--method=pcl", "--peers=2"]
@@ -104,7 +98,7 @@ def test_two_workers_report_what_one_device_does(tmp_path):
         # An image of the 360 may change sides.
         assert two["error"][name] == pytest.approx(error, abs=0.3), name
     assert two["best_deployed_error"] == pytest.approx(one["best_deployed_error"], abs=0.3)
-    for mine, its in zip(rows(tmp_path / "alone"), rows(tmp_path / "together")):
+    for mine, its in zip(*(Workdir(str(tmp_path / w)).read_rows() for w in WORKDIRS)):
         assert set(mine) == set(its)
         for name in set(mine) - {"wall_seconds", "images_per_second"}:
             few = "error" in name
@@ -121,7 +115,9 @@ def test_two_workers_choose_the_same_epoch(tmp_path):
         assert [worker.returncode for worker in workers] == [0, 0], outputs
         assert all(("done" in out) == again for out in outputs)
     folders = [tmp_path / "together", tmp_path / "together/worker-1"]
-    first, second = ([row["val_error/peer_1"] for row in rows(folder)] for folder in folders)
+    first, second = (
+        [row["val_error/peer_1"] for row in Workdir(str(folder)).read_rows()] for folder in folders
+    )
     assert first == second and 3 <= len(first) < 60
     best = first.index(min(first)) + 1
     for folder in folders:
