@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, assert_close, noise, without_norm
+from helpers import CLASSES, SHAPE, assert_close, noise, with_norm, without_norm
 from tensorflow import keras
 
 from tf_pcl import networks
@@ -124,7 +124,7 @@ def test_peers_begin_apart_and_see_their_own_views():
 def test_views_share_the_trunks_batch_statistics_or_have_their_own():
     views = noise(6, 3, *SHAPE)
     views[:, 1] //= 4
-    together, apart = (build(trunk_batch=way) for way in ("together", "apart"))
+    together, apart = (build(with_norm, trunk_batch=way) for way in ("together", "apart"))
     apart.student.set_weights(together.student.get_weights())
     trunk, raw = apart.student.trunk, apart.preprocess
     own = [trunk(raw(views[:, j]), training=True) for j in range(3)]

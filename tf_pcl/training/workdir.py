@@ -109,9 +109,8 @@ class Workdir:
         """
         self._check_name()
         self._check_writable()
-        if alone and os.path.exists(self.lock):
-            with open(self.lock, "r+", encoding="utf-8") as f:
-                self._take(f)
+        if alone:
+            self._refuse_other(self.owner())
         if not os.path.exists(self.flags):
             if os.path.exists(self.checkpoints):
                 raise self._refused(
@@ -171,9 +170,7 @@ class Workdir:
         """
         packages = ("tensorflow", "keras")
         old = _recorded(self.versions, needs=packages)
-        if old is None:
-            return
-        if all(_minor(versions[p]) == _minor(old[p]) for p in packages):
+        if old is None or all(_minor(versions[p]) == _minor(old[p]) for p in packages):
             return
         here, there = (
             f"TensorFlow {v['tensorflow']} with Keras {v['keras']}" for v in (versions, old)
@@ -263,7 +260,7 @@ class Workdir:
         os.makedirs(self.path, exist_ok=True)
         # The file stays open: if a process closes it anywhere, the system releases the lock.
         with open(self.lock, "a+", encoding="utf-8") as f:
-            self._take(f)
+            self._refuse_other(self._take(f))
             f.truncate(0)
             f.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
             f.flush()
@@ -274,7 +271,7 @@ class Workdir:
         if not os.path.exists(self.lock):
             return None
         with open(self.lock, "r+", encoding="utf-8") as f:
-            return self._locked(f)
+            return self._take(f)
 
     def tidy(self) -> None:
         """Removes what a killed process left half written, checkpoints apart."""
@@ -323,15 +320,14 @@ class Workdir:
         lines += [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
         write(self.metrics, "\n".join(lines) + "\n")
 
-    def _take(self, lock: TextIO) -> None:
-        """Locks an open file until it is closed; UserError if another process has locked it."""
-        if owner := self._locked(lock):
+    def _refuse_other(self, owner: Optional[str]) -> None:
+        if owner:
             raise self._refused(
                 f"another process works in this folder ({owner}): wait for its end, or give "
                 "another workdir"
             )
 
-    def _locked(self, lock: TextIO) -> Optional[str]:
+    def _take(self, lock: TextIO) -> Optional[str]:
         """Locks an open file until it is closed; returns the owner if another has locked it."""
         try:
             if fcntl:
