@@ -268,11 +268,10 @@ def _same_stack(cell: Cell) -> bool:
 def _done(cell: Cell) -> float:
     """Returns the GFLOP that a run has spent so far, by its epochs."""
     workdir = Workdir(cell.path)
-    *before, last = cell.stages
-    folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(before, 1)]
+    earlier = [workdir.of_stage(i, stage.name) for i, stage in enumerate(cell.stages[:-1], 1)]
     return sum(
         stage.gflop * min(1.0, _epochs(folder) / cell.options.epochs)
-        for stage, folder in zip([*before, last], [*folders, workdir])
+        for stage, folder in zip(cell.stages, [*earlier, workdir])
     )
 
 
