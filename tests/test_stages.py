@@ -234,11 +234,16 @@ def test_ctsl_mkt_goes_on_from_the_networks_trained_alone():
 # Runs.
 
 
+def trained(workdir, **settings):
+    """The results of a run of QUICK with further settings."""
+    return run.run(Options(**{**QUICK, "workdir": str(workdir), **settings}))
+
+
 @pytest.fixture(scope="module")
 def ban(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("ban") / "run"
     keras.mixed_precision.set_global_policy("float32")
-    return workdir, run.run(Options(**QUICK, method="ban", workdir=str(workdir)))
+    return workdir, trained(workdir, method="ban")
 
 
 @pytest.mark.slow
@@ -279,7 +284,7 @@ def test_every_stage_begins_with_weights_of_its_own(tmp_path, monkeypatch):
         return train(self, model, *rest)
 
     monkeypatch.setattr(Trainer, "train", noted)
-    run.run(Options(**{**QUICK, "epochs": 1}, method="ban", generations=2, workdir=str(tmp_path)))
+    trained(tmp_path, method="ban", generations=2, epochs=1)
     assert len(first) == 2 and np.abs(first[0] - first[1]).max() > 0.1
 
 
@@ -313,7 +318,7 @@ def test_a_run_goes_on_from_any_stage(ban, lost, goes_on, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(ban[0], workdir)
     remove(workdir, *lost)
-    results = run.run(Options(**QUICK, method="ban", workdir=str(workdir)))
+    results = trained(workdir, method="ban")
     out = capsys.readouterr().out
     for stage in (1, 2, 3):
         step = dict(goes_on).get(stage)
@@ -328,9 +333,7 @@ def test_a_run_goes_on_from_any_stage(ban, lost, goes_on, tmp_path, capsys):
 @pytest.mark.parametrize("of", ["", "1-generation_0", "export/saved_model/1"])
 def test_kd_with_a_teacher_that_is_there(ban, of, tmp_path):
     workdir, before = ban
-    results = run.run(
-        Options(**QUICK, method="kd", teacher=str(workdir / of), workdir=str(tmp_path / "run"))
-    )
+    results = trained(tmp_path / "run", method="kd", teacher=str(workdir / of))
     generation = "generation_0" if of.startswith("1") else "generation_2"
     assert results["error"]["teacher"] == pytest.approx(before["error"][generation], abs=1e-3)
     assert results["deployed"] == "student" and not list((tmp_path / "run").glob("1-*"))
@@ -343,17 +346,12 @@ def test_different_networks_learn_together(tmp_path):
         ("dml", {"peer_1", "peer_2"}),
         ("ctsl_mkt", {"peer_1", "peer_2", "alone_peer_1", "alone_peer_2"}),
     ):
-        results = run.run(
-            Options(
-                **{**QUICK, "network": "helpers:without_norm,helpers:other", "epochs": 1},
-                method=method,
-                workdir=str(tmp_path / method),
-            )
-        )
+        both = "helpers:without_norm,helpers:other"
+        results = trained(tmp_path / method, method=method, network=both, epochs=1)
         count = lambda name: sum(
             int(np.prod(w.shape)) for w in name(SHAPE, CLASSES).trainable_weights
         )
-        assert results["network"] == "helpers:without_norm,helpers:other"
+        assert results["network"] == both
         assert set(results["error"]) == exits
         assert results["parameters"] == {
             "deployed": count(without_norm),
@@ -406,11 +404,7 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
     ban, settings, text, tmp_path
 ):
     with pytest.raises(UserError, match=text) as refused:
-        run.run(
-            Options(
-                **{**QUICK, "teacher": str(ban[0]), "workdir": str(tmp_path / "run"), **settings}
-            )
-        )
+        trained(tmp_path / "run", **{"teacher": str(ban[0]), **settings})
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
