@@ -36,8 +36,8 @@ _OF_DATA = (
 _OF_THE_PAPER = {"cifar10": 10, "cifar100": 100}
 
 
-class Stage(NamedTuple):
-    """A training of a run.
+class StageCost(NamedTuple):
+    """A stage of a run and what it costs.
 
     Attributes:
       name: its name; "" if there is one stage.
@@ -66,7 +66,7 @@ def cost_of(options: Options) -> float:
     return sum(stage.gflop for stage in stages_of(options))
 
 
-def stages_of(options: Options) -> list[Stage]:
+def stages_of(options: Options) -> list[StageCost]:
     """Returns the stages of a run with their costs; arguments and errors as in `cost_of`."""
     choose("method", options.method, METHODS, parameter="method")
     method_arguments(options)
@@ -79,7 +79,7 @@ def stages_of(options: Options) -> list[Stage]:
             value=options.batch_size,
         )
     return [
-        Stage(name, network, flop * seen / 1e9, flop / 1e9, alone)
+        StageCost(name, network, flop * seen / 1e9, flop / 1e9, alone)
         for name, network, flop, alone in _flop(_architecture(options), shape, classes)
     ]
 

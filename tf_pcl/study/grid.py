@@ -71,7 +71,7 @@ class Cell:
         return os.path.basename(self.path)
 
     @functools.cached_property
-    def stages(self) -> list[cost.Stage]:
+    def stages(self) -> list[cost.StageCost]:
         """Its stages with their costs."""
         return cost.stages_of(self.options)
 
