@@ -145,6 +145,19 @@ def assert_close(one, other, **tolerance):
         np.testing.assert_allclose(a, b, **tolerance)
 
 
+def events(workdir):
+    """{(split, tag): {step: value}} of TensorBoard's files, each step once."""
+    found = {}
+    for path in sorted(workdir.glob("tensorboard/*/*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                steps = found.setdefault((path.parent.name, value.tag), {})
+                assert event.step not in steps, value.tag
+                tensor = tf.make_ndarray(value.tensor)
+                steps[event.step] = float(tensor) if tensor.ndim == 0 else list(tensor)
+    return found
+
+
 def slow_but(names, *quick):
     """Parameters for pytest, all of which but `quick` are tested in the slow tier."""
     return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]

@@ -17,14 +17,10 @@ from test_train_py import final_weights
 from tf_pcl.errors import UserError
 from tf_pcl.verbs import compare
 
-FLAGS = [
-    "--dataset=digits",
-    "--network=helpers:without_norm",
-    "--train_examples=200",
-    "--batch_size=50",
-    "--epochs=2",
-    "--deterministic",
-]
+FLAGS = (
+    "--dataset=digits --network=helpers:without_norm --train_examples=200 --batch_size=50 "
+    "--epochs=2 --deterministic"
+).split()
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 

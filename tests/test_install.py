@@ -153,20 +153,7 @@ class Machine:
         )
         for made in (self.checkout, self.tools, self.home):
             made.mkdir(parents=True)
-        for name in (
-            "sh",
-            "cat",
-            "cksum",
-            "cp",
-            "dirname",
-            "grep",
-            "ln",
-            "ls",
-            "mkdir",
-            "mktemp",
-            "rm",
-            "uname",
-        ):
+        for name in "sh cat cksum cp dirname grep ln ls mkdir mktemp rm uname".split():
             (self.tools / name).symlink_to(shutil.which(name))
         for name in (
             "in_venv.sh",

@@ -14,15 +14,10 @@ import pytest
 from pages import ROOT
 
 OTHER = os.environ.get("TF_PCL_OTHER_PYTHON")
-RUN = [
-    "train.py",
-    "--method=pcl",
-    "--dataset=digits",
-    "--network=resnet8",
-    "--batch_size=64",
-    "--epochs=1",
-    "--deterministic",
-]
+RUN = (
+    "train.py --method=pcl --dataset=digits --network=resnet8 --batch_size=64 --epochs=1 "
+    "--deterministic"
+).split()
 # Writes the logits of the SavedModel, by its signature and as Keras loads it, and the newest
 # checkpoint's values.
 READ = """

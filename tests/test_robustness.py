@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from faults import BrokenPipe, failing
-from helpers import SHAPE, noise, tiny_model, with_labels
+from helpers import SHAPE, events, noise, tiny_model, with_labels
 from pages import ROOT, python
 
 from tf_pcl import console
@@ -294,19 +294,6 @@ def numbers(path):
 
 def numbers_of(text):
     return [float(cell) for line in text.split("\n")[1:] for cell in line.split(",") if cell]
-
-
-def events(workdir):
-    """{(split, tag): {step: value}} of TensorBoard's files, each step once."""
-    found = {}
-    for path in sorted(workdir.glob("tensorboard/*/*")):
-        for event in tf.compat.v1.train.summary_iterator(str(path)):
-            for value in event.summary.value:
-                steps = found.setdefault((path.parent.name, value.tag), {})
-                assert event.step not in steps, value.tag
-                tensor = tf.make_ndarray(value.tensor)
-                steps[event.step] = float(tensor) if tensor.ndim == 0 else list(tensor)
-    return found
 
 
 @pytest.mark.slow

@@ -251,14 +251,9 @@ def test_every_stage_leaves_what_a_run_leaves(ban):
     workdir, results = ban
     for i, folder in enumerate([workdir / "1-generation_0", workdir / "2-generation_1", workdir]):
         for name in (
-            "results.json",
-            "metrics.csv",
-            "checkpoints/ckpt-4.index",
-            "tensorboard/train",
-            "tensorboard/test",
-            "export/saved_model/1/saved_model.pb",
-            "export/labels.txt",
-        ):
+            "results.json metrics.csv checkpoints/ckpt-4.index tensorboard/train tensorboard/test "
+            "export/saved_model/1/saved_model.pb export/labels.txt"
+        ).split():
             assert (folder / name).exists(), folder / name
         of_stage = json.loads((folder / "results.json").read_text())
         assert of_stage["stage"] == of_stage["deployed"] == f"generation_{i}"

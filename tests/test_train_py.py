@@ -17,14 +17,10 @@ from pages import ROOT, python
 from tf_pcl.methods import METHODS
 
 # 22 steps an epoch.
-RUN = [
-    "--dataset=digits",
-    "--network=resnet8",
-    "--batch_size=64",
-    "--epochs=3",
-    "--deterministic",
-    "--checkpoint_every=5steps",
-]
+RUN = (
+    "--dataset=digits --network=resnet8 --batch_size=64 --epochs=3 --deterministic "
+    "--checkpoint_every=5steps"
+).split()
 PCL = ["--method=pcl", "--peers=2"]
 
 
@@ -92,16 +88,9 @@ def undisturbed(tmp_path_factory):
 def test_a_run_leaves_what_the_contract_says(undisturbed):
     workdir, out = undisturbed
     for path in (
-        "flags.txt",
-        "versions.json",
-        "results.json",
-        "metrics.csv",
-        "checkpoints",
-        "tensorboard/train",
-        "tensorboard/test",
-        "export/saved_model/1/saved_model.pb",
-        "export/labels.txt",
-    ):
+        "flags.txt versions.json results.json metrics.csv checkpoints tensorboard/train "
+        "tensorboard/test export/saved_model/1/saved_model.pb export/labels.txt"
+    ).split():
         assert (workdir / path).exists(), path
     results = json.loads((workdir / "results.json").read_text())
     assert results["epochs"] == 3

@@ -31,14 +31,10 @@ from tf_pcl.training.stages import Trainer, _check_same
 from tf_pcl.training.workdir import Workdir
 
 WORKDIRS = "alone", "together"
-RUN = [
-    "--dataset=digits",
-    "--network=networks_of_the_test:without_norm",
-    "--batch_size=256",
-    "--train_examples=512",
-    "--epochs=2",
-    "--learning_rate=0.05",
-]
+RUN = (
+    "--dataset=digits --network=networks_of_the_test:without_norm --batch_size=256 "
+    "--train_examples=512 --epochs=2 --learning_rate=0.05"
+).split()
 NETWORK = """
 from tensorflow import keras
 
