@@ -19,19 +19,8 @@ from tf_pcl.methods.cost import training_flop
 from tf_pcl.methods.distiller import build_all
 from tf_pcl.options import Options
 from tf_pcl.training.assemble import Assembly, method_arguments
-from tf_pcl.training.run import look_at_data
+from tf_pcl.training.run import OF_DATA, look_at_data
 
-_OF_DATA = (
-    "dataset",
-    "data_dir",
-    "image_size",
-    "labels",
-    "labels_columns",
-    "train_examples",
-    "validation_examples",
-    "test_examples",
-    "on_bad_image",
-)
 # The classes of the paper's data sets, so that their costs are known without a download.
 _OF_THE_PAPER = {"cifar10": 10, "cifar100": 100}
 
@@ -92,7 +81,8 @@ def _architecture(options: Options) -> Options:
 
 def _division(options: Options) -> Options:
     """Returns only the options on which the number of training images depends."""
-    return Options(**{name: getattr(options, name) for name in _OF_DATA})
+    names = {"dataset", *OF_DATA} - {"seed"}
+    return Options(**{name: getattr(options, name) for name in names})
 
 
 @functools.cache
