@@ -202,10 +202,7 @@ class Process:
 
 
 def start(
-    command: list[str],
-    workdir: pathlib.Path,
-    place: Place = NOWHERE,
-    addresses: Sequence[str] = (),
+    command: list[str], workdir: pathlib.Path, place: Place = NOWHERE, addresses: Sequence[str] = ()
 ) -> End:
     """Runs the command in one process, or in one for each address, and says how that ended.
 

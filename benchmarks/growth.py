@@ -24,9 +24,7 @@ drawn into one figure. On Linux.
 import json
 import multiprocessing
 import os
-import re
 import sys
-import time
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,6 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import tensorflow as tf
+import yardsticks
 from absl import app, flags
 from matplotlib.figure import Figure
 
@@ -103,7 +102,7 @@ class Trained:
         random = np.random.RandomState(0)
         views = random.randint(0, 256, (point.batch, point.peers, *shape), np.uint8)
         labels = np.arange(point.batch) % 10
-        before = most_memory()
+        before = yardsticks.most_memory()
         with strategy.scope():
             model = methods.PCL(
                 lambda: networks.build(f"resnet{point.depth}", shape, 10),
@@ -119,22 +118,11 @@ class Trained:
         self.step = model.make_train_function()
         for _ in range(2):
             self.step(self.batches)["loss"].numpy()
-        self.gib = most_memory() - before
+        self.gib = yardsticks.most_memory() - before
 
     def turn(self, seconds: float) -> float:
         """Returns the seconds of a step, taken for so many seconds."""
-        count, began = 0, time.perf_counter()
-        while (spent := time.perf_counter() - began) < seconds or count < 2:
-            self.step(self.batches)["loss"].numpy()
-            count += 1
-        return spent / count
-
-
-def most_memory() -> float:
-    """Returns the GiB that this process has held at most, as Linux counts them."""
-    with open("/proc/self/status") as f:
-        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", f.read())
-    return int(kib) / 2**20
+        return 1 / yardsticks.rate(lambda: self.step(self.batches)["loss"].numpy(), seconds)
 
 
 def needed(network: Any) -> int:

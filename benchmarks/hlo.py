@@ -25,6 +25,7 @@ from absl import app, flags
 
 from tf_pcl import data
 from tf_pcl.compat import keras
+from tf_pcl.methods.distiller import build_all
 
 FLAGS = flags.FLAGS
 flags.FLAGS.set_default("networks", ["resnet8"])
@@ -63,12 +64,9 @@ def counts(text: str) -> collections.Counter:
 def modules(case: step.Case, loaded: data.ImageData, batch_size: int) -> tuple[float, dict]:
     """Returns the seconds of compiling a case's step, and {stage: text of its HLO module}."""
     keras.mixed_precision.set_global_policy(case.precision)
-    models: list = []
-    for stage in step.stages_of(case, loaded):
-        models.append(stage.build(models))
-    model = models[-1]
+    model = build_all(step.stages_of(case, loaded))[-1]
     model.compile(epochs=300, steps_per_epoch=10, jit_compile=True)
-    getattr(model.optimizer, "build", model._inner_optimizer.build)(model.trainable_weights)
+    model.build_optimizer()
     batch = next(iter(data.train_batches(loaded, batch_size, 300, views=model.num_views)))
     compiled = tf.function(model.train_step, jit_compile=True)
     began = time.perf_counter()

@@ -33,6 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 import numpy as np
 import tensorflow as tf
+import yardsticks
 from absl import app, flags, logging
 
 from tf_pcl import compat, data
@@ -243,11 +244,7 @@ def turns(dataset: tf.data.Dataset, events: int) -> Turns:
         skipped = time.perf_counter() + seconds / 3
         while time.perf_counter() < skipped:
             next(iterator)
-        count, began = 0, time.perf_counter()
-        while (spent := time.perf_counter() - began) < seconds * 2 / 3 or count < 2:
-            next(iterator)
-            count += 1
-        return events * count / spent
+        return events * yardsticks.rate(lambda: next(iterator), seconds * 2 / 3)
 
     return Turns(take)
 
@@ -261,16 +258,9 @@ def step_turns(network: str, loaded: data.ImageData, batch_size: int) -> Turns:
     batch = next(iter(data.train_batches(loaded, batch_size, 1, views=model.num_views)))
     batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
     step = model.make_train_function()
-    step(batches)["loss"].numpy()
-
-    def take(seconds: float) -> float:
-        count, began = 0, time.perf_counter()
-        while (spent := time.perf_counter() - began) < seconds or count < 2:
-            step(batches)["loss"].numpy()
-            count += 1
-        return count / spent
-
-    return Turns(take)
+    call = lambda: step(batches)["loss"].numpy()
+    call()
+    return Turns(lambda seconds: yardsticks.rate(call, seconds))
 
 
 def measured(source: Source, batch_size: int) -> dict[str, Turns]:

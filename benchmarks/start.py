@@ -41,6 +41,7 @@ from absl import app, flags  # noqa: E402
 
 from tf_pcl import data, surgery  # noqa: E402
 from tf_pcl.compat import keras  # noqa: E402
+from tf_pcl.methods.distiller import build_all  # noqa: E402
 from tf_pcl.training import export  # noqa: E402
 
 # In the process that measures, this module is imported anew.
@@ -72,13 +73,10 @@ def of_case(source: tuple, case: step.Case, batch_size: int, steps: int) -> dict
     with timed(seconds, "data"), contextlib.redirect_stdout(None):
         loaded = data.load(*source)
     keras.mixed_precision.set_global_policy(case.precision)
-    models: list = []
     with timed(seconds, "build"):
-        for stage in step.stages_of(case, loaded):
-            models.append(stage.build(models))
-        model = models[-1]
+        model = build_all(step.stages_of(case, loaded))[-1]
         model.compile(epochs=300, steps_per_epoch=steps + 1)
-        getattr(model.optimizer, "build", model._inner_optimizer.build)(model.trainable_weights)
+        model.build_optimizer()
         deployed = model.deployed()
     seconds["check"] = surgery.trials.seconds
     seconds["build"] -= seconds["check"]

@@ -30,7 +30,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 import time
@@ -50,6 +49,7 @@ from tf_pcl import compat, data
 from tf_pcl.compat import keras
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import training_flop
+from tf_pcl.methods.distiller import build_all
 from tf_pcl.training import strategy
 from tf_pcl.training.assemble import Assembly
 from tf_pcl.training.callbacks import Record
@@ -125,10 +125,7 @@ class Trained:
         began = time.perf_counter()
         set_precision(case.precision)
         stages = stages_of(case, loaded)[: case.stage + 1]
-        models: list[Any] = []
-        for stage in stages:
-            models.append(stage.build(models))
-        self.model, self.name = models[-1], stages[-1].name
+        self.model, self.name = build_all(stages)[-1], stages[-1].name
         self.precision, self.batch_size, self.steps = case.precision, batch_size, steps
         self.model.compile(epochs=300, steps_per_epoch=steps + 1, recompute=case.recompute)
         self.stream = data.train_batches(loaded, batch_size, 300, views=self.model.num_views)
@@ -202,17 +199,9 @@ def peak_memory(source: tuple, case: Case, batch_size: int) -> float:
     """
     with contextlib.redirect_stdout(None):
         loaded = data.load(*source)
-    before = most_memory()
+    before = yardsticks.most_memory()
     Trained(case, loaded, batch_size, steps=2).take_turn(None)
-    return most_memory() - before
-
-
-def most_memory() -> float:
-    """Returns the GiB that this process has held at most, as Linux counts them."""
-    # Not getrusage, in which a process inherits its parent's.
-    with open("/proc/self/status") as f:
-        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", f.read())
-    return int(kib) / 2**20
+    return yardsticks.most_memory() - before
 
 
 def measure(network: str, loaded: data.ImageData) -> tuple[dict, dict]:
@@ -267,11 +256,7 @@ def printed(cells: Sequence[str]) -> str:
 
 
 def cells(
-    case: Case,
-    one: Trained,
-    base: Trained,
-    machine: Optional[yardsticks.Machine],
-    source: tuple,
+    case: Case, one: Trained, base: Trained, machine: Optional[yardsticks.Machine], source: tuple
 ) -> list[str]:
     """Returns what is printed of a case, whose times are compared to those of `base`."""
     name = " ".join(filter(None, (case.method, one.name, "recompute" * case.recompute)))

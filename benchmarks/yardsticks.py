@@ -4,6 +4,7 @@ Everything is timed inside one graph: called one by one from Python, products an
 up to a fifth of their speed.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -191,6 +192,23 @@ def _sum(size: int) -> tuple[Callable[[], Any], float]:
 
     run()
     return run, 3.0 * a.dtype.size * size
+
+
+def rate(call: Callable[[], Any], seconds: float) -> float:
+    """Returns how often a second something can be called, in so many seconds, at least twice."""
+    count, began = 0, time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds or count < 2:
+        call()
+        count += 1
+    return count / spent
+
+
+def most_memory() -> float:
+    """Returns the GiB that this process has held at most, as Linux counts them."""
+    # Not getrusage, in which a process inherits its parent's.
+    with open("/proc/self/status") as f:
+        (kib,) = re.findall(r"VmHWM:\s+(\d+) kB", f.read())
+    return int(kib) / 2**20
 
 
 def _seconds(run: Callable[[], Any]) -> float:

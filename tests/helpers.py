@@ -8,6 +8,7 @@ from tensorflow import keras
 from tf_pcl import data, networks
 from tf_pcl.data import datasets
 from tf_pcl.methods import METHODS
+from tf_pcl.methods.distiller import build_all
 
 SHAPE, CLASSES = (8, 8, 1), 10
 
@@ -92,10 +93,7 @@ def last_stage(method, network, preprocess=None):
             **{"preprocess": preprocess, **arguments},
         )
 
-    models = []
-    for stage in METHODS[method].stages(make, "target"):
-        models.append(stage.build(models))
-    return models[-1]
+    return build_all(METHODS[method].stages(make, "target"))[-1]
 
 
 def build(method, network, epochs=4, steps_per_epoch=5, optimizer=None, **kwargs):
@@ -138,6 +136,26 @@ def flop(model):
         (node,) = node.children
         total += node.float_ops * (node.name in ("Conv2D", "DepthwiseConv2dNative", "MatMul"))
     return total
+
+
+def assert_close(one, other, **tolerance):
+    """np.testing.assert_allclose for all arrays of two lists or dicts of the same form."""
+    tf.nest.assert_same_structure(one, other, check_types=False)
+    for a, b in zip(tf.nest.flatten(one), tf.nest.flatten(other)):
+        np.testing.assert_allclose(a, b, **tolerance)
+
+
+def events(workdir):
+    """{(split, tag): {step: value}} of TensorBoard's files, each step once."""
+    found = {}
+    for path in sorted(workdir.glob("tensorboard/*/*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                steps = found.setdefault((path.parent.name, value.tag), {})
+                assert event.step not in steps, value.tag
+                tensor = tf.make_ndarray(value.tensor)
+                steps[event.step] = float(tensor) if tensor.ndim == 0 else list(tensor)
+    return found
 
 
 def slow_but(names, *quick):

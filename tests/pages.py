@@ -1,4 +1,4 @@
-"""The pages of the documentation, and what is printed on them."""
+"""This checkout: its pages, what is printed on them, and processes that run it."""
 
 import os
 import pathlib
@@ -43,6 +43,18 @@ def rows(text, columns):
     """The rows of the tables with so many columns, each [cell] without backquotes at its ends."""
     split = ([cell.strip(" `") for cell in line.split("|")[1:-1]] for line in text.splitlines())
     return [row for row in split if len(row) == columns]
+
+
+def python(*arguments, cwd=ROOT, timeout=None, **env):
+    """Runs this Python, which finds this checkout's package from every folder, to its end."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+    )
 
 
 def shell(source, folder):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import CLASSES, SHAPE, build, noise, slow_but, without_norm
-from pages import ROOT, blocks, commands, page, rows, section
+from pages import blocks, commands, page, python, rows, section
 from rich.console import Console
 from rich.markdown import Markdown
 
@@ -145,14 +145,8 @@ def fake_run(folder, seed, error=10.0, **changes):
         ({"path": "nowhere"}, "nowhere is not a workdir: it has no flags.txt; give that of a run"),
         ({"path": "begun"}, "the run in begun has not ended, since it has no SavedModel yet"),
         ({"path": "odd"}, "odd/results.json is damaged"),
-        (
-            {"folder": "done/export", "exit_name": "peer_1"},
-            "`folder=done/export`: it has",
-        ),
-        (
-            {"folder": "done/export", "fold_batch_norm": True},
-            "`folder=done/export`: it has",
-        ),
+        ({"folder": "done/export", "exit_name": "peer_1"}, "`folder=done/export`: it has"),
+        ({"folder": "done/export", "fold_batch_norm": True}, "`folder=done/export`: it has"),
         ({"folder": "done/flags.txt"}, "`folder=done/flags.txt`: the folder cannot be written"),
     ],
 )
@@ -215,8 +209,8 @@ def test_a_run_is_exported_in_all_forms_with_a_card(tmp_path):
     results = run.run(Options(**SETTINGS, workdir=path))
     (_, formats), (_, *folding) = commands(page("docs/deploy.md"), "tf-pcl export")
     assert formats == f"--format={','.join(artifacts.FORMATS)}"
-    command = [sys.executable, "-m", "tf_pcl", "export", path, f"--format={','.join(FORMATS)}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    command = "-m", "tf_pcl", "export", path
+    done = python(*command, f"--format={','.join(FORMATS)}")
     assert done.returncode == 0, done.stderr
     table = done.stdout.splitlines()
     assert [line.split()[0] for line in table] == ["format", "trained", *FORMATS, "Folder:"]
@@ -235,7 +229,7 @@ def test_a_run_is_exported_in_all_forms_with_a_card(tmp_path):
     assert ensemble["original"]["error"] == pytest.approx(error, abs=0.01)
     assert ensemble["artifacts"]["tflite"]["error"] == pytest.approx(error, abs=0.01)
 
-    done = subprocess.run([*command[:-1], *folding], cwd=ROOT, capture_output=True, text=True)
+    done = python(*command, *folding)
     assert done.returncode == 0, done.stderr
     assert "BatchNorm: 9 layers folded; logits differ by up to " in done.stdout
     folded = os.path.join(path, "export", artifacts.FOLDED)

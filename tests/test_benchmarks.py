@@ -3,31 +3,25 @@
 import importlib
 import importlib.util
 import json
-import pathlib
 import re
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from pages import ROOT, python
 
 from tf_pcl.training.events import Events
 from tf_pcl.training.workdir import Workdir, write_json
 
-ROOT = pathlib.Path(__file__).parent.parent
 # Where the extra `bench` is not installed, tf_pcl alone is compared to the equations and timed.
 VARIANTS = [[], ["eager", "eager_channels_last"]][: 2 if importlib.util.find_spec("torch") else 1]
 
 
-def printed(folder, name, *flags):
-    """The lines that a benchmark prints when it is called in a folder."""
-    done = subprocess.run(
-        [sys.executable, ROOT / f"benchmarks/{name}.py", *flags],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+def printed(folder, command):
+    """The lines that a benchmark, "NAME FLAGS", prints when it is called in a folder."""
+    name, *words = command.split()
+    done = python(ROOT / f"benchmarks/{name}.py", *words, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()
 
@@ -45,15 +39,8 @@ def benchmark(name):
 def test_a_line_for_every_stage(tmp_path):
     head, *lines = printed(
         tmp_path,
-        "step",
-        "--networks=resnet8",
-        "--teacher_network=resnet8",
-        "--methods=kd",
-        "--precisions=float32",
-        "--batch_size=16",
-        "--steps=2",
-        "--rounds=1",
-        "--profile",
+        "step --networks=resnet8 --teacher_network=resnet8 --methods=kd --precisions=float32 "
+        "--batch_size=16 --steps=2 --rounds=1 --profile",
     )
     assert head.split() == (
         "network precision method first step images/s × kd GFLOP of products of memory "
@@ -87,9 +74,11 @@ def test_a_line_for_every_stage(tmp_path):
 
 @pytest.mark.slow
 def test_a_line_for_a_step_that_recomputes(tmp_path):
-    only = ["--networks=resnet8", "--methods=baseline", "--precisions=float32", "--batch_size=16"]
-    few = ["--steps=2", "--rounds=1", "--noin_fit", "--noyardsticks"]
-    _, plain, recomputing = printed(tmp_path, "step", *only, *few, "--recompute")
+    _, plain, recomputing = printed(
+        tmp_path,
+        "step --networks=resnet8 --methods=baseline --precisions=float32 --batch_size=16 "
+        "--steps=2 --rounds=1 --noin_fit --noyardsticks --recompute",
+    )
     number = r"\d+\.\d+"
     rest = rf"{number} s +{number} \({number}–{number}\) +({number}) +{number} GiB"
     assert float(re.fullmatch(rf"resnet8 +float32 +baseline +{rest}", plain)[1]) == 1.0
@@ -145,7 +134,7 @@ def test_the_traffic_of_a_step_is_what_its_operations_read_and_write():
 
 @pytest.mark.slow
 def test_two_replicas_and_two_workers_equal_one_device(tmp_path):
-    _, head, line = printed(tmp_path, "workers", "--methods=baseline")
+    _, head, line = printed(tmp_path, "workers --methods=baseline")
     assert head.split() == ["method", "loss", *["losses", "errors", "weights"] * 2]
     method, loss, *differences = line.split()
     assert method == "baseline" and float(loss) > 0
@@ -159,15 +148,8 @@ def test_two_replicas_and_two_workers_equal_one_device(tmp_path):
 def test_the_input_pipeline_is_compared_with_images_one_by_one(tmp_path):
     head, *lines = printed(
         tmp_path,
-        "input",
-        "--sources=memory-8,files-8,records-8",
-        "--images=32",
-        "--views=2",
-        "--batch_size=8",
-        "--seconds=0.1",
-        "--rounds=1",
-        "--networks=resnet8",
-        "--method=baseline",
+        "input --sources=memory-8,files-8,records-8 --images=32 --views=2 --batch_size=8 "
+        "--seconds=0.1 --rounds=1 --networks=resnet8 --method=baseline",
     )
     assert head.split() == "source views/s one by one ratio decoding alone".split()
     for source, line, feeds in zip(("memory", "files", "records"), lines[::2], lines[1::2]):
@@ -190,13 +172,8 @@ def test_the_input_pipeline_is_compared_with_images_one_by_one(tmp_path):
 def test_growth_is_fitted_judged_and_drawn(tmp_path):
     _, head, first, second, time, memory, verdict = printed(
         tmp_path,
-        "growth",
-        "--axes=replicas",
-        "--standard=2,8,8,8,1",
-        "--seconds=0.1",
-        "--rounds=1",
-        "--results=growth.json",
-        "--figure=growth.png",
+        "growth --axes=replicas --standard=2,8,8,8,1 --seconds=0.1 --rounds=1 "
+        "--results=growth.json --figure=growth.png",
     )
     assert head.split() == "replicas s/step GFLOP GFLOP/s peak GiB outputs GiB".split()
     one, two = ([*map(float, line.split())] for line in (first, second))
@@ -216,16 +193,8 @@ def test_growth_is_fitted_judged_and_drawn(tmp_path):
 def test_a_run_that_is_killed_is_compared(tmp_path):
     first, *kills, run, last = printed(
         tmp_path,
-        "crash",
-        "--kills=2",
-        f"--keep_in={tmp_path}",
-        "--",
-        "--method=baseline",
-        "--dataset=digits",
-        "--network=resnet8",
-        "--train_examples=100",
-        "--batch_size=50",
-        "--epochs=3",
+        f"crash --kills=2 --keep_in={tmp_path} -- --method=baseline --dataset=digits "
+        "--network=resnet8 --train_examples=100 --batch_size=50 --epochs=3",
     )
     assert first.startswith("undisturbed: ") and run == "run-1: equal"
     assert [line.split(": ")[0] for line in kills] == ["run-1, kill 1", "run-1, kill 2"]
@@ -238,12 +207,7 @@ def test_a_run_that_is_killed_is_compared(tmp_path):
 def test_the_cost_of_checks_is_told_as_ratios(tmp_path):
     _, line = printed(
         tmp_path,
-        "checks",
-        "--networks=resnet8",
-        "--methods=baseline",
-        "--batch_size=16",
-        "--steps=2",
-        "--rounds=1",
+        "checks --networks=resnet8 --methods=baseline --batch_size=16 --steps=2 --rounds=1",
     )
     number = r"(\d+\.?\d*)"
     found = re.fullmatch(
@@ -261,14 +225,8 @@ def test_the_step_beside_pytorchs(variants, tmp_path):
     """The program itself ends with an error where losses differ."""
     compared, head, *lines = printed(
         tmp_path,
-        "versus_torch",
-        "--network=resnet8",
-        "--batch_size=8",
-        "--image_size=16",
-        "--precisions=float32",
-        f"--variants={','.join(variants)}",
-        "--steps=1",
-        "--rounds=1",
+        "versus_torch --network=resnet8 --batch_size=8 --image_size=16 --precisions=float32 "
+        f"--variants={','.join(variants)} --steps=1 --rounds=1",
     )[-3 - bool(variants) - len(variants) :]
     names = "tf_pcl and PyTorch equal" if variants else "tf_pcl equal"
     assert compared.startswith("float32: loss terms on given logits: " + names)
@@ -286,27 +244,17 @@ def test_the_step_beside_pytorchs(variants, tmp_path):
 @pytest.mark.slow
 def test_losses_that_differ_end_the_comparison_with_pytorch():
     program = "import versus_torch; versus_torch.check('losses of x', [1.0, 2.0], [1.0, 2.1], 1e-2)"
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT / "benchmarks", capture_output=True, text=True
-    )
+    done = python("-c", program, cwd=ROOT / "benchmarks")
     assert done.returncode == 1 and "losses of x are [1. 2.] and should be [1.  2.1]" in done.stderr
 
 
 @pytest.mark.slow
 def test_where_the_time_before_the_first_step_goes(tmp_path):
     *helps, head, line = printed(
-        tmp_path,
-        "start",
-        "--networks=resnet8",
-        "--methods=baseline",
-        "--batch_size=16",
-        "--steps=2",
+        tmp_path, "start --networks=resnet8 --methods=baseline --batch_size=16 --steps=2"
     )
-    assert [one.split("--help")[0] for one in helps] == [
-        "python train.py ",
-        "python -m tf_pcl ",
-        "python -m tf_pcl export ",
-    ]
+    named = ["python train.py ", "python -m tf_pcl ", "python -m tf_pcl export "]
+    assert [one.split("--help")[0] for one in helps] == named
     assert head.split() == (
         "network method import data build check trace first step steps export to first step".split()
     )
@@ -320,12 +268,7 @@ def test_where_the_time_before_the_first_step_goes(tmp_path):
 def test_the_forms_of_a_network_are_compared_with_it(tmp_path):
     head, *lines = printed(
         tmp_path,
-        "deployed",
-        "--networks=resnet8",
-        "--image_size=8",
-        "--batch_sizes=1,16",
-        "--images=32",
-        "--rounds=2",
+        "deployed --networks=resnet8 --image_size=8 --batch_sizes=1,16 --images=32 --rounds=2",
     )
     assert head.split() == ("network form batch ms middle half images/s × keras differ".split())
     row = r"resnet8 +(keras|saved_model|saved_model folded) +(1|16) +[\d.]+  [\d.]+ to [\d.]+ +\d+ "
@@ -341,19 +284,10 @@ def test_the_forms_of_a_network_are_compared_with_it(tmp_path):
 
 @pytest.mark.slow
 def test_what_xla_makes_of_a_step_has_no_transfers(tmp_path):
-    head, *lines = printed(
-        tmp_path, "hlo", "--methods=baseline", "--precisions=float32", "--batch_size=4"
-    )
+    head, *lines = printed(tmp_path, "hlo --methods=baseline --precisions=float32 --batch_size=4")
     kinds = "operations fusion convolution dot transpose copy conditional".split()
-    assert head.split() == [
-        "network",
-        "precision",
-        "method",
-        "compiled",
-        "stage",
-        *kinds,
-        "transfers",
-    ]
+    first = "network precision method compiled stage".split()
+    assert head.split() == [*first, *kinds, "transfers"]
     for line, stage in zip(lines, ["hlo", "optimized_hlo"]):
         cells = line.split()
         assert cells[:3] == ["resnet8", "float32", "baseline"] and cells[5] == stage

@@ -1,28 +1,19 @@
 """The command line's verbs, as a process calls them and within this one."""
 
 import ast
-import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
+from pages import ROOT, python
 
 from tf_pcl import cli, console
 from tf_pcl.verbs import further_help
 
-ROOT = pathlib.Path(__file__).parent.parent
-
-
-def called(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, "-m", "tf_pcl", *arguments], cwd=cwd, capture_output=True, text=True
-    )
-
 
 @pytest.mark.parametrize("arguments", [[], ["--help"]])
 def test_verbs_are_listed(arguments):
-    done = called(*arguments)
+    done = python("-m", "tf_pcl", *arguments)
     assert done.returncode == 0 and not done.stderr
     for verb, row in cli.VERBS.items():
         line = rf"^  {verb} +{re.escape(row.summary)}$"
@@ -33,9 +24,7 @@ def test_the_help_of_training_is_there_without_tensorflow():
     """It names all methods, networks and data sets, as a file has them that fits to the tables."""
     assert further_help.written() == further_help.found(), "further_help.write() makes the file"
     code = "import sys; sys.modules['tensorflow'] = None; from tf_pcl import cli; cli.main()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, "train", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = python("-c", code, "train", "--help")
     assert done.returncode == 0 and not done.stderr
     # Lines may be cut within a word that has a hyphen.
     said = "".join(done.stdout.split())
@@ -67,12 +56,12 @@ def test_the_help_of_training_is_there_without_tensorflow():
     ],
 )
 def test_errors_begin_with_the_verb_and_name_flags(arguments, line):
-    done = called(*arguments)
+    done = python("-m", "tf_pcl", *arguments)
     assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
 def test_help_has_the_flags_of_a_verb_before_those_of_training():
-    done = called("compare", "--help")
+    done = python("-m", "tf_pcl", "compare", "--help")
     own, training = done.stdout.split("Flags of training:\n")
     assert "Flags of this command:\n  --datasets:" in own and "--seeds:" in own
     assert "--epochs:" in training and "--seeds:" not in training
@@ -106,7 +95,7 @@ def test_an_import_that_fails_is_shown_as_what_it_is(tmp_path):
         "import sys; from tf_pcl import cli; sys.modules['tf_pcl.training'] = None; "
         "cli.run_verb('train', 'here', [])"
     )
-    done = subprocess.run([sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True)
+    done = python("-c", source)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of tf_pcl.training")
 

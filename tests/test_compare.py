@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -12,21 +11,16 @@ import time
 import numpy as np
 import pytest
 from absl import flags
-from pages import commands, page
+from pages import ROOT, commands, page
 from test_train_py import final_weights
 
 from tf_pcl.errors import UserError
 from tf_pcl.verbs import compare
 
-ROOT = pathlib.Path(__file__).parent.parent
-FLAGS = [
-    "--dataset=digits",
-    "--network=helpers:without_norm",
-    "--train_examples=200",
-    "--batch_size=50",
-    "--epochs=2",
-    "--deterministic",
-]
+FLAGS = (
+    "--dataset=digits --network=helpers:without_norm --train_examples=200 --batch_size=50 "
+    "--epochs=2 --deterministic"
+).split()
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
 
 
@@ -138,10 +132,8 @@ def test_a_grid_goes_on_after_signals_and_shares_a_teacher_bit_for_bit(tmp_path)
     alone = subprocess.run([*train, "--network=helpers:other", "--workdir=alone"], **call)
     assert alone.returncode == 0, alone.stderr
     for folder in ("1-teacher", "."):
-        mine, its = (final_weights(w / folder, 8) for w in (second, tmp_path / "alone"))
-        assert set(mine) == set(its)
-        for name in mine:
-            np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
+        weights = (final_weights(w / folder, 8) for w in (second, tmp_path / "alone"))
+        np.testing.assert_equal(*weights)
     results = json.loads((second / "results.json").read_text())
     again = json.loads((tmp_path / "alone/results.json").read_text())
     assert results["training_gflop"] == again["training_gflop"] > 0

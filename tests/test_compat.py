@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import numpy as np
+import pages
 import pytest
 import tensorflow as tf
 from tensorflow import keras
@@ -19,10 +20,10 @@ ADDONS = compat._addons()
 KERAS_3 = compat.keras.__name__ == "tf_keras"
 
 
-def python(source, **env):
+def python(source, *arguments, **env):
     """What a fresh interpreter prints."""
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(source)],
+        [sys.executable, "-c", textwrap.dedent(source), *arguments],
         capture_output=True,
         text=True,
         env={**{k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}, **env},
@@ -76,33 +77,18 @@ def test_the_package_works_where_tensorflow_was_imported_first():
 OTHER = "keras" if KERAS_3 else "tf_keras"
 
 
-def test_own_models_are_not_foreign_and_others_are_told_what_to_do():
+def test_beside_another_keras_its_models_are_told_apart_and_own_ones_are_copied(tmp_path):
+    """Keras itself would wait without end for layers of its own, whose names the other took."""
     assert compat.foreign_keras(keras.Sequential()) is None
     assert compat.foreign_keras(keras.layers.Dense(1)) is None
     assert compat.foreign_keras("resnet32") is None
     printed = python(
         f"""
-        from tf_pcl import compat
-        compat.keras
-        import {OTHER} as other
-        print(compat.foreign_keras(other.layers.Dense(1)))
-        print(compat.foreign_keras(type("Mine", (other.Model,), {{}})()))
-        """
-    )
-    sentence, of_subclass = printed.splitlines()
-    assert sentence.startswith(f"Dense comes from the package {OTHER}, ")
-    assert "from tf_pcl.compat import keras" in sentence
-    assert ("TF_USE_LEGACY_KERAS=1" in sentence) == KERAS_3
-    assert of_subclass.startswith("Mine comes from")
-
-
-def test_a_network_is_copied_where_another_keras_has_taken_the_names(tmp_path):
-    """Keras itself would wait without end for layers of its own."""
-    printed = python(
-        f"""
         from tf_pcl import compat, methods, networks, surgery
         from tf_pcl.compat import keras
         import {OTHER} as other
+        print(compat.foreign_keras(other.layers.Dense(1)))
+        print(compat.foreign_keras(type("Mine", (other.Model,), {{}})()))
         network = networks.resnet8((8, 8, 1), 10)
         model = methods.PCL(network, peers=2)
         print(all(isinstance(layer, keras.layers.Layer) for layer in model.submodules
@@ -111,7 +97,11 @@ def test_a_network_is_copied_where_another_keras_has_taken_the_names(tmp_path):
         print(len(surgery.load_weights(network, {str(tmp_path / "w.keras")!r})[0]))
         """
     )
-    of_keras, loaded = printed.splitlines()[-2:]
+    sentence, of_subclass, of_keras, loaded = printed.splitlines()[-4:]
+    assert sentence.startswith(f"Dense comes from the package {OTHER}, ")
+    assert "from tf_pcl.compat import keras" in sentence
+    assert ("TF_USE_LEGACY_KERAS=1" in sentence) == KERAS_3
+    assert of_subclass.startswith("Mine comes from")
     assert of_keras == "True" and int(loaded) > 10
 
 
@@ -125,22 +115,14 @@ def test_keras_3_without_tf_keras_says_what_to_install(monkeypatch):
 
 @pytest.mark.parametrize(
     ("before", "status", "said"),
-    [
-        ("", 0, r"\Aafter\Z"),
-        ("sys.modules['tensorflow'] = None", 1, "ModuleNotFoundError"),
-    ],
+    [("", 0, r"\Aafter\Z"), ("sys.modules['tensorflow'] = None", 1, "ModuleNotFoundError")],
 )
 def test_tensorflow_is_imported_without_a_word(before, status, said):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"import sys\nfrom tf_pcl import compat\n{before}\ncompat.import_tensorflow()\n"
-            "sys.stderr.write('after')",
-        ],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
+    done = pages.python(
+        "-c",
+        f"import sys\nfrom tf_pcl import compat\n{before}\ncompat.import_tensorflow()\n"
+        "sys.stderr.write('after')",
+        TF_CPP_MIN_LOG_LEVEL="3",
     )
     assert done.returncode == status and re.search(said, done.stderr), done.stderr
 
@@ -222,44 +204,34 @@ if ADDONS is not None:
         np.testing.assert_array_equal(losses.pairwise_distances(x), with_addons)
 
 
-# Programs without tf_pcl that use the SavedModel; the last line prints the logits.
-READERS = {
-    "saved_model.load": """
-        signature = tf.saved_model.load(folder).signatures["serving_default"]
-        print(signature(images=images)["logits"].numpy().tolist())
-        """,
-    "hub.KerasLayer": """
-        import tensorflow_hub as hub
-        print(hub.KerasLayer(folder)(images).numpy().tolist())
-        """,
-    "TFSMLayer": """
-        import keras
-        assert keras.__version__.startswith("3.")
-        layer = keras.layers.TFSMLayer(folder, call_endpoint="serving_default")
-        inputs = keras.Input([8, 8, 1], dtype="uint8")
-        model = keras.Model(inputs, layer(inputs))
-        print(model.predict(images, verbose=0)["logits"].tolist())
-        """,
-}
+# A program without tf_pcl that uses the SavedModel in several ways. Its last lines are the logits.
+READS = """
+import sys, numpy as np, tensorflow as tf
+import tensorflow_hub as hub
+sys.modules["tf_pcl"] = None
+folder, images = sys.argv[1], tf.constant(np.load(sys.argv[2]))
+signature = tf.saved_model.load(folder).signatures["serving_default"]
+print(signature(images=images)["logits"].numpy().tolist())
+print(hub.KerasLayer(folder)(images).numpy().tolist())
+"""
+# On the current stack Keras is Keras 3 there, which alone has this layer.
+READS_WITH_KERAS_3 = """
+import keras
+assert keras.__version__.startswith("3.")
+layer = keras.layers.TFSMLayer(folder, call_endpoint="serving_default")
+inputs = keras.Input([8, 8, 1], dtype="uint8")
+model = keras.Model(inputs, layer(inputs))
+print(model.predict(images, verbose=0)["logits"].tolist())
+"""
 
 
-@pytest.mark.parametrize(
-    "reader", list(READERS) if KERAS_3 else [r for r in READERS if r != "TFSMLayer"]
-)
-def test_the_saved_model_is_used_without_the_package(reader, tmp_path):
-    """On the current stack Keras is Keras 3 there, which alone has TFSMLayer."""
+def test_the_saved_model_is_used_without_the_package(tmp_path):
     inputs = keras.Input([8, 8, 1], dtype="uint8")
     x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 255)(inputs))
     model = keras.Model(inputs, keras.layers.Dense(10)(x))
     folder = export.export(model, "0123456789", str(tmp_path))
     images = np.random.RandomState(0).randint(0, 256, [5, 8, 8, 1]).astype(np.uint8)
     np.save(tmp_path / "images.npy", images)
-    head = f"""
-        import sys, numpy as np, tensorflow as tf
-        sys.modules["tf_pcl"] = None
-        folder, images = {folder!r}, tf.constant(np.load({str(tmp_path / "images.npy")!r}))
-        """
-    printed = python(textwrap.dedent(head) + textwrap.dedent(READERS[reader]))
-    np.testing.assert_allclose(
-        json.loads(printed.splitlines()[-1]), model(images).numpy(), rtol=1e-4, atol=1e-5
-    )
+    printed = python(READS + READS_WITH_KERAS_3 * KERAS_3, folder, tmp_path / "images.npy")
+    for line in printed.splitlines()[-2 - KERAS_3 :]:
+        np.testing.assert_allclose(json.loads(line), model(images), rtol=1e-4, atol=1e-5)

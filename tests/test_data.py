@@ -233,17 +233,13 @@ def test_inception_windows_lie_within_the_image_and_have_the_paper_s_areas_and_r
             .astype(float)
             .T
         )
-        assert (
-            min(top.min(), left.min()) > -1e-4
-            and bottom.max() < h + 1e-4
-            and right.max() < w + 1e-4
-        )
+        assert min(top.min(), left.min()) > -1e-4
+        assert bottom.max() < h + 1e-4
+        assert right.max() < w + 1e-4
         ratio, area = (right - left) / (bottom - top), (right - left) * (bottom - top) / (h * w)
-        assert (
-            0.7499 < ratio.min() < 0.76
-            and 1.32 < ratio.max() < 1.3334
-            and abs(np.log(ratio).mean()) < 0.01
-        )
+        assert 0.7499 < ratio.min() < 0.76
+        assert 1.32 < ratio.max() < 1.3334
+        assert abs(np.log(ratio).mean()) < 0.01
         if h > 20:
             assert 0.0799 < area.min() < 0.1 and 0.9 < area.max() <= 1.00001
             # Where they may lie is uniform.
@@ -279,11 +275,9 @@ def test_inception_crop_is_stateless_and_its_mirror_images_are_half():
     first, again, other = (
         augmentations.inception_crop(images, draws(8, key=(1, s))).numpy() for s in (2, 2, 3)
     )
-    assert (
-        first.dtype == np.uint8
-        and np.array_equal(first, again)
-        and not np.array_equal(first, other)
-    )
+    assert first.dtype == np.uint8
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
     # A ramp that falls was mirrored.
     ramp = tf.tile(tf.range(0, 250, 5, dtype=tf.int32)[None, None, :, None], [400, 50, 1, 1])
     unflipped = augmentations.inception_crop(tf.cast(ramp, tf.uint8), draws(400))
@@ -324,11 +318,9 @@ def test_cutout_blackens_one_square():
 def test_digits(digits):
     assert digits.image_shape == (8, 8, 1) and (len(digits.train), len(digits.test)) == (1437, 360)
     images, labels = digits.train.fetch(tf.range(1437))
-    assert (
-        images.dtype == tf.uint8
-        and images.numpy().max() == 255
-        and set(labels.numpy()) == set(range(10))
-    )
+    assert images.dtype == tf.uint8
+    assert images.numpy().max() == 255
+    assert set(labels.numpy()) == set(range(10))
     np.testing.assert_allclose(
         [digits.mean[0], digits.std[0]], [images.numpy().mean(), images.numpy().std()], rtol=1e-6
     )
@@ -361,11 +353,9 @@ def test_image_folder_of_grey_and_colour_jpeg_and_png(make_folder, monkeypatch):
     )
     os.rename(f"{folder}/val/dog/0.png", f"{folder}/val/dog/0.JPG")
     d = data.load("image_folder", folder)
-    assert (
-        d.classes == ("cat", "dog")
-        and d.image_shape == (8, 8, 3)
-        and (len(d.train), len(d.test)) == (3, 2)
-    )
+    assert d.classes == ("cat", "dog")
+    assert d.image_shape == (8, 8, 3)
+    assert (len(d.train), len(d.test)) == (3, 2)
     images, labels = d.train.fetch(tf.range(3))
     dog = images.numpy()[labels.numpy() == 1][0]
     np.testing.assert_array_equal(dog, noise(8, 8, 3, seed=2))
@@ -446,10 +436,8 @@ def test_orientation_of_damaged_exif():
     good = with_exif(tf.io.encode_jpeg(noise(4, 6, 3)).numpy(), 6, "<")[12:]
     assert image_files.orientation(good) == 6
     assert image_files.orientation(good.replace(struct.pack("<H", 6), struct.pack("<H", 9))) == 1
-    assert (
-        all(image_files.orientation(good[:n]) in (1, 6) for n in range(60))
-        and image_files.orientation(b"") == 1
-    )
+    assert all(image_files.orientation(good[:n]) in (1, 6) for n in range(60))
+    assert image_files.orientation(b"") == 1
 
 
 def orientation_of(encoded):
@@ -1025,11 +1013,9 @@ def test_imagenet_streams_resumes_and_is_shared_by_workers(imagenet, monkeypatch
     kept = data.load("imagenet2012", imagenet, image_size=16)
     monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
     d = data.load("imagenet2012", imagenet, image_size=16)
-    assert (
-        isinstance(d.train, storage.Stream)
-        and isinstance(kept.train, storage.Arrays)
-        and d.mean == kept.mean
-    )
+    assert isinstance(d.train, storage.Stream)
+    assert isinstance(kept.train, storage.Arrays)
+    assert d.mean == kept.mean
     assert len(d.train) == 20 and d.classes[0] == "n01440764"
     # The test images of ImageNet have no labels.
     for images in (d, kept):
@@ -1040,9 +1026,8 @@ def test_imagenet_streams_resumes_and_is_shared_by_workers(imagenet, monkeypatch
     whole, again = ([(v.numpy(), y.numpy()) for v, y in dataset] for _ in range(2))
     assert len(whole) == 9 and same(whole, again)
     assert same(whole[4:], batches(d, 6, 3, seed=1, start=4))
-    assert same(whole, joined(d, 6, 3, seed=1)) and same(
-        whole[4:], joined(d, 6, 3, seed=1, start=4, n=3)
-    )
+    assert same(whole, joined(d, 6, 3, seed=1))
+    assert same(whole[4:], joined(d, 6, 3, seed=1, start=4, n=3))
     assert not same(whole, batches(d, 6, 3, seed=2))
     epochs = [np.concatenate([y for _, y in whole[i : i + 3]]) for i in (0, 3)]
     assert len(set(epochs[0])) == 18 and not np.array_equal(*epochs)

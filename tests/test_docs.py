@@ -14,10 +14,22 @@ import pytest
 import tensorflow as tf
 from absl import flags
 from helpers import CLASSES, SHAPE, noise, with_labels
-from pages import METHODS_OF_PAPERS, PAGES, ROOT, blocks, commands, page, rows, section, shell
+from pages import (
+    METHODS_OF_PAPERS,
+    PAGES,
+    ROOT,
+    blocks,
+    commands,
+    page,
+    python,
+    rows,
+    section,
+    shell,
+)
 
 from tf_pcl import cli, methods, networks, options
 from tf_pcl.methods import METHODS
+from tf_pcl.methods.distiller import build_all
 from tf_pcl.study import paper
 from tf_pcl.training import cluster, run
 from tf_pcl.training.assemble import Assembly, method_arguments
@@ -187,12 +199,10 @@ def test_recipes_build(path):
     classes = int(chosen.dataset[len("cifar") :])
     images = with_labels(noise(4, 32, 32, 3), np.arange(4))
     images = dataclasses.replace(images, classes=tuple(map(str, range(classes))))
-    models = []
-    for stage in METHODS[chosen.method].stages(
+    stages = METHODS[chosen.method].stages(
         Assembly(images), chosen.network, **method_arguments(chosen)
-    ):
-        models.append(stage.build(models))
-    assert models[-1].deployed().output_shape == (None, classes)
+    )
+    assert build_all(stages)[-1].deployed().output_shape == (None, classes)
 
 
 def test_every_method_of_a_paper_has_the_recipe_of_two_networks():
@@ -329,12 +339,7 @@ def test_the_network_of_the_page_is_cut_where_the_page_says():
 @pytest.mark.slow
 def test_the_site_builds(tmp_path):
     """Links between pages exist, and the API pages find what they name."""
-    done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = python("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "tf_pcl.methods.pcl.PCL" in (tmp_path / "api/methods/index.html").read_text()
 
@@ -372,10 +377,8 @@ if IN_A_COPY not in os.environ:
     def test_a_method_is_a_file_and_a_row(tmp_path):
         """Registered as the page says, in a copy of the checkout, whose tests then pass."""
         # Those that ask the table; the others know no method.
-        asking = (
-            "methods fit recompute cli train_py layers docs study_grid study_cost compare report"
-        )
-        files = [f"tests/test_{name}.py" for name in asking.split()]
+        asking = "methods fit recompute cli train_py layers docs study_grid study_cost compare"
+        files = [f"tests/test_{name}.py" for name in (*asking.split(), "report")]
         copy = tmp_path / "copy"
         kept_out = shutil.ignore_patterns(".git", ".venv*", "runs", "build", "site", "__pycache__")
         shutil.copytree(ROOT, copy, ignore=kept_out)
@@ -388,11 +391,6 @@ if IN_A_COPY not in os.environ:
         (command,) = re.findall(r'^python -c "(.*)"$', CONTRIBUTING, re.MULTILINE)
         subprocess.run([sys.executable, "-c", command], cwd=copy, check=True)
         for chosen in (["-m", "not slow"], ["-m", "slow", "-k", "mean_logits"]):
-            done = subprocess.run(
-                [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *files, *chosen],
-                cwd=copy,
-                capture_output=True,
-                text=True,
-                env={**os.environ, IN_A_COPY: "1"},
-            )
+            tests = "-m", "pytest", "-p", "no:cacheprovider", *files, *chosen
+            done = python(*tests, cwd=copy, PYTHONPATH=str(copy), **{IN_A_COPY: "1"})
             assert done.returncode == 0, done.stdout[-5000:]

@@ -2,6 +2,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
+from helpers import assert_close
 from tensorflow import keras
 
 from tf_pcl.ema import Shadow
@@ -11,8 +12,7 @@ from tf_pcl.networks import resnet8
 def test_shadow_follows_the_recursion_and_leaves_statistics_alone():
     source, shadow = (resnet8((8, 8, 1), 10) for _ in range(2))
     ema = Shadow(source, shadow)
-    for a, b in zip(source.get_weights(), shadow.get_weights()):
-        np.testing.assert_array_equal(a, b)
+    np.testing.assert_equal(source.get_weights(), shadow.get_weights())
     statistics = [w.numpy() for w in shadow.non_trainable_weights]
     want = [w.numpy().astype(np.float64) for w in shadow.trainable_weights]
     for g in range(1, 6):
@@ -23,10 +23,8 @@ def test_shadow_follows_the_recursion_and_leaves_statistics_alone():
             oracle.phi(g, 0.7) * t + (1 - oracle.phi(g, 0.7)) * s.numpy()
             for t, s in zip(want, source.trainable_weights)
         ]
-    for w, expected in zip(shadow.trainable_weights, want):
-        np.testing.assert_allclose(w.numpy(), expected, atol=1e-5)
-    for w, before in zip(shadow.non_trainable_weights, statistics):
-        np.testing.assert_array_equal(w.numpy(), before)
+    assert_close(shadow.trainable_weights, want, atol=1e-5)
+    np.testing.assert_equal([w.numpy() for w in shadow.non_trainable_weights], statistics)
 
 
 def test_statistics_are_averaged_where_asked_for():
@@ -39,8 +37,7 @@ def test_statistics_are_averaged_where_asked_for():
         ema.update(oracle.phi(g, 0.7), statistics=True)
         phi = oracle.phi(g, 0.7)
         want = [phi * t + (1 - phi) * s.numpy() for t, s in zip(want, source.weights)]
-    for w, expected in zip(shadow.weights, want):
-        np.testing.assert_allclose(w.numpy(), expected, atol=1e-5)
+    assert_close(shadow.weights, want, atol=1e-5)
 
 
 def test_models_built_otherwise_are_refused():

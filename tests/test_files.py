@@ -50,8 +50,7 @@ def test_weights_are_read_and_code_is_not_run(form, tmp_path):
     other = network(keras.layers.Activation("relu"))
     loaded, fresh = surgery.load_weights(other, path)
     assert loaded == ["zz", "deep", "norm", "aa", "logits"] and not fresh
-    for a, b in zip(source.get_weights(), other.get_weights()):
-        np.testing.assert_array_equal(a, b)
+    np.testing.assert_equal(source.get_weights(), other.get_weights())
     assert not marker.exists()
     # What does not fit is refused, and not built either, unless the file is trusted.
     wrong = keras.Sequential(
@@ -156,8 +155,7 @@ def test_networks_of_this_package_are_teachers_without_trust(tmp_path):
     images = np.random.RandomState(0).randint(0, 256, (4, 32, 32, 3)).astype(np.uint8)
     for name in ("applications.MobileNet", "applications.ResNet50"):
         deployed = surgery.deployable(
-            networks.preprocessing(name, (32, 32, 3)),
-            surgery.with_logits(network_of_32(name)),
+            networks.preprocessing(name, (32, 32, 3)), surgery.with_logits(network_of_32(name))
         )
         folder = export.export(deployed, "abcde", str(tmp_path / name))
         np.testing.assert_array_equal(export.load(folder, "abcde")(images), deployed(images))

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import build, noise, slow_but, without_norm
+from helpers import assert_close, build, noise, slow_but, without_norm
 from tensorflow import keras
 
 from tf_pcl import methods, networks
@@ -106,9 +106,7 @@ def test_plain_labels_of_any_type_train_alike_to_the_last_bit():
         model = tiny("pcl")
         model.fit(IMAGES, FORMS[name], epochs=2, batch_size=16, shuffle=False, verbose=0)
         weights.append(model.get_weights())
-    for other in weights[1:]:
-        for a, b in zip(weights[0], other):
-            np.testing.assert_array_equal(a, b)
+    np.testing.assert_equal(weights[1:], weights[:1] * 4)
 
 
 def generator(*batch):
@@ -211,10 +209,7 @@ WRONG_BATCHES = {
     "size known late": (
         lambda: tf.data.Dataset.from_generator(
             lambda: generator(IMAGES[:, :6], LABELS),
-            output_signature=(
-                tf.TensorSpec([None] * 4, tf.uint8),
-                tf.TensorSpec([None], tf.int64),
-            ),
+            output_signature=(tf.TensorSpec([None] * 4, tf.uint8), tf.TensorSpec([None], tf.int64)),
         ),
         r"6,8,1.* is needed",
     ),
@@ -293,8 +288,7 @@ def test_raw_images_are_seen_before_they_ruin_the_network():
     with pytest.raises(UserError) as error:
         model.fit(IMAGES, LABELS, verbose=0)
     one_sentence(error, "up to 255.*preprocess")
-    for a, b in zip(before, model.trainable_weights):
-        np.testing.assert_array_equal(a, b)
+    np.testing.assert_equal([w.numpy() for w in model.trainable_weights], before)
     # The same network learns from scaled images.
     model.fit(IMAGES / 255.0, LABELS, verbose=0)
     # A loss that is lost later is said, too.
@@ -379,14 +373,12 @@ def test_two_replicas_weigh_as_one(two_replicas):
             validation_data=dataset(IMAGES, SOFT, WEIGHTS),
             verbose=0,
         ).history
-        trained.append((history, model.trainable_weights))
+        trained.append((history, [w.numpy() for w in model.trainable_weights]))
         with pytest.raises(UserError):
             model.evaluate(dataset(IMAGES, LABELS - 1), verbose=0)
     (one, weights), (two, mirrored) = trained
-    for name in one:
-        np.testing.assert_allclose(one[name], two[name], rtol=1e-4, atol=1e-5, err_msg=name)
-    for a, b in zip(weights, mirrored):
-        np.testing.assert_allclose(a.numpy(), b.numpy(), atol=1e-5)
+    assert_close(one, two, rtol=1e-4, atol=1e-5)
+    assert_close(weights, mirrored, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -443,8 +435,7 @@ def test_fit_tells_the_length_of_training(method):
             np.testing.assert_allclose(got, want, rtol=1e-5)
         trained.append(model.get_weights())
     for other in trained[1:]:
-        for a, b in zip(trained[0], other):
-            np.testing.assert_array_equal(a, b)
+        np.testing.assert_equal(other, trained[0])
 
 
 def test_a_further_fit_prolongs_the_training():
@@ -534,8 +525,7 @@ def test_callbacks(method, tmp_path):
     assert float(model.optimizer.learning_rate) == pytest.approx(1e-10, rel=1e-5)
     kept = tiny(method, CoupledSGD(1e-9))
     kept.load_weights(files.format(epoch=1)).expect_partial()
-    for a, b in zip(kept.trainable_weights, model.trainable_weights):
-        np.testing.assert_array_equal(a.numpy(), b.numpy())
+    assert_close(kept.trainable_weights, model.trainable_weights, rtol=0)
 
     by_schedule = tiny(method)
     for callback in (plateau, keras.callbacks.LearningRateScheduler(lambda epoch: 0.1)):
@@ -578,8 +568,7 @@ def test_backup_and_restore_goes_on_with_the_same_schedules(method, tmp_path):
     assert len(trained(backup(), Break())[1]) == 2
     resumed, rest = trained(backup())
     np.testing.assert_allclose(rest, rates[2:], rtol=1e-6)
-    for a, b in zip(weights, resumed):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert_close(resumed, weights, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", BOTH)
@@ -591,8 +580,7 @@ def test_steps_per_execution_and_eager_steps_change_nothing(method):
         assert model.step.numpy() == 8
         trained.append([w.numpy() for w in model.trainable_weights])
     for other in trained[1:]:
-        for a, b in zip(trained[0], other):
-            np.testing.assert_allclose(a, b, atol=1e-5)
+        assert_close(other, trained[0], atol=1e-5)
 
 
 def test_losses_and_metrics_of_others_are_refused():

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from tf_pcl import cli, data, options
-from tf_pcl.data import datasets
+from tf_pcl.data import datasets, splits
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
 from tf_pcl.training import run
@@ -127,13 +127,8 @@ def prepared(arguments):
     chosen = options.from_flags(values)
     run._check_names(chosen)
     Workdir.of_run(chosen).check(chosen)
-    datasets._checked(
-        chosen.dataset,
-        chosen.data_dir,
-        chosen.on_bad_image,
-        chosen.labels,
-        chosen.labels_columns,
-    )
+    asked = run._data_asked(chosen)
+    datasets._checked(asked.pop("name"), splits.Request(**asked))
 
 
 @pytest.mark.slow

@@ -2,7 +2,6 @@
 
 import configparser
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -11,8 +10,8 @@ import sys
 import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
+from pages import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 LINUX = {"sys_platform": "linux", "platform_system": "Linux"}
 INTEL = {**LINUX, "platform_machine": "x86_64"}
 LINUX_ARM = {**LINUX, "platform_machine": "aarch64"}
@@ -154,20 +153,7 @@ class Machine:
         )
         for made in (self.checkout, self.tools, self.home):
             made.mkdir(parents=True)
-        for name in (
-            "sh",
-            "cat",
-            "cksum",
-            "cp",
-            "dirname",
-            "grep",
-            "ln",
-            "ls",
-            "mkdir",
-            "mktemp",
-            "rm",
-            "uname",
-        ):
+        for name in "sh cat cksum cp dirname grep ln ls mkdir mktemp rm uname".split():
             (self.tools / name).symlink_to(shutil.which(name))
         for name in (
             "in_venv.sh",

@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, noise, without_norm
+from helpers import CLASSES, SHAPE, assert_close, noise, without_norm
 from tensorflow import keras
 
 from tf_pcl import networks
@@ -29,9 +29,7 @@ def three_stages(input_shape, num_classes):
 
 def build(method, network=without_norm, **kwargs):
     model = METHODS[method](
-        lambda: network(SHAPE, CLASSES),
-        preprocess=networks.standardise([78.0], [96.0]),
-        **kwargs,
+        lambda: network(SHAPE, CLASSES), preprocess=networks.standardise([78.0], [96.0]), **kwargs
     )
     model.compile(epochs=EPOCHS, steps_per_epoch=STEPS)
     return model
@@ -220,8 +218,7 @@ def test_cl_rescales_the_gradient_into_the_trunk_alone():
     for a, b in zip(trunk, plain_trunk):
         assert np.abs(b).max() > 0
         np.testing.assert_allclose(a, b / 4, rtol=1e-4, atol=1e-5)
-    for a, b in zip(branches, plain_branches):
-        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert_close(branches, plain_branches, rtol=1e-5)
 
 
 # The modules that methods add, layer by layer.

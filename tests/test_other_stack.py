@@ -6,24 +6,18 @@ machines have one stack alone and nothing to compare with: there are no tests he
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from pages import ROOT
 
 OTHER = os.environ.get("TF_PCL_OTHER_PYTHON")
-ROOT = pathlib.Path(__file__).parent.parent
-RUN = [
-    "train.py",
-    "--method=pcl",
-    "--dataset=digits",
-    "--network=resnet8",
-    "--batch_size=64",
-    "--epochs=1",
-    "--deterministic",
-]
+RUN = (
+    "train.py --method=pcl --dataset=digits --network=resnet8 --batch_size=64 --epochs=1 "
+    "--deterministic"
+).split()
 # Writes the logits of the SavedModel, by its signature and as Keras loads it, and the newest
 # checkpoint's values.
 READ = """

@@ -4,7 +4,6 @@ import configparser
 import csv
 import json
 import os
-import pathlib
 import re
 import shutil
 import subprocess
@@ -13,8 +12,8 @@ import sysconfig
 import zipfile
 
 import pytest
+from pages import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 PAPER = ROOT / "tf_pcl" / "paper"
 
 
@@ -103,10 +102,7 @@ def table(name):
 
 
 def test_the_recipes_expect_what_the_paper_s_tables_say():
-    tables = {
-        "cifar10": table("table1_cifar10.csv"),
-        "cifar100": table("table2_cifar100.csv"),
-    }
+    tables = {"cifar10": table("table1_cifar10.csv"), "cifar100": table("table2_cifar100.csv")}
     two_stage = table("two_stage_resnet32.csv")
     compared = 0
     for path in sorted((ROOT / "flags").iterdir()):

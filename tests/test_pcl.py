@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, noise, without_norm
+from helpers import CLASSES, SHAPE, assert_close, noise, with_norm, without_norm
 from tensorflow import keras
 
 from tf_pcl import networks
@@ -71,11 +71,9 @@ def test_ablations():
     )
 
     model, got = terms(ensemble_teacher="none")
-    assert (
-        set(got) == {"ce", "mean"}
-        and "ensemble" not in model.exits
-        and "mean_ensemble" not in model.exits
-    )
+    assert set(got) == {"ce", "mean"}
+    assert "ensemble" not in model.exits
+    assert "mean_ensemble" not in model.exits
     assert got["ce"] == pytest.approx(sum(oracle.ce(LABELS, x) for x in z), rel=1e-5)
 
     model, got = terms(peer_teacher="none")
@@ -126,14 +124,13 @@ def test_peers_begin_apart_and_see_their_own_views():
 def test_views_share_the_trunks_batch_statistics_or_have_their_own():
     views = noise(6, 3, *SHAPE)
     views[:, 1] //= 4
-    together, apart = (build(trunk_batch=way) for way in ("together", "apart"))
+    together, apart = (build(with_norm, trunk_batch=way) for way in ("together", "apart"))
     apart.student.set_weights(together.student.get_weights())
     trunk, raw = apart.student.trunk, apart.preprocess
     own = [trunk(raw(views[:, j]), training=True) for j in range(3)]
     joint = tf.split(trunk(raw(np.concatenate(list(views.swapaxes(0, 1)))), training=True), 3)
     for model, want in ((together, joint), (apart, own)):
-        for got, expected in zip(model.student.low(tf.constant(views), True), want):
-            np.testing.assert_allclose(got, expected, atol=1e-4)
+        assert_close(model.student.low(tf.constant(views), True), want, atol=1e-4)
     assert max(np.abs(a - b).max() for a, b in zip(own, joint)) > 0.1
     assert apart.mean.trunk_batch == "apart"
 
@@ -163,8 +160,7 @@ def test_mean_teacher_is_the_average_of_the_weights(network, kwargs, updates):
         want = [
             phi * t + (1 - phi) * s.numpy() for t, s in zip(want, model.student.trainable_weights)
         ]
-        for w, expected in zip(model.mean.trainable_weights, want):
-            np.testing.assert_allclose(w.numpy(), expected, atol=2e-5)
+        assert_close(model.mean.trainable_weights, want, atol=2e-5)
 
 
 def test_mean_teacher_keeps_statistics_of_its_own_passes():
@@ -196,8 +192,7 @@ def test_mean_teacher_of_epochs_is_usable_after_the_first(digits):
     for k in range(steps):
         images, labels = digits.train.fetch(tf.range(k * batch, (k + 1) * batch))
         step((tf.repeat(images[:, None], 3, axis=1), labels))
-    for w, of_mean in zip(model.student.weights, model.mean.weights):
-        np.testing.assert_allclose(of_mean, w, rtol=1e-5, atol=1e-6, err_msg=w.name)
+    assert_close(model.mean.weights, model.student.weights, rtol=1e-5, atol=1e-6)
     images, labels = digits.test.images, digits.test.labels.numpy()
     logits = {name: e.logits.numpy() for name, e in model.all_exits(images).items()}
     error = {name: 100 * np.mean(z.argmax(-1) != labels) for name, z in logits.items()}

@@ -1,11 +1,8 @@
 """Elementwise operations of bfloat16 are compiled, and compute what they computed before."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import tensorflow as tf
+from pages import python
 
 from tf_pcl import networks
 from tf_pcl.compat import keras
@@ -39,14 +36,7 @@ print("equal:", len(plain))
 
 @pytest.mark.slow
 def test_compiled_operations_of_bfloat16_change_no_bit():
-    done = subprocess.run(
-        [sys.executable, "-c", STEPS],
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python("-c", STEPS, TF_CPP_MIN_LOG_LEVEL="0")
     assert "equal:" in done.stdout, done.stderr[-2000:]
     assert "Compiled cluster using XLA" in done.stderr
 

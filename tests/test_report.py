@@ -9,7 +9,6 @@ import pathlib
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pages
@@ -91,6 +90,11 @@ def folder(tmp_path):
     return tmp_path
 
 
+def change(path, **values):
+    """Changes values of a JSON file, or adds them."""
+    write_json(str(path), {**json.loads(path.read_text()), **values})
+
+
 def written(folder, *paths):
     made = report.report([str(p) for p in paths or [folder]], str(folder / "out"))
     page, text, errors, differences = (open(f, encoding="utf-8").read() for f in made.files)
@@ -103,8 +107,7 @@ def test_a_run_that_was_not_tested_is_not_done_and_one_may_end_early(tmp_path):
     """With validation images, the errors in results.json are theirs until the test at the end."""
     for seed, epochs_done, tested in ((0, EPOCHS, None), (1, 7, {"peer_1": 5.0})):
         path = make_run(tmp_path / f"b{seed}", "baseline", seed, 5.0, epochs_done=epochs_done)
-        results = json.loads((path / "results.json").read_text())
-        write_json(str(path / "results.json"), {**results, "test_error": tested})
+        change(path / "results.json", test_error=tested)
     study = runs.read([str(tmp_path)])
     assert list(study.sections[0].groups[0].runs) == [1]
     assert any("b0 is not finished" in note for note in study.notes)
@@ -155,8 +158,7 @@ def test_runs_that_are_missing_unfinished_twice_or_damaged_are_named(folder):
 
 def test_other_data_of_the_same_name_are_another_section(folder):
     run = make_run(folder / "more", "pcl", 0, 4.0, data_dir=str(folder / "photos"))
-    facts = json.loads((run / "data.json").read_text())
-    write_json(str(run / "data.json"), {**facts, "test images": 57})
+    change(run / "data.json", **{"test images": 57})
     shutil.rmtree(folder / "p0")
     first, second = runs.read([str(folder)]).sections
     assert {first.data, second.data} == {
@@ -165,19 +167,14 @@ def test_other_data_of_the_same_name_are_another_section(folder):
     }
 
 
-def add_facts(run, **facts):
-    path = run / "data.json"
-    write_json(str(path), {**json.loads(path.read_text()), **facts})
-
-
 def test_as_many_other_test_images_are_another_section(folder):
     """Two folders may have the same classes and as many images, and tell nothing of each other."""
     for seed in range(3):
         # Of the runs of one seed, it is not known: they are of earlier versions.
-        add_facts(folder / f"p{seed}", **{TEST_FILES: "0000000a"} if seed else {})
+        change(folder / f"p{seed}" / "data.json", **{TEST_FILES: "0000000a"} if seed else {})
     assert len(runs.read([str(folder)]).sections) == 1
     other = make_run(folder / "other", "baseline", 0, 4.0, data_dir="there/photos")
-    add_facts(other, **{TEST_FILES: "0000000b"})
+    change(other / "data.json", **{TEST_FILES: "0000000b"})
     found = {section.data: section for section in runs.read([str(folder)]).sections}
     facts = "10 classes, 1,000 test images, test files"
     assert {*found} == {
@@ -191,14 +188,14 @@ def test_as_many_other_test_images_are_another_section(folder):
 
 def test_runs_that_were_trained_on_other_images_are_named(folder):
     for run in folder.glob("[bp]*"):
-        add_facts(run, **{"training images": 200, "means": [99.001]})
-    add_facts(folder / "b1", means=[99.002])  # Rounded on another machine.
+        change(run / "data.json", **{"training images": 200, "means": [99.001]})
+    change(folder / "b1" / "data.json", means=[99.002])  # Rounded on another machine.
     # What is drawn depends on the seed.
     for name in "b2", "p2":
-        add_facts(folder / name, means=[98.0])
+        change(folder / name / "data.json", means=[98.0])
     assert not runs.read([str(folder)]).notes
-    for change in {"means": [97.0]}, {"training images": 199}:
-        add_facts(folder / "p0", **change)
+    for other in {"means": [97.0]}, {"training images": 199}:
+        change(folder / "p0" / "data.json", **other)
         (note,) = runs.read([str(folder)]).notes
         assert note.startswith(f"{folder / 'p0'} was trained on other images than {folder / 'b0'}")
 
@@ -231,10 +228,9 @@ def test_kept_predictions_may_differ_by_an_image(folder):
     assert not runs.read([str(folder)]).notes
 
 
-@pytest.mark.parametrize("change", [{"error": None}, {"deployed_error": float("nan")}])
-def test_a_run_whose_errors_are_none_is_left_out(change, folder):
-    path = folder / "b1" / "results.json"
-    write_json(str(path), {**json.loads(path.read_text()), **change})
+@pytest.mark.parametrize("changed", [{"error": None}, {"deployed_error": float("nan")}])
+def test_a_run_whose_errors_are_none_is_left_out(changed, folder):
+    change(folder / "b1" / "results.json", **changed)
     study = runs.read([str(folder)])
     assert f"{folder / 'b1'} cannot be read and is left out" in "\n".join(study.notes)
     assert list(study.sections[0].groups[0].runs) == [0, 2]
@@ -302,10 +298,8 @@ def test_without_a_baseline_of_equal_cost_that_is_said(folder):
         shutil.rmtree(folder / f"b{seed}")
     make_run(folder / "v0", "pcl", 0, 9.0, views="shared")
     text = written(folder)[1]
-    assert (
-        "There is no baseline among these runs" in text
-        and "no baseline that costs as much" not in text
-    )
+    assert "There is no baseline among these runs" in text
+    assert "no baseline that costs as much" not in text
     assert (
         "pcl (views=shared) has a test error of 9.00 %, pcl of 5.30 %: 3.70 points more; 1 seed "
         "cannot tell whether that is noise"
@@ -584,14 +578,7 @@ def test_the_command_of_the_page_makes_a_report(folder, tmp_path):
     (arguments,) = pages.commands(pages.page("docs/compare.md"), "tf-pcl report")
     here = tmp_path / "here"
     folder = pathlib.Path(shutil.copytree(folder, here / arguments[0]))
-    call = [sys.executable, "-m", "tf_pcl", "report"]
-    run = lambda *more: subprocess.run(
-        [*call, *more],
-        cwd=here,
-        env={**os.environ, "PYTHONPATH": str(pages.ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    run = lambda *more: pages.python("-m", "tf_pcl", "report", *more, cwd=here)
     done = run(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("# resnet8 on digits\n")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from faults import BrokenPipe, failing
-from helpers import SHAPE, noise, tiny_model, with_labels
+from helpers import SHAPE, events, noise, tiny_model, with_labels
+from pages import ROOT, python
 
 from tf_pcl import console
 from tf_pcl.data import datasets, storage
@@ -23,9 +24,6 @@ from tf_pcl.training import cluster as clusters
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.workdir import Workdir
-
-ROOT = pathlib.Path(__file__).parent.parent
-
 
 # Paths.
 
@@ -164,17 +162,16 @@ def test_a_second_process_is_told_who_works_in_a_workdir(tmp_path):
         "from tf_pcl.training.workdir import Workdir; w = Workdir(sys.argv[1]);"
         "w.check(Options()); held = w.locked(); held.__enter__()"
     )
-    command = [sys.executable, "-c", other, workdir.path]
     held = tmp_path / "run/lock"
     with workdir.locked():
         before = held.stat().st_mtime_ns
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        done = python("-c", other, workdir.path)
         assert done.returncode == 1
         assert f"process {os.getpid()}): wait for its end" in done.stderr.splitlines()[-1]
         assert held.stat().st_mtime_ns == before
     # The lock ends with its process, however that ends, and the file may stay.
-    kill = [*command[:2], other + "; import os; os.kill(os.getpid(), 9)", workdir.path]
-    assert subprocess.run(kill, cwd=ROOT).returncode == -9
+    killed = python("-c", other + "; import os; os.kill(os.getpid(), 9)", workdir.path)
+    assert killed.returncode == -9
     workdir.check(Options())
     with workdir.locked():
         assert f"process {os.getpid()}" in held.read_text()
@@ -297,19 +294,6 @@ def numbers(path):
 
 def numbers_of(text):
     return [float(cell) for line in text.split("\n")[1:] for cell in line.split(",") if cell]
-
-
-def events(workdir):
-    """{(split, tag): {step: value}} of TensorBoard's files, each step once."""
-    found = {}
-    for path in sorted(workdir.glob("tensorboard/*/*")):
-        for event in tf.compat.v1.train.summary_iterator(str(path)):
-            for value in event.summary.value:
-                steps = found.setdefault((path.parent.name, value.tag), {})
-                assert event.step not in steps, value.tag
-                tensor = tf.make_ndarray(value.tensor)
-                steps[event.step] = float(tensor) if tensor.ndim == 0 else list(tensor)
-    return found
 
 
 @pytest.mark.slow

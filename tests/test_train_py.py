@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -13,19 +12,15 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
+from pages import ROOT, python
 
 from tf_pcl.methods import METHODS
 
-ROOT = pathlib.Path(__file__).parent.parent
 # 22 steps an epoch.
-RUN = [
-    "--dataset=digits",
-    "--network=resnet8",
-    "--batch_size=64",
-    "--epochs=3",
-    "--deterministic",
-    "--checkpoint_every=5steps",
-]
+RUN = (
+    "--dataset=digits --network=resnet8 --batch_size=64 --epochs=3 --deterministic "
+    "--checkpoint_every=5steps"
+).split()
 PCL = ["--method=pcl", "--peers=2"]
 
 
@@ -93,42 +88,23 @@ def undisturbed(tmp_path_factory):
 def test_a_run_leaves_what_the_contract_says(undisturbed):
     workdir, out = undisturbed
     for path in (
-        "flags.txt",
-        "versions.json",
-        "results.json",
-        "metrics.csv",
-        "checkpoints",
-        "tensorboard/train",
-        "tensorboard/test",
-        "export/saved_model/1/saved_model.pb",
-        "export/labels.txt",
-    ):
+        "flags.txt versions.json results.json metrics.csv checkpoints tensorboard/train "
+        "tensorboard/test export/saved_model/1/saved_model.pb export/labels.txt"
+    ).split():
         assert (workdir / path).exists(), path
     results = json.loads((workdir / "results.json").read_text())
-    assert (
-        results["epochs"] == 3 and results["error"]["mean_peer_1"] == results["deployed_error"] < 60
-    )
+    assert results["epochs"] == 3
+    assert results["error"]["mean_peer_1"] == results["deployed_error"] < 60
     assert f"{results['deployed_error']:.2f} %  (deployed)" in out
     assert re.findall(r" - (\S+): ", out) == ["loss", "error/peer_1", "val_error/mean_peer_1"] * 3
     assert len(metrics(workdir)) == 3
     # The flagfile repeats the run. In the same workdir it finds it finished and trains nothing.
     before = (workdir / "metrics.csv").read_text()
-    done = subprocess.run(
-        [
-            sys.executable,
-            str(ROOT / "train.py"),
-            f"--flagfile={workdir}/flags.txt",
-            f"--workdir={workdir}",
-        ],
-        capture_output=True,
-        text=True,
-    )
+    done = python("train.py", f"--flagfile={workdir}/flags.txt", f"--workdir={workdir}")
     assert done.returncode == 0, done.stderr
-    assert (
-        (workdir / "metrics.csv").read_text() == before
-        and "Epoch" not in done.stdout
-        and "(deployed)" in done.stdout
-    )
+    assert (workdir / "metrics.csv").read_text() == before
+    assert "Epoch" not in done.stdout
+    assert "(deployed)" in done.stdout
 
 
 @pytest.mark.slow
@@ -138,10 +114,8 @@ def test_killed_mid_epoch_and_resumed_is_bit_for_bit_the_same(undisturbed, tmp_p
     wait_for_checkpoint(workdir, 30, process)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert (
-        process.returncode == -signal.SIGKILL
-        and not (workdir / "checkpoints/ckpt-66.index").exists()
-    )
+    assert process.returncode == -signal.SIGKILL
+    assert not (workdir / "checkpoints/ckpt-66.index").exists()
     # The disk lost the end of the newest checkpoint.
     newest = max(workdir.glob("checkpoints/ckpt-*.index"), key=lambda p: int(p.stem.split("-")[1]))
     data = newest.with_name(newest.stem + ".data-00000-of-00001")
@@ -151,9 +125,8 @@ def test_killed_mid_epoch_and_resumed_is_bit_for_bit_the_same(undisturbed, tmp_p
     assert "goes on at step" in out and "cannot be read" in err
     assert re.findall(r"^Epoch (\S+)$", out, re.M) == ["2/3", "3/3"]
     mine, its = final_weights(undisturbed[0]), final_weights(workdir)
-    assert set(mine) == set(its) and len(mine) > 100
-    for name in mine:
-        np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
+    assert len(mine) > 100
+    np.testing.assert_equal(its, mine)
     assert metrics(undisturbed[0]) == metrics(workdir)
 
 
@@ -173,9 +146,8 @@ def test_killed_in_a_later_stage_and_resumed_is_bit_for_bit_the_same(tmp_path):
     assert "stage 2 of 3, peer_2: done" in out and "stage 3 of 3, together: goes on at step" in out
     for folder in ("1-peer_1", "2-peer_2", "."):
         mine, its = (final_weights(tmp_path / name / folder, 22) for name in ("whole", "killed"))
-        assert set(mine) == set(its) and len(mine) > 50
-        for name in mine:
-            np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
+        assert len(mine) > 50
+        np.testing.assert_equal(its, mine)
         assert metrics(tmp_path / "whole" / folder) == metrics(tmp_path / "killed" / folder)
 
 
@@ -207,9 +179,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     assert code == 2 and "--epochs=5 here, 3 there" in err
     code, out, err = finish(workdir)
     assert code == 0 and "goes on at step" in out
-    mine, its = final_weights(undisturbed[0]), final_weights(workdir)
-    for name in mine:
-        np.testing.assert_array_equal(mine[name], its[name], err_msg=name)
+    np.testing.assert_equal(final_weights(workdir), final_weights(undisturbed[0]))
 
 
 @pytest.mark.parametrize(
@@ -226,20 +196,15 @@ def test_a_signal_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
 def test_bad_input_is_one_line_and_status_2(flags, text, tmp_path):
     process = start(tmp_path / "run", *flags)
     out, err = process.communicate(timeout=120)
-    assert (
-        process.returncode == 2
-        and err.startswith("train.py: ")
-        and err.count("\n") == 1
-        and text in err
-    )
+    assert process.returncode == 2
+    assert err.startswith("train.py: ")
+    assert err.count("\n") == 1
+    assert text in err
     assert not list(tmp_path.iterdir())
 
 
 def test_help_names_every_flag_with_its_default():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True
-    )
-    text = " ".join(done.stdout.split())
+    text = " ".join(python("train.py", "--help").stdout.split())
     for line in (
         f"--method: how to train: {', '.join(METHODS)}. Flags",
         "target first. Names: resnet8,",

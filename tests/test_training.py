@@ -10,7 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, noise, without_norm
+from helpers import CLASSES, SHAPE, assert_close, events, noise, without_norm
 from tensorflow import keras
 
 from tf_pcl import console, networks
@@ -62,10 +62,8 @@ def test_the_whole_state_is_in_a_checkpoint(tmp_path):
         model.train_step(data)
     Checkpoints(model, str(tmp_path)).save(3)
     Checkpoints(other, str(tmp_path)).restore()
-    for mine, its in zip(model.weights, other.weights):
-        np.testing.assert_array_equal(mine, its)
-    for mine, its in zip(model.optimizer.variables, other.optimizer.variables):
-        np.testing.assert_array_equal(mine, its)
+    assert_close(model.weights, other.weights, rtol=0)
+    assert_close(model.optimizer.variables, other.optimizer.variables, rtol=0)
     assert other.step.numpy() == 3 and other.optimizer.iterations.numpy() == 3
     # The means of the epoch so far, too.
     assert {k: float(v.result()) for k, v in model.mean_of.items()} == {
@@ -312,70 +310,35 @@ def test_other_data_in_a_workdir_are_refused(tmp_path, make_folder):
 @pytest.mark.slow
 def test_a_run_under_two_replicas_logs_and_exports(tmp_path, capsys, two_replicas, monkeypatch):
     monkeypatch.setattr(tf.distribute, "MirroredStrategy", lambda devices: two_replicas)
-    results = run.run(
-        Options(
-            **{
-                **QUICK,
-                "strategy": "mirrored",
-                "network": "resnet8",
-                "workdir": str(tmp_path / "run"),
-            }
-        )
-    )
+    results = run.run(Options(**QUICK, strategy="mirrored", workdir=str(tmp_path / "run")))
     assert results == json.loads((tmp_path / "run/results.json").read_text())
-    assert set(results) == {
-        "method",
-        "dataset",
-        "network",
-        "peers",
-        "seed",
-        "epochs",
-        "steps",
-        "deployed",
-        "deployed_error",
-        "best_deployed_error",
-        "error",
-        "diversity",
-        "parameters",
-        "training_gflop",
-        "images_per_second",
-        "wall_seconds",
-        "settings",
-        "versions",
-    }
+    keys = (
+        "method dataset network peers seed epochs steps deployed deployed_error "
+        "best_deployed_error error diversity parameters training_gflop images_per_second "
+        "wall_seconds settings versions"
+    )
+    assert {*results} == {*keys.split()}
     settings = results["settings"]
     assert settings["batch_size"] == QUICK["batch_size"] and settings["strategy"] == "mirrored"
     # The method's own defaults too; what another method takes, or has no value, is left out.
-    assert (
-        settings["temperature"] == 3.0
-        and settings["peers"] == 3
-        and not {"generations", "ema_decay"} & set(settings)
-    )
+    assert settings["temperature"] == 3.0
+    assert settings["peers"] == 3
+    assert not {"generations", "ema_decay"} & set(settings)
     assert results["deployed"] == "mean_peer_1" and results["steps"] == 4 and results["peers"] == 3
     assert results["parameters"]["deployed"] == sum(
         int(np.prod(w.shape)) for w in networks.resnet8(SHAPE, CLASSES).trainable_weights
     )
-    tags = {split: events(tmp_path / "run/tensorboard" / split) for split in ("train", "test")}
-    assert {
-        "loss",
-        "loss/ce",
-        "loss/ensemble",
-        "loss/mean",
-        "rampup",
-        "ema_decay",
-        "learning_rate",
-        "images_per_second",
-        "error/peer_1",
-        "diversity",
-        "views",
-    } <= set(tags["train"])
+    found = events(tmp_path / "run")
+    train, test = ({tag for s, tag in found if s == split} for split in ("train", "test"))
+    losses = {"loss", "loss/ce", "loss/ensemble", "loss/mean"}
+    others = "rampup ema_decay learning_rate images_per_second error/peer_1 diversity views"
+    assert losses | {*others.split()} <= train
     pictures = {"test_images/confusion_matrix", "test_images/class_errors"}
     measured = {"deployed_error", "diversity", "loss"}
-    assert {f"error/{n}" for n in results["error"]} | measured | pictures == set(tags["test"])
-    assert [step for step, _ in tags["test"]["error/ensemble"]] == [2, 4]
-    assert tags["test"]["error/mean_peer_1"][-1][1] == pytest.approx(
-        results["deployed_error"], abs=1e-3
-    )
+    assert {f"error/{n}" for n in results["error"]} | measured | pictures == test
+    assert [*found["test", "error/ensemble"]] == [2, 4]
+    last = found["test", "error/mean_peer_1"][4]
+    assert last == pytest.approx(results["deployed_error"], abs=1e-3)
     out = capsys.readouterr().out
     assert (
         "mean_ensemble" in out and "export/saved_model/1" in out and "tensorboard --logdir" in out
@@ -394,16 +357,3 @@ def test_going_on_between_epochs_starts_the_epoch_s_means_afresh(tmp_path):
     assert [row["epoch"] for row in again] == [1, 2] and again[0] == whole[0]
     for name in ("loss", "error/peer_1", "val_error/peer_1"):
         assert again[1][name] == pytest.approx(whole[1][name], rel=1e-3), name
-
-
-def events(folder):
-    """{tag: [(step, value)]} of a folder's TensorBoard files."""
-    found = {}
-    for path in sorted(folder.iterdir()):
-        for event in tf.compat.v1.train.summary_iterator(str(path)):
-            for value in event.summary.value:
-                tensor = tf.make_ndarray(value.tensor)
-                found.setdefault(value.tag, []).append(
-                    (event.step, float(tensor) if tensor.ndim == 0 else None)
-                )
-    return found

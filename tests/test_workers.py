@@ -1,7 +1,6 @@
 """Several processes that train together, on this machine's loopback."""
 
 import concurrent.futures
-import csv
 import json
 import os
 import pathlib
@@ -16,7 +15,8 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import noise, with_labels, with_norm
+from helpers import assert_close, noise, with_labels, with_norm
+from pages import ROOT, python
 
 from tf_pcl import surgery
 from tf_pcl.compat import keras
@@ -30,16 +30,11 @@ from tf_pcl.training.selection import Selection
 from tf_pcl.training.stages import Trainer, _check_same
 from tf_pcl.training.workdir import Workdir
 
-ROOT = pathlib.Path(__file__).parent.parent
 WORKDIRS = "alone", "together"
-RUN = [
-    "--dataset=digits",
-    "--network=networks_of_the_test:without_norm",
-    "--batch_size=256",
-    "--train_examples=512",
-    "--epochs=2",
-    "--learning_rate=0.05",
-]
+RUN = (
+    "--dataset=digits --network=networks_of_the_test:without_norm --batch_size=256 "
+    "--train_examples=512 --epochs=2 --learning_rate=0.05"
+).split()
 NETWORK = """
 from tensorflow import keras
 
@@ -86,11 +81,6 @@ def start_workers(cwd, *flags, count=2):
     ]
 
 
-def rows(workdir):
-    with open(workdir / "metrics.csv", newline="") as f:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(f)]
-
-
 @pytest.mark.slow
 def test_two_workers_report_what_one_device_does(tmp_path):
     flags = ["--method=pcl", "--peers=2"]
@@ -104,7 +94,7 @@ def test_two_workers_report_what_one_device_does(tmp_path):
         # An image of the 360 may change sides.
         assert two["error"][name] == pytest.approx(error, abs=0.3), name
     assert two["best_deployed_error"] == pytest.approx(one["best_deployed_error"], abs=0.3)
-    for mine, its in zip(rows(tmp_path / "alone"), rows(tmp_path / "together")):
+    for mine, its in zip(*(Workdir(str(tmp_path / w)).read_rows() for w in WORKDIRS)):
         assert set(mine) == set(its)
         for name in set(mine) - {"wall_seconds", "images_per_second"}:
             few = "error" in name
@@ -121,7 +111,9 @@ def test_two_workers_choose_the_same_epoch(tmp_path):
         assert [worker.returncode for worker in workers] == [0, 0], outputs
         assert all(("done" in out) == again for out in outputs)
     folders = [tmp_path / "together", tmp_path / "together/worker-1"]
-    first, second = ([row["val_error/peer_1"] for row in rows(folder)] for folder in folders)
+    first, second = (
+        [row["val_error/peer_1"] for row in Workdir(str(folder)).read_rows()] for folder in folders
+    )
     assert first == second and 3 <= len(first) < 60
     best = first.index(min(first)) + 1
     for folder in folders:
@@ -284,14 +276,8 @@ def test_a_worker_that_never_begins_ends_the_others_in_a_line(tmp_path):
     addresses = free_addresses(2)
     task = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
     flags = ["--dataset=digits", "--network=resnet8", "--method=baseline", "--workdir=run"]
-    done = subprocess.run(
-        [sys.executable, "-c", impatient, *flags, "--strategy=multi_worker"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TF_CONFIG": json.dumps(task)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    command = "-c", impatient, *flags, "--strategy=multi_worker"
+    done = python(*command, cwd=tmp_path, timeout=100, TF_CONFIG=json.dumps(task))
     waiting, ended = done.stderr.strip().splitlines()
     assert done.returncode == 1 and waiting.startswith(f"Waiting for worker 1 ({addresses[1]})")
     assert ended.startswith(f"train.py: worker 1 ({addresses[1]}) of the cluster did not begin")
@@ -341,8 +327,8 @@ def test_synchronized_statistics_are_those_of_the_whole_batch(shape, two_replica
         made = strategy.experimental_local_results(tf.function(step)(parts))
         return [np.concatenate(made), *model.get_weights()]
 
-    for one, two in zip(trained(tf.distribute.get_strategy()), trained(two_replicas)):
-        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-3)
+    alone = trained(tf.distribute.get_strategy())
+    assert_close(alone, trained(two_replicas), rtol=1e-5, atol=1e-3)
 
 
 def test_synchronizing_changes_nothing_on_one_device(digits):
@@ -353,8 +339,7 @@ def test_synchronizing_changes_nothing_on_one_device(digits):
     images = tf.cast(digits.train.images[:16], tf.float32)
     for training in True, False:
         np.testing.assert_array_equal(usual(images, training), ours(images, training))
-        for a, b in zip(usual.get_weights(), ours.get_weights()):
-            np.testing.assert_array_equal(a, b)
+        np.testing.assert_equal(ours.get_weights(), usual.get_weights())
     ops = [
         [op.type for op in tf.function(m).get_concrete_function(images).graph.get_operations()]
         for m in (usual, ours)
@@ -416,8 +401,7 @@ def test_a_run_goes_on_with_another_number_of_replicas(tmp_path, two_replicas, m
             trained(name, begun)
         stop = 0
         again, resumed = trained(name, ended)
-        for a, b in zip(weights, again):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+        assert_close(again, weights, rtol=1e-4, atol=1e-5)
         assert len(resumed) == len(whole) == 2
         for a, b in zip(whole, resumed):
             for key in set(a) - {"wall_seconds", "images_per_second"}:

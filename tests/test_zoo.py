@@ -43,29 +43,18 @@ def trainable(model):
 
 
 @pytest.mark.parametrize("name", OF_THE_TABLE)
-def test_parameters(name):
-    assert trainable(build(name)) == TABLE[name][1]
-
-
-@pytest.mark.parametrize("name", OF_THE_TABLE)
-def test_forward_cost(name):
-    assert round(flop(build(name)) / 1e9, 3) == TABLE[name][2]
-
-
-@pytest.mark.parametrize("name", OF_THE_TABLE)
-def test_costs_agree_with_the_profiler(name):
-    costs = surgery.costs(build(name))
-    assert sum(costs.values()) == pytest.approx(flop(build(name)), rel=1e-3)
-    assert costs["logits"] == 2 * build(name).get_layer("logits").kernel.shape.num_elements()
-
-
-@pytest.mark.parametrize("name", OF_THE_TABLE)
-def test_the_branch_is_the_last_stage_and_all_after_it(name):
-    _, parameters, _, low = TABLE[name]
-    trunk, branch = surgery.split(build(name))
+def test_a_network_is_that_of_the_table(name):
+    network, (_, parameters, gflop, low) = build(name), TABLE[name]
+    assert trainable(network) == parameters
+    counted, costs = flop(network), surgery.costs(network)
+    assert round(counted / 1e9, 3) == gflop
+    assert sum(costs.values()) == pytest.approx(counted, rel=1e-3)
+    assert costs["logits"] == 2 * network.get_layer("logits").kernel.shape.num_elements()
+    # The branch is the last stage and all after it.
+    trunk, branch = surgery.split(network)
     assert trunk.output_shape[1:] == branch.input_shape[1:] == low
     assert trainable(trunk) + trainable(branch) == parameters
-    assert trunk.count_params() + branch.count_params() == build(name).count_params()
+    assert trunk.count_params() + branch.count_params() == network.count_params()
 
 
 @pytest.mark.slow

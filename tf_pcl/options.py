@@ -90,15 +90,15 @@ class Options:
     )
     split_at: Optional[str] = _flag(
         None,
-        "layer after which each peer has its own branch; default: before the "
-        "last section, or as --trunk_share says",
+        "layer after which each peer has its own branch; default: before the last section, or as "
+        "--trunk_share says",
         str,
     )
     trunk_share: Optional[float] = _flag(
         None,
-        "largest share of the network's forward cost, more than 0 and at most "
-        "1, that the peers have in common: the cut is the last possible one; "
-        "default: 0.7 for networks without named sections",
+        "largest share of the network's forward cost, more than 0 and at most 1, that the peers "
+        "have in common: the cut is the last possible one; default: 0.7 for networks without named "
+        "sections",
         float,
         above=0,
         high=1,
@@ -151,12 +151,7 @@ class Options:
 
     # Data.
     dataset: str = _flag("cifar100", "name of the data set")
-    data_dir: Optional[str] = _flag(
-        None,
-        "folder of the data",
-        str,
-        run_only=True,
-    )
+    data_dir: Optional[str] = _flag(None, "folder of the data", str, run_only=True)
     train_examples: Optional[int] = _flag(
         None, "train on the first so many images of a seeded permutation; default: all", int, low=1
     )
@@ -198,9 +193,7 @@ class Options:
         None, "mirror half of the views; default: unless the data set is of digits or letters", bool
     )
     on_bad_image: str = _flag(
-        "fail",
-        "refuse image files that cannot be read, or leave them out",
-        ("fail", "skip"),
+        "fail", "refuse image files that cannot be read, or leave them out", ("fail", "skip")
     )
     augment: Optional[str] = _flag(
         None,
@@ -260,8 +253,8 @@ class Options:
     )
     lr_decay_epochs: Optional[tuple[float, ...]] = _flag(
         None,
-        "epochs after which the learning rate is divided by 10, comma "
-        "separated; default: 150,225 of 300, scaled to --epochs",
+        "epochs after which the learning rate is divided by 10, comma separated; default: 150,225 "
+        "of 300, scaled to --epochs",
         list,
     )
     warmup_epochs: float = _flag(
@@ -290,8 +283,8 @@ class Options:
     )
     rampup_epochs: Optional[float] = _flag(
         None,
-        "epochs until distillation has its full weight, 0: from the start; "
-        "default: 80 of 300, scaled to --epochs",
+        "epochs until distillation has its full weight, 0: from the start; default: 80 of 300, "
+        "scaled to --epochs",
         float,
         low=0,
     )
@@ -428,6 +421,10 @@ class Options:
                 _check(field.name, value, field.metadata)
         for name in ("test_examples", "validation_examples"):
             object.__setattr__(self, name, _count_or_share(name, getattr(self, name)))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Checks what the limits of a single option cannot tell; raises a UserError."""
         if self.cutout % 2:
             raise UserError(
                 "give an even number of pixels",
@@ -445,11 +442,11 @@ class Options:
                 f"`weights` does not go with several networks, `network={self.network}`: give one "
                 "network"
             )
-        if (self.rampup_epochs or 0) > self.epochs:
-            raise UserError(
-                f"`rampup_epochs={self.rampup_epochs:g}` is more than `epochs={self.epochs}`: "
-                "give fewer"
-            )
+        for name in ("rampup_epochs", "warmup_epochs"):
+            if (epochs := getattr(self, name) or 0) > self.epochs:
+                raise UserError(
+                    f"`{name}={epochs:g}` is more than `epochs={self.epochs}`: give fewer"
+                )
         drops = self.lr_decay_epochs or ()
         if list(drops) != sorted(set(drops)) or any(not 0 < e < self.epochs for e in drops):
             raise UserError(
@@ -460,11 +457,6 @@ class Options:
         if self.schedule == "cosine" and self.lr_decay_epochs:
             raise UserError(
                 "`lr_decay_epochs` does not go with `schedule=cosine`: give one of them"
-            )
-        if self.warmup_epochs > self.epochs:
-            raise UserError(
-                f"`warmup_epochs={self.warmup_epochs:g}` is more than `epochs={self.epochs}`: "
-                "give fewer"
             )
         self.checkpoint_steps(1)
 

@@ -173,11 +173,19 @@ def load(
     Raises:
       UserError: if there is no such data set, or it or its images cannot be used.
     """
-    row = _checked(name, data_dir, on_bad_image, labels, labels_columns)
     request = Request(
-        data_dir, image_size, on_bad_image, bool(test_examples), labels, labels_columns, began
+        data_dir,
+        image_size,
+        on_bad_image,
+        train_examples,
+        seed,
+        validation_examples,
+        test_examples,
+        labels,
+        labels_columns,
+        began,
     )
-    images = _load(row, request, name, train_examples, validation_examples, test_examples, seed)
+    row, images = _load(name, request)
     _say_duplicates(images)
     lists = None
     if labels or validation_examples or test_examples:
@@ -205,21 +213,13 @@ def record(data: ImageData) -> Optional[dict[str, Any]]:
 
 
 def look(
-    name: str,
-    data_dir: Optional[str] = None,
-    image_size: Optional[int] = None,
-    train_examples: Optional[int] = None,
-    seed: int = 0,
-    on_bad_image: str = "fail",
-    *,
-    validation_examples: Optional[Union[int, float]] = None,
-    test_examples: Optional[Union[int, float]] = None,
-    labels: Optional[str] = None,
-    labels_columns: Optional[str] = None,
+    name: str, data_dir: Optional[str] = None, image_size: Optional[int] = None, **others: Any
 ) -> tuple[tuple[int, ...], tuple[str, ...], int]:
     """Returns facts about a data set; of image files it reads only the headers.
 
-    Arguments are those of `load`.
+    Args:
+      name, data_dir, image_size: as in `load`.
+      **others: its other arguments, except `began`.
 
     Returns:
       The shape (H, W, C) of the images, the names of the classes in the order of the labels, and
@@ -228,36 +228,21 @@ def look(
     Raises:
       UserError: as `load`, except for images of which only the header can be read.
     """
-    row = _checked(name, data_dir, on_bad_image, labels, labels_columns)
-    request = Request(
-        data_dir,
-        image_size,
-        on_bad_image,
-        bool(test_examples),
-        labels,
-        labels_columns,
-        headers_only=True,
-    )
-    images = _load(row, request, name, train_examples, validation_examples, test_examples, seed)
+    images = _load(name, Request(data_dir, image_size, **others, headers_only=True))[1]
     _check_several(name, images.classes)
     shape = getattr(images.train, "shape", None) or images.train.first(1).shape[1:]
     return tuple(shape), tuple(images.classes), len(images.train)
 
 
-def _load(
-    row: Dataset,
-    request: Request,
-    name: str,
-    train_examples: Optional[int],
-    validation_examples: Optional[Union[int, float]],
-    test_examples: Optional[Union[int, float]],
-    seed: int,
-) -> Loaded:
-    """Loads and divides the images of a request; arguments as in `load`."""
-    images = divided(row.load(request), name, validation_examples, test_examples, seed)
-    if train_examples:
-        images = images._replace(train=_subset(images.train, name, train_examples, seed))
-    return images
+def _load(name: str, request: Request) -> tuple[Dataset, Loaded]:
+    """Returns the row of a data set, and its images that a request asks for, divided."""
+    row = _checked(name, request)
+    parts = request.validation_examples, request.test_examples
+    images = divided(row.load(request), name, *parts, request.seed)
+    if request.train_examples:
+        train = _subset(images.train, name, request.train_examples, request.seed)
+        images = images._replace(train=train)
+    return row, images
 
 
 def divided(
@@ -350,37 +335,31 @@ def _lists(images: Loaded, data_dir: str) -> dict[str, list[str]]:
     }
 
 
-def _checked(
-    name: str,
-    data_dir: Optional[str],
-    on_bad_image: str,
-    labels: Optional[str],
-    labels_columns: Optional[str],
-) -> Dataset:
-    """Returns the row of a data set; UserError if the other parameters do not fit it."""
+def _checked(name: str, request: Request) -> Dataset:
+    """Returns the row of a data set; UserError if the request does not fit it."""
+    data_dir, labels = request.data_dir, request.labels
     if data_dir and not os.path.isdir(data_dir):
         raise UserError(
             "it is not there: give an existing folder", parameter="data_dir", value=data_dir
         )
-    choose("on_bad_image", on_bad_image, ("fail", "skip"), parameter="on_bad_image")
+    choose("on_bad_image", request.on_bad_image, ("fail", "skip"), parameter="on_bad_image")
     row = find(name)
-    if on_bad_image == "skip" and not row.reads_files:
-        readers = ", ".join(known for known, other in DATASETS.items() if other.reads_files)
+    for parameter, given, able in (
+        ("on_bad_image", request.on_bad_image == "skip", "reads_files"),
+        ("labels", bool(labels), "reads_labels"),
+    ):
+        if given and not getattr(row, able):
+            readers = ", ".join(n for n, other in DATASETS.items() if getattr(other, able))
+            raise UserError(
+                f"it does not go with the data set {name}: it is for {readers}",
+                parameter=parameter,
+                value=getattr(request, parameter),
+            )
+    if request.labels_columns and not labels:
         raise UserError(
-            f"it does not go with the data set {name}: it is for {readers}",
-            parameter="on_bad_image",
-            value=on_bad_image,
-        )
-    if labels and not row.reads_labels:
-        readers = ", ".join(known for known, other in DATASETS.items() if other.reads_labels)
-        raise UserError(
-            f"it does not go with the data set {name}: it is for {readers}",
-            parameter="labels",
-            value=labels,
-        )
-    if labels_columns and not labels:
-        raise UserError(
-            "it needs the file, `labels=FILE.csv`", parameter="labels_columns", value=labels_columns
+            "it needs the file, `labels=FILE.csv`",
+            parameter="labels_columns",
+            value=request.labels_columns,
         )
     if data_dir and not row.folder:
         raise UserError(

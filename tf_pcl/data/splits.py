@@ -25,8 +25,8 @@ class Request(NamedTuple):
         side; None leaves the images as they are.
       on_bad_image: what to do with image files that cannot be read: "fail", or "skip" to leave
         them out.
-      divisible: whether test images may be missing, since some of the training images will be
-        taken for the test.
+      train_examples, seed, validation_examples, test_examples: how the loaded images will be
+        divided (datasets.load); None for no division.
       labels: a CSV file of file names and labels; None if folders are the classes.
       labels_columns: the columns of this file, "FILE,LABEL" or "FILE,LABEL,SPLIT"; None to guess.
       began: the record of a resumed run from its beginning (datasets.load); None for a new run.
@@ -36,11 +36,19 @@ class Request(NamedTuple):
     data_dir: Optional[str] = None
     image_size: Optional[int] = None
     on_bad_image: str = "fail"
-    divisible: bool = False
+    train_examples: Optional[int] = None
+    seed: int = 0
+    validation_examples: Optional[Union[int, float]] = None
+    test_examples: Optional[Union[int, float]] = None
     labels: Optional[str] = None
     labels_columns: Optional[str] = None
     began: Optional[Mapping[str, Any]] = None
     headers_only: bool = False
+
+    @property
+    def divisible(self) -> bool:
+        """Whether test images may be missing, as they will be taken from the training images."""
+        return bool(self.test_examples)
 
 
 class Loaded(NamedTuple):
@@ -68,11 +76,7 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    splits: Collection[str],
-    where: str,
-    layout: str,
-    parameter: str = "",
-    divisible: bool = False,
+    splits: Collection[str], where: str, layout: str, parameter: str = "", divisible: bool = False
 ) -> Chosen:
     """Returns the splits for training, tests and validation.
 

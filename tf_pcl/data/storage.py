@@ -296,8 +296,7 @@ class Files:
     def _changed(self, index: np.ndarray, rows: np.ndarray, same: np.ndarray) -> np.ndarray:
         path = self.paths[index[rows[np.argmin(same)]]].numpy()
         self.reading.refuse(
-            path,
-            "has changed since it was first read: restore it, or go on with the new file",
+            path, "has changed since it was first read: restore it, or go on with the new file"
         )
         return rows
 

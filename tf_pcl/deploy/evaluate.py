@@ -23,8 +23,8 @@ from tf_pcl.training import pictures
 from tf_pcl.training import workdir as workdirs
 
 SPLITS = ("train", "validation", "test")
-# The files in the folder of an evaluation.
-RESULTS, PREDICTIONS = "evaluation.json", "predictions.npz"
+# The file of the figures in the folder of an evaluation.
+RESULTS = "evaluation.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,7 +256,9 @@ def write(evaluation: Evaluation, folder: str, about: Optional[dict[str, Any]] =
     try:
         os.makedirs(folder, exist_ok=True)
         at = lambda name: os.path.join(folder, name)
-        np.savez_compressed(at(PREDICTIONS), labels=evaluation.labels, logits=evaluation.logits)
+        np.savez_compressed(
+            at(workdirs.PREDICTIONS), labels=evaluation.labels, logits=evaluation.logits
+        )
         for name, rows in _tables(evaluation).items():
             workdirs.write(at(name), _as_csv(rows))
         matrix = pictures.confusion_matrix(evaluation.confusion, evaluation.classes)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import glob
-import json
 import os
 from collections.abc import Sequence
 from typing import Any, Optional
@@ -11,6 +10,7 @@ from tf_pcl import options
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData
 from tf_pcl.errors import UserError, choose, one_line
+from tf_pcl.methods.distiller import build_all
 from tf_pcl.options import Options
 from tf_pcl.training import export, report, run
 from tf_pcl.training import strategy as strategies
@@ -56,8 +56,7 @@ class Finished:
                 "command again to resume it"
             )
         try:
-            with open(workdir.results, encoding="utf-8") as f:
-                results = dict(json.load(f))
+            results = workdirs.read_json(workdir.results)
             results["error"][results["deployed"]], results["epochs"]
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
@@ -117,12 +116,9 @@ class Finished:
             return export.load(Workdir(self.path).export, data.classes)
         plain = dataclasses.replace(self.options, precision="float32", deterministic=False)
         strategies.prepare(plain)
-        stages = run.assemble(plain, data)[1]
-        models: list[Any] = []
-        for stage in stages:
-            models.append(stage.build(models))
-        network = models[-1].network_of(exit_name)
-        self._restore(models[-1], exit_name)
+        model = build_all(run.assemble(plain, data)[1])[-1]
+        network = model.network_of(exit_name)
+        self._restore(model, exit_name)
         return network
 
     def _restore(self, model: Any, exit_name: str) -> None:

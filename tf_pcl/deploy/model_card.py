@@ -25,11 +25,7 @@ _SHOWN_CLASSES = 20
 
 
 def write(
-    folder: str,
-    finished: Finished,
-    data: ImageData,
-    network: keras.Model,
-    table: Mapping[str, Any],
+    folder: str, finished: Finished, data: ImageData, network: keras.Model, table: Mapping[str, Any]
 ) -> None:
     """Writes the model card.
 

@@ -108,9 +108,7 @@ def _said(runtime: Runtime, path: str, logits: np.ndarray, top_k: int) -> Predic
     )
 
 
-def _reader(
-    shape: Sequence[int],
-) -> Callable[[str], tuple[Optional[np.ndarray], Optional[str]]]:
+def _reader(shape: Sequence[int]) -> Callable[[str], tuple[Optional[np.ndarray], Optional[str]]]:
     """Returns a function from a path to (image uint8 of that shape, None) or (None, problem)."""
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32)])

@@ -2,7 +2,7 @@
 
 import inspect
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
@@ -47,6 +47,14 @@ class Stage(NamedTuple):
     network: Any
     build: Callable
     alone: bool = False
+
+
+def build_all(stages: Iterable[Stage]) -> list["Distiller"]:
+    """Builds each stage, untrained, around the Distillers of the stages before."""
+    built: list[Distiller] = []
+    for stage in stages:
+        built.append(stage.build(built))
+    return built
 
 
 class Distiller(Fitting):

@@ -63,10 +63,7 @@ def builder(name: str) -> Callable[[tuple, int], keras.Model]:
 
     def build(input_shape, num_classes):
         model = function(
-            weights=None,
-            input_shape=input_shape,
-            classes=num_classes,
-            classifier_activation=None,
+            weights=None, input_shape=input_shape, classes=num_classes, classifier_activation=None
         )
         for layer in model.submodules:
             if isinstance(layer, keras.layers.BatchNormalization):

@@ -54,11 +54,11 @@ def compare(section: Section, costs: Mapping[str, Optional[float]]) -> list[Comp
         equal = [
             b
             for b in baselines
-            if b is not group and _alike(group, b, _SCHEDULE) and _costs_alike(group, b, costs)
+            if b is not group and _alike(group, b, _SCHEDULE) and _apart(group, b, costs) < _NEAR
         ]
         found += [_compared(group, b, "equal epochs") for b in same if not group.is_baseline]
         if not group.is_baseline and equal:
-            nearest = min(equal, key=lambda b: abs(_ratio(group, b, costs) - 1))
+            nearest = min(equal, key=lambda b: _apart(group, b, costs))
             found.append(_compared(group, nearest, "equal cost"))
     if not baselines:
         first, *others = section.groups
@@ -75,13 +75,10 @@ def _alike(group: Group, other: Group, but: set[str]) -> bool:
     return all(group.settings.get(name) == other.settings.get(name) for name in names)
 
 
-def _ratio(group: Group, other: Group, costs: Mapping[str, Optional[float]]) -> float:
+def _apart(group: Group, other: Group, costs: Mapping[str, Optional[float]]) -> float:
+    """Returns by which share of the first's cost two groups differ; inf if one is not known."""
     mine, theirs = costs.get(group.label), costs.get(other.label)
-    return theirs / mine if mine and theirs else np.inf
-
-
-def _costs_alike(group: Group, other: Group, costs: Mapping[str, Optional[float]]) -> bool:
-    return abs(_ratio(group, other, costs) - 1) < _NEAR
+    return abs(theirs / mine - 1) if mine and theirs else np.inf
 
 
 def _compared(group: Group, against: Group, at: str) -> Comparison:

@@ -16,28 +16,17 @@ from tf_pcl.data.storage import Arrays
 from tf_pcl.errors import UserError, choose
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import training_flop
-from tf_pcl.methods.distiller import Distiller
+from tf_pcl.methods.distiller import build_all
 from tf_pcl.options import Options
 from tf_pcl.training.assemble import Assembly, method_arguments
-from tf_pcl.training.run import look_at_data
+from tf_pcl.training.run import OF_DATA, look_at_data
 
-_OF_DATA = (
-    "dataset",
-    "data_dir",
-    "image_size",
-    "labels",
-    "labels_columns",
-    "train_examples",
-    "validation_examples",
-    "test_examples",
-    "on_bad_image",
-)
 # The classes of the paper's data sets, so that their costs are known without a download.
 _OF_THE_PAPER = {"cifar10": 10, "cifar100": 100}
 
 
-class Stage(NamedTuple):
-    """A training of a run.
+class StageCost(NamedTuple):
+    """A stage of a run and what it costs.
 
     Attributes:
       name: its name; "" if there is one stage.
@@ -66,7 +55,7 @@ def cost_of(options: Options) -> float:
     return sum(stage.gflop for stage in stages_of(options))
 
 
-def stages_of(options: Options) -> list[Stage]:
+def stages_of(options: Options) -> list[StageCost]:
     """Returns the stages of a run with their costs; arguments and errors as in `cost_of`."""
     choose("method", options.method, METHODS, parameter="method")
     method_arguments(options)
@@ -79,7 +68,7 @@ def stages_of(options: Options) -> list[Stage]:
             value=options.batch_size,
         )
     return [
-        Stage(name, network, flop * seen / 1e9, flop / 1e9, alone)
+        StageCost(name, network, flop * seen / 1e9, flop / 1e9, alone)
         for name, network, flop, alone in _flop(_architecture(options), shape, classes)
     ]
 
@@ -92,7 +81,8 @@ def _architecture(options: Options) -> Options:
 
 def _division(options: Options) -> Options:
     """Returns only the options on which the number of training images depends."""
-    return Options(**{name: getattr(options, name) for name in _OF_DATA})
+    names = {"dataset", *OF_DATA} - {"seed"}
+    return Options(**{name: getattr(options, name) for name in names})
 
 
 @functools.cache
@@ -130,10 +120,7 @@ def _flop(
         **method_arguments(options),
     )
     found: list[tuple[str, str, float, bool]] = []
-    models: list[Distiller] = []
-    for stage in stages:
-        models.append(stage.build(models))
+    for stage, model in zip(stages, build_all(stages)):
         trained = stage.network if isinstance(stage.network, list) else [stage.network]
-        flop = training_flop(models[-1])
-        found.append((stage.name, ",".join(trained), flop, stage.alone))
+        found.append((stage.name, ",".join(trained), training_flop(model), stage.alone))
     return found

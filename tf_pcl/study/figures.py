@@ -155,10 +155,10 @@ def _epochs(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     drawn = [group for group in section.groups if group.curve(column(group))[0].size > 1]
     if not drawn:
         return None
+    curves = [group.curve(column(group))[1] for group in drawn]
     # The high errors of the first epochs would leave little room for the rest.
-    middle = [float(np.mean(g.curve(column(g))[1][:, -1 - _half(g, column(g))])) for g in drawn]
-    most = max(float(np.max(group.curve(column(group))[1])) for group in drawn)
-    top = min(most, 2.5 * max(middle) + 1)
+    middle = [float(np.mean(y[:, -1 - y.shape[1] // 2])) for y in curves]
+    top = min(max(float(np.max(y)) for y in curves), 2.5 * max(middle) + 1)
     draw = lambda axes, group: _band(axes, group, column(group), look[group.label])
     svg = _curves(drawn, draw, "error, %", (0, top), "Error over epochs")
     note = (
@@ -174,10 +174,10 @@ def _diversity(section: Section, look: Mapping[str, Look]) -> Optional[Chart]:
     drawn = [group for group in section.groups if group.curve(column)[0].size > 1]
     if not drawn:
         return None
-    last = max(float(np.max(group.curve(column)[1][:, -1])) for group in drawn)
-    most = max(float(np.max(group.curve(column)[1])) for group in drawn)
+    curves = [group.curve(column)[1] for group in drawn]
+    last = max(float(np.max(y[:, -1])) for y in curves)
     draw = lambda axes, group: _band(axes, group, column, look[group.label])
-    top = min(most * 1.05, 8 * last) or 1.0
+    top = min(max(float(np.max(y)) for y in curves) * 1.05, 8 * last) or 1.0
     # So a line at 0 is fully visible.
     limits = (-0.02 * top, top)
     svg = _curves(drawn, draw, "diversity", limits, "Diversity of the peers over epochs")
@@ -200,8 +200,8 @@ def _teachers(section: Section) -> Optional[Chart]:
     names = list(dict.fromkeys(kind for group in drawn for kind in tables.kinds(group.exits())))
     look = {name: Look(1 + i % COLORS, i // COLORS % 4) for i, name in enumerate(names)}
     ends = []
-
-    def draw(axes: Axes, group: Group) -> None:
+    figure, panels = _panels(len(drawn))
+    for axes, group in zip(panels, drawn):
         for kind, exits in tables.kinds(group.exits()).items():
             curves = [group.curve(f"val_error/{name}") for name in exits]
             curves = [(x, y) for x, y in curves if x.size]
@@ -211,17 +211,8 @@ def _teachers(section: Section) -> Optional[Chart]:
                 axes.plot(curves[0][0], means, lw=width, **look[kind].line)
                 ends.extend([means[len(means) // 2], means[-1]])
         axes.set_title(_wrapped(group.label))
-
-    figure, panels = _panels(len(drawn))
-    for axes, group in zip(panels, drawn):
-        draw(axes, group)
     low, high = min(ends), max(ends)
-    for axes in panels:
-        axes.set_ylim(max(0, low - (high - low)), high + (high - low) + 0.1)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    panels[0].set_ylabel("error, %")
+    _over_epochs(panels, "error, %", (max(0, low - (high - low)), high + (high - low) + 0.1))
     note = (
         "The mean error of the exits of each kind over seeds, on the images of the chart above. "
         "The thick line includes the deployed exit."
@@ -310,10 +301,6 @@ def _wrapped(label: str) -> str:
     return "\n".join(textwrap.wrap(label, _LINE))
 
 
-def _half(group: Group, column: str) -> int:
-    return group.curve(column)[0].size // 2
-
-
 def _legend(groups: Sequence[Group], look: Mapping[str, Look]) -> list[tuple[str, Look]]:
     return [(group.label, look[group.label]) for group in groups]
 
@@ -346,13 +333,17 @@ def _curves(
                 draw(axes, groups[0])
             draw(axes, group)
             axes.set_title(_wrapped(group.label))
+    _over_epochs(panels, ylabel, limits)
+    return _svg(figure, title)
+
+
+def _over_epochs(panels: Sequence[Axes], ylabel: str, limits: tuple[float, float]) -> None:
     for axes in panels:
         axes.set_ylim(*limits)
         axes.set_xlim(left=0)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     panels[0].set_ylabel(ylabel)
-    return _svg(figure, title)
 
 
 def _panels(count: int) -> tuple[Figure, list[Axes]]:

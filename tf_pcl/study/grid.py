@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import functools
 import importlib.resources
+import itertools
 import os
 import re
 import shlex
@@ -70,7 +71,7 @@ class Cell:
         return os.path.basename(self.path)
 
     @functools.cached_property
-    def stages(self) -> list[cost.Stage]:
+    def stages(self) -> list[cost.StageCost]:
         """Its stages with their costs."""
         return cost.stages_of(self.options)
 
@@ -106,13 +107,11 @@ def plan(lines: Sequence[Line], workdir: str, common: Optional[Mapping] = None) 
     for line in lines:
         _refuse_untaken(common, methods)
         _refuse_untaken(line.given, line.methods)
-        for dataset in line.datasets:
-            for network in line.networks:
-                for method in line.methods:
-                    for seed in line.seeds:
-                        told = dict(method=method, network=network, dataset=dataset, seed=seed)
-                        cell = _cell({**common, **line.given, **told}, line.name, workdir)
-                        _add(cells, cell)
+        for dataset, network, method, seed in itertools.product(
+            line.datasets, line.networks, line.methods, line.seeds
+        ):
+            told = dict(method=method, network=network, dataset=dataset, seed=seed)
+            _add(cells, _cell({**common, **line.given, **told}, line.name, workdir))
     return list(cells.values())
 
 
@@ -195,8 +194,7 @@ def shared_stages(cell: Cell, other: Cell) -> list[str]:
       cell, other: two runs.
     """
     mine, its = cell.options, other.options
-    own = set().union(*map(options_of, METHODS))
-    free = own | {"network"} | mine.run_only() - {"data_dir", "labels"}
+    free = _options_of(METHODS) | {"network"} | mine.run_only() - {"data_dir", "labels"}
     differ = {name for name, value in vars(mine).items() if value != getattr(its, name)}
     # `weights` apply to all networks with the name `network`.
     if differ - free or (mine.weights and mine.network != its.network):
@@ -229,7 +227,7 @@ def in_a_shell(cell: Cell) -> str:
 
 def _cell(values: Mapping[str, Any], name: str, workdir: str) -> Cell:
     """Returns a run; options that its method does not take are left out."""
-    own = set().union(*map(options_of, METHODS)) - options_of(values["method"])
+    own = _options_of(METHODS) - options_of(values["method"])
     taken = {option: value for option, value in values.items() if option not in own}
     options = Options(**{**taken, "workdir": None})
     name = name or options.method
@@ -255,17 +253,20 @@ def _add(cells: dict[str, Cell], cell: Cell) -> None:
 
 def _alone(options: Options) -> Options:
     """Returns the options of the baseline that agrees with others in all but the method."""
-    own = set().union(*map(options_of, METHODS)) - options_of(BASELINE)
-    unset: dict[str, Any] = dict.fromkeys(own)
+    unset: dict[str, Any] = dict.fromkeys(_options_of(METHODS) - options_of(BASELINE))
     network, *_ = options.network.split(",")
     return dataclasses.replace(options, method=BASELINE, network=network, workdir=None, **unset)
+
+
+def _options_of(methods: Iterable[str]) -> set[str]:
+    """Returns the options that one of these methods takes, but not all runs have."""
+    return set().union(*map(options_of, methods))
 
 
 def _refuse_untaken(given: Mapping[str, Any], methods: Iterable[str]) -> None:
     """Raises UserError for an option that other methods take, but none of these."""
     every = sorted(methods)
-    taken = set().union(*map(options_of, every))
-    for name in sorted(set().union(*map(options_of, METHODS)) - taken):
+    for name in sorted(_options_of(METHODS) - _options_of(every)):
         if given.get(name) is not None:
             # Enough epochs for any ramp-up.
             values = {"epochs": 1_000_000, name: given[name]}

@@ -1,6 +1,5 @@
 """Trains the runs of a grid, each in a process, and resumes where an earlier call stopped."""
 
-import json
 import os
 import shutil
 import sys
@@ -24,7 +23,7 @@ from tf_pcl.study import process
 from tf_pcl.study.grid import Cell, shared_stages
 from tf_pcl.study.places import PLACES, Place
 from tf_pcl.training.report import ended, versions
-from tf_pcl.training.workdir import Workdir, saved_model
+from tf_pcl.training.workdir import Workdir, read_json, saved_model
 
 
 class Failure(NamedTuple):
@@ -73,8 +72,7 @@ def results_of(cell: Cell) -> Optional[dict[str, Any]]:
 def _results(path: str, options: Options) -> Optional[dict[str, Any]]:
     """Returns the contents of results.json of a run or stage that is done, else None."""
     try:
-        with open(Workdir(path).results, encoding="utf-8") as f:
-            results: dict[str, Any] = json.load(f)
+        results = read_json(Workdir(path).results)
         return results if ended(results, options) and saved_model(path) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -270,11 +268,10 @@ def _same_stack(cell: Cell) -> bool:
 def _done(cell: Cell) -> float:
     """Returns the GFLOP that a run has spent so far, by its epochs."""
     workdir = Workdir(cell.path)
-    *before, last = cell.stages
-    folders = [workdir.of_stage(i, stage.name) for i, stage in enumerate(before, 1)]
+    earlier = [workdir.of_stage(i, stage.name) for i, stage in enumerate(cell.stages[:-1], 1)]
     return sum(
         stage.gflop * min(1.0, _epochs(folder) / cell.options.epochs)
-        for stage, folder in zip([*before, last], [*folders, workdir])
+        for stage, folder in zip(cell.stages, [*earlier, workdir])
     )
 
 

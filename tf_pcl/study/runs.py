@@ -20,7 +20,7 @@ from tf_pcl.options import Options
 from tf_pcl.study import paper
 from tf_pcl.training.beside import FACTS, settings_of
 from tf_pcl.training.report import ended
-from tf_pcl.training.workdir import TEST_FILES, Workdir
+from tf_pcl.training.workdir import EVALUATION, PREDICTIONS, TEST_FILES, Workdir, read_json
 
 # Points, or one image, by which the error of stored predictions may differ from that of the run: in
 # other batches or on other devices, rounding changes a few predictions.
@@ -67,7 +67,7 @@ class Run:
 
     @functools.cached_property
     def _kept(self) -> tuple[Optional[tuple[np.ndarray, np.ndarray]], Optional[str]]:
-        path = os.path.join(self.path, "evaluation", "predictions.npz")
+        path = os.path.join(self.path, EVALUATION, PREDICTIONS)
         if not os.path.exists(path):
             return None, None
         told = f"{path} is left out: "
@@ -220,7 +220,10 @@ def _read(path: str) -> Run:
     given = options.from_file(workdir.flags)
     if given.method not in METHODS:
         raise UserError(f"its method {given.method} is not known to this version")
-    results, data = _json(workdir.results), _json(workdir.data) or {}
+    results, data = (
+        read_json(file) if os.path.exists(file) else None
+        for file in (workdir.results, workdir.data)
+    )
     rows = workdir.read_rows()
     if results is not None:
         # Runs of earlier versions have it only in metrics.csv.
@@ -232,14 +235,7 @@ def _read(path: str) -> Run:
         errors = [*results["error"].values(), results["deployed_error"]]
         if not np.isfinite(errors).all() or results["deployed"] not in results["error"]:
             raise UserError("the errors in its results.json are not finite, or not those of a run")
-    return Run(path, given, results, rows, data)
-
-
-def _json(path: str) -> Optional[dict[str, Any]]:
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        return dict(json.load(f))
+    return Run(path, given, results, rows, data or {})
 
 
 def _results(run: Run) -> dict[str, Any]:

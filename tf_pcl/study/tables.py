@@ -35,9 +35,7 @@ class Table(NamedTuple):
 
 
 def errors(
-    section: Section,
-    costs: Mapping[str, Optional[float]],
-    comparisons: Sequence[Comparison],
+    section: Section, costs: Mapping[str, Optional[float]], comparisons: Sequence[Comparison]
 ) -> Table:
     """Returns the table of a section's groups, a row each.
 
@@ -47,7 +45,7 @@ def errors(
       comparisons: what comparisons.compare found.
     """
     reference = next((costs[g.label] for g in section.groups if g.is_baseline), None)
-    against = [at for at in ("equal epochs", "equal cost", "") if _any_at(comparisons, at)]
+    against = [at for at in _HEADS if any(c.at == at for c in comparisons)]
     columns = ["method", "seeds", "test error, %", "other exits, %"]
     figures = {group.label: _of_paper(section, group) for group in section.groups}
     columns += ["paper, %"] * any(text != NONE for text in figures.values())
@@ -192,10 +190,6 @@ _HEADS = {
     "equal cost": "against baseline, equal cost",
     "": "against the first",
 }
-
-
-def _any_at(comparisons: Sequence[Comparison], at: str) -> bool:
-    return any(c.at == at for c in comparisons)
 
 
 def _others(group: Group) -> str:

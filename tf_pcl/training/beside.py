@@ -1,7 +1,6 @@
 """What makes two runs comparable, and how a run compares with a baseline beside it."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional
@@ -12,7 +11,7 @@ from tf_pcl.methods import BASELINE, METHODS
 from tf_pcl.options import Options
 from tf_pcl.training.assemble import options_of
 from tf_pcl.training.report import ended
-from tf_pcl.training.workdir import TEST_FILES, Workdir
+from tf_pcl.training.workdir import TEST_FILES, Workdir, read_json
 
 # Facts of data.json that do not depend on the seed.
 FACTS = ("classes", "image_shape", "test images")
@@ -88,7 +87,7 @@ def _baselines(given: Options, workdir: Workdir) -> Iterator[tuple[str, dict[str
     for name in sorted(os.listdir(parent or ".")):
         other = Workdir(os.path.join(parent, name))
         try:
-            results = _json(other.results)
+            results = read_json(other.results)
             if results["method"] != BASELINE:
                 continue
             its = options.from_file(other.flags)
@@ -104,8 +103,3 @@ def _common(given: Options) -> dict[str, str]:
     own = {"method", *options_of(given.method)}
     settings = {name: text for name, text in settings_of(given).items() if name not in own}
     return {**settings, "network": given.network.split(",")[0]}
-
-
-def _json(path: str) -> dict[str, Any]:
-    with open(path, encoding="utf-8") as f:
-        return dict(json.load(f))

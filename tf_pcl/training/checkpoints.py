@@ -84,9 +84,7 @@ class Checkpoints:
             # A damaged file raises anything: IndexError, DataLossError, …
             except Exception as e:
                 logging.warning(
-                    "checkpoint %s cannot be read (%s); trying the one before",
-                    path,
-                    one_line(e),
+                    "checkpoint %s cannot be read (%s); trying the one before", path, one_line(e)
                 )
         if steps:
             raise UserError(

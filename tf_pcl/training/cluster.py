@@ -218,14 +218,12 @@ def watched(cluster: Optional[Cluster]) -> Iterator[None]:
         raise Stopped(f"{gone} of the cluster does not answer: {what}") from None
 
 
-def silent(cluster: Cluster, seconds: float = 10.0) -> str:
+def silent(cluster: Cluster) -> str:
     """Returns the other processes that refuse connections, as "worker 1 (HOST:PORT) and …".
 
-    Args:
-      cluster: all processes.
-      seconds: how long to look for one, since a process that ends still listens for a while.
+    It looks for one for 10 seconds, since a process that ends still listens for a while.
     """
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 10
     while True:
         others = [i for i in range(len(cluster.names)) if i != cluster.own]
         gone = [i for i in others if not _answers(cluster.addresses[i])]

@@ -63,12 +63,7 @@ def _test_files(data: ImageData) -> dict[str, str]:
 
 
 def opening(
-    options: Options,
-    data: ImageData,
-    steps: int,
-    replicas: int,
-    gflop: float,
-    alone: float,
+    options: Options, data: ImageData, steps: int, replicas: int, gflop: float, alone: float
 ) -> str:
     """Returns the lines that say what is about to be trained.
 

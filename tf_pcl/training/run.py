@@ -22,6 +22,10 @@ from tf_pcl.training.progress import Laps
 from tf_pcl.training.stages import Trainer
 from tf_pcl.training.workdir import Workdir
 
+# The options that say which images of its data set a run has; arguments of `data.load`.
+_NUMBERS = ("train_examples", "validation_examples", "test_examples", "seed")
+OF_DATA = ("data_dir", "image_size", "on_bad_image", "labels", "labels_columns", *_NUMBERS)
+
 
 def run(options: Options) -> dict[str, Any]:
     """Trains a network and exports it, or resumes the run in the workdir.
@@ -154,18 +158,7 @@ def look_at_data(options: Options) -> tuple[tuple[int, ...], tuple[str, ...], in
 
 
 def _data_asked(options: Options) -> dict[str, Any]:
-    return dict(
-        name=options.dataset,
-        data_dir=options.data_dir,
-        image_size=options.image_size,
-        train_examples=options.train_examples,
-        seed=options.seed,
-        on_bad_image=options.on_bad_image,
-        validation_examples=options.validation_examples,
-        test_examples=options.test_examples,
-        labels=options.labels,
-        labels_columns=options.labels_columns,
-    )
+    return {"name": options.dataset, **{name: getattr(options, name) for name in OF_DATA}}
 
 
 def _train_all(

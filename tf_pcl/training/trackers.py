@@ -6,7 +6,6 @@ packages' own environment variables (WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_
 
 import contextlib
 import importlib.util
-import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,7 +38,7 @@ class Tracker(keras.callbacks.Callback):
     ):
         super().__init__()
         self.rows = rows
-        known = _read(workdir.trackers)
+        known = workdirs.read_json_if_any(workdir.trackers)
         run = self.begin(workdir, known.get(self.name), settings)
         workdirs.write_json(workdir.trackers, {**known, self.name: run})
 
@@ -175,12 +174,3 @@ def tracked(
     finally:
         for tracker in trackers:
             tracker.close(good)
-
-
-def _read(path: str) -> dict[str, str]:
-    """Returns {tracker: its id of the run}; {} if there is no such file or it is damaged."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
-    except (OSError, ValueError, TypeError):
-        return {}

@@ -16,6 +16,7 @@ tensorboard/train, tensorboard/test or, where there are validation images, tenso
 export/saved_model/1  the deployed network, in the layout of TensorFlow Serving
 export/labels.txt     the classes in the order of the outputs, a line each, escaped
 export/classes.json   the same names as a JSON list
+evaluation/           what tf-pcl evaluate has written
 1-NAME, 2-NAME, …     of each stage before the last: trackers.json, results.json and the rest
 worker-1, worker-2, … the folders of the workers after the first
 """
@@ -44,6 +45,8 @@ except ImportError:  # Windows has no such locks.
 
 SAVED_MODEL = os.path.join("saved_model", "1")
 LABELS, NAMES = "labels.txt", "classes.json"
+# The folder of the evaluation of a run in its workdir, and the file of its predictions.
+EVALUATION, PREDICTIONS = "evaluation", "predictions.npz"
 # What data.json calls a number that tells test images from files apart. One of them may break.
 TEST_FILES = "test files"
 # The longest path that is made below a workdir, with some reserve.
@@ -106,9 +109,8 @@ class Workdir:
         """
         self._check_name()
         self._check_writable()
-        if alone and os.path.exists(self.lock):
-            with open(self.lock, "r+", encoding="utf-8") as f:
-                self._take(f)
+        if alone:
+            self._refuse_other(self.owner())
         if not os.path.exists(self.flags):
             if os.path.exists(self.checkpoints):
                 raise self._refused(
@@ -168,9 +170,7 @@ class Workdir:
         """
         packages = ("tensorflow", "keras")
         old = _recorded(self.versions, needs=packages)
-        if old is None:
-            return
-        if all(_minor(versions[p]) == _minor(old[p]) for p in packages):
+        if old is None or all(_minor(versions[p]) == _minor(old[p]) for p in packages):
             return
         here, there = (
             f"TensorFlow {v['tensorflow']} with Keras {v['keras']}" for v in (versions, old)
@@ -230,11 +230,7 @@ class Workdir:
 
     def read_data(self) -> dict[str, Any]:
         """Returns what data.json tells of the data; {} if it is missing or damaged."""
-        try:
-            with open(self.data, encoding="utf-8") as f:
-                return dict(json.load(f))
-        except (OSError, ValueError, TypeError):
-            return {}
+        return read_json_if_any(self.data)
 
     def read_images(self) -> Optional[dict[str, Any]]:
         """Returns what `write_images` wrote; None if the folder holds no such run."""
@@ -264,7 +260,7 @@ class Workdir:
         os.makedirs(self.path, exist_ok=True)
         # The file stays open: if a process closes it anywhere, the system releases the lock.
         with open(self.lock, "a+", encoding="utf-8") as f:
-            self._take(f)
+            self._refuse_other(self._take(f))
             f.truncate(0)
             f.write(f"host {socket.gethostname()}, process {os.getpid()}\n")
             f.flush()
@@ -275,7 +271,7 @@ class Workdir:
         if not os.path.exists(self.lock):
             return None
         with open(self.lock, "r+", encoding="utf-8") as f:
-            return self._locked(f)
+            return self._take(f)
 
     def tidy(self) -> None:
         """Removes what a killed process left half written, checkpoints apart."""
@@ -324,15 +320,14 @@ class Workdir:
         lines += [",".join(f"{row[c]:.9g}" if c in row else "" for c in columns) for row in rows]
         write(self.metrics, "\n".join(lines) + "\n")
 
-    def _take(self, lock: TextIO) -> None:
-        """Locks an open file until it is closed; UserError if another process has locked it."""
-        if owner := self._locked(lock):
+    def _refuse_other(self, owner: Optional[str]) -> None:
+        if owner:
             raise self._refused(
                 f"another process works in this folder ({owner}): wait for its end, or give "
                 "another workdir"
             )
 
-    def _locked(self, lock: TextIO) -> Optional[str]:
+    def _take(self, lock: TextIO) -> Optional[str]:
         """Locks an open file until it is closed; returns the owner if another has locked it."""
         try:
             if fcntl:
@@ -406,6 +401,25 @@ def write_json(path: str, value: Any) -> None:
     write(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_json(path: str) -> dict[str, Any]:
+    """Returns the contents of a JSON file that holds an object.
+
+    Raises:
+      OSError: if it cannot be read.
+      ValueError, TypeError: if it is damaged.
+    """
+    with open(path, encoding="utf-8") as f:
+        return dict(json.load(f))
+
+
+def read_json_if_any(path: str) -> dict[str, Any]:
+    """Returns the same as `read_json`; {} if the file is missing or damaged."""
+    try:
+        return read_json(path)
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
     """Returns a JSON file's record of a run's beginning; None if it is missing or damaged.
 
@@ -416,8 +430,7 @@ def _recorded(path: str, needs: Sequence[str] = ()) -> Optional[dict[str, Any]]:
     if not os.path.exists(path):
         return None
     try:
-        with open(path, encoding="utf-8") as f:
-            record = dict(json.load(f))
+        record = read_json(path)
         if set(needs) <= set(record):
             return record
     except (ValueError, TypeError):

@@ -131,7 +131,7 @@ def _load(chosen: "Options") -> "ImageData":
 def _beside(path: str, workdir: Optional[str], chosen: "Options", data: "ImageData") -> str:
     """Returns the default folder for the files."""
     from tf_pcl.training import beside, report
-    from tf_pcl.training.workdir import Workdir, saved_model
+    from tf_pcl.training.workdir import EVALUATION, Workdir, saved_model
 
     path = os.path.abspath(os.path.expanduser(path))
     other = []
@@ -142,9 +142,9 @@ def _beside(path: str, workdir: Optional[str], chosen: "Options", data: "ImageDa
     other += [flags.FLAGS.split] if flags.FLAGS.split != "test" else []
     # A run has other networks too, such as those of its earlier stages.
     if workdir and os.path.isdir(path) and saved_model(path) == saved_model(workdir):
-        return os.path.join(os.path.relpath(workdir), "-".join(["evaluation", *other]))
+        return os.path.join(os.path.relpath(workdir), "-".join([EVALUATION, *other]))
     folder, name = os.path.split(path)
-    return os.path.join(os.path.relpath(folder), "-".join(["evaluation", name, *other]))
+    return os.path.join(os.path.relpath(folder), "-".join([EVALUATION, name, *other]))
 
 
 def _watch(batches: Iterable[Any], total: int) -> Iterable[Any]:

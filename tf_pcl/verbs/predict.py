@@ -81,8 +81,5 @@ def _as_table(found: Iterable["Prediction"], top_k: int) -> Iterator["Prediction
 
 
 VERB = Verb(
-    "Classifies images by a trained network.",
-    _define_flags,
-    _predict,
-    arguments="MODEL IMAGE…",
+    "Classifies images by a trained network.", _define_flags, _predict, arguments="MODEL IMAGE…"
 )
