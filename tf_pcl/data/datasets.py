@@ -257,6 +257,10 @@ def _load(
     images = divided(row.load(request), name, validation_examples, test_examples, seed)
     if train_examples:
         images = images._replace(train=_subset(images.train, name, train_examples, seed))
+        lost = np.setdiff1d(np.arange(len(images.classes)), images.train.all_labels())
+        if len(lost):
+            named = ", ".join(escape(images.classes[k]) for k in lost[:5])
+            print(f"No image of {named} is among the {train_examples:,} training images")
     return images
 
 
