@@ -19,7 +19,7 @@ from tf_pcl.data import augmentations, class_names, datasets, from_tfds, image_f
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.options import Options
 from tf_pcl.training import report
-from tf_pcl.training.workdir import TEST_FILES, Workdir
+from tf_pcl.training.workdir import FILE_LABELS, TEST_FILES, TRAINING_FILES, Workdir
 
 
 def counted(n=50):
@@ -836,6 +836,38 @@ def test_test_images_are_known_by_what_their_files_hold(limit, make_folder, tmp_
     workdir.begin(Options(), facts, {})
     # A run goes on where a test image has broken, which is told elsewhere.
     workdir.check_data({**facts, TEST_FILES: "0000000a"})
+
+
+def test_a_run_does_not_go_on_with_other_labels(make_folder, tmp_path):
+    """Neither the number of the images nor their means tell that two have changed places."""
+    of = lambda split: {"a": [noise(8, 8, 3, seed=split + i) for i in range(2)], "b": []}
+    folder = make_folder({s: of(9 * k) for k, s in enumerate(("train", "val", "test"))})
+    for split in ("train", "val", "test"):
+        shutil.copy(f"{folder}/{split}/a/1.png", f"{folder}/{split}/b/0.png")
+    facts = lambda: report.facts_of(of_folder(pathlib.Path(folder)))
+    workdir, before = Workdir(str(tmp_path / "run")), facts()
+    workdir.begin(Options(), before, {})
+    workdir.check_data(facts())
+    for split in ("train", "test"):
+        path = f"{folder}/{split}"
+        os.rename(f"{path}/a/0.png", f"{path}/b/9.png")
+        os.rename(f"{path}/b/0.png", f"{path}/a/9.png")
+        with pytest.raises(
+            UserError, match=r'other data \(labels of files "\w+" here, "\w+" there\)'
+        ):
+            workdir.check_data(facts())
+        assert (facts()[TRAINING_FILES] == before[TRAINING_FILES]) == (split == "test")
+        os.rename(f"{path}/a/9.png", f"{path}/b/0.png")
+        os.rename(f"{path}/b/9.png", f"{path}/a/0.png")
+    assert facts() == before
+    shutil.rmtree(f"{folder}/val")
+    with pytest.raises(UserError, match="validation images null here, 3 there"):
+        workdir.check_data(facts())
+    # Runs of earlier versions do not know all of it.
+    new = (FILE_LABELS, TRAINING_FILES, TEST_FILES)
+    old = {name: fact for name, fact in before.items() if name not in new}
+    workdir.begin(Options(), old, {})
+    workdir.check_data(before)
 
 
 def test_a_class_without_a_readable_image_is_refused(make_folder):

@@ -22,7 +22,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.study import comparisons, paper, report, runs, tables
 from tf_pcl.training.report import alike
-from tf_pcl.training.workdir import TEST_FILES, Workdir, write_json
+from tf_pcl.training.workdir import TEST_FILES, TRAINING_FILES, Workdir, write_json
 from tf_pcl.verbs import VERBS
 
 EPOCHS = 12
@@ -197,7 +197,11 @@ def test_runs_that_were_trained_on_other_images_are_named(folder):
     for name in "b2", "p2":
         add_facts(folder / name, means=[98.0])
     assert not runs.read([str(folder)]).notes
-    for change in {"means": [97.0]}, {"training images": 199}:
+    # Runs of earlier versions do not know their files.
+    add_facts(folder / "b0", **{TRAINING_FILES: "0000000a"})
+    add_facts(folder / "p0", **{TRAINING_FILES: "0000000a"})
+    assert not runs.read([str(folder)]).notes
+    for change in {TRAINING_FILES: "0000000b"}, {"means": [97.0]}, {"training images": 199}:
         add_facts(folder / "p0", **change)
         (note,) = runs.read([str(folder)]).notes
         assert note.startswith(f"{folder / 'p0'} was trained on other images than {folder / 'b0'}")
