@@ -185,6 +185,10 @@ def test_runs_that_differ_by_the_seed_are_found_beside_a_run(tmp_path):
         data = Workdir(path).read_data()
         write_json(Workdir(path).data, {**data, TEST_FILES: number})
     assert [one.options.seed for one in Finished.of(paths[0]).siblings()] == [1, 2]
+    # Nor are those on other training images, unless the seed has drawn them.
+    paths = [fake_run(tmp_path / "all", seed, train_examples=None) for seed in (0, 1, 2)]
+    write_json(Workdir(paths[2]).data, Workdir(paths[0]).read_data())
+    assert [one.options.seed for one in Finished.of(paths[0]).siblings()] == [0, 2]
 
 
 def test_the_card_repeats_the_flags_that_were_given():

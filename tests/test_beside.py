@@ -8,17 +8,17 @@ from test_report import BASE, make_run
 
 from tf_pcl.options import Options
 from tf_pcl.training import beside, run
-from tf_pcl.training.workdir import TEST_FILES, Workdir
+from tf_pcl.training.workdir import TEST_FILES, TRAINING_FILES, Workdir, write_json
 
+FACTS = {"classes": list("0123456789"), "image_shape": [8, 8, 1], "test images": 1000}
 NETWORKS = dict(BASE, network="resnet8,resnet14", method="dml")
 
 
 def told(folder, error=22.8, **options):
     """What is said of a run in `folder` that ended at `error` percent."""
     given = Options(**{**BASE, "method": "pcl", "seed": 1, **options})
-    facts = {"classes": list("0123456789"), "image_shape": [8, 8, 1], "test images": 1000}
     workdir = Workdir(str(folder / "mine"))
-    workdir.begin(given, facts, {})
+    workdir.begin(given, FACTS, {})
     return beside.gain({"deployed_error": error}, given, workdir)
 
 
@@ -92,6 +92,32 @@ def test_a_baseline_on_other_test_images_is_not_compared(folder):
     for number, name in ("0000000a", "b1"), ("0000000b", "a0"):
         known("mine", number)
         assert f"{name} (" in beside.gain({"deployed_error": 2.0}, given, Workdir(folder / "mine"))
+
+
+@pytest.mark.parametrize("fact", [TRAINING_FILES, "training images", "means"])
+def test_a_baseline_that_was_trained_on_other_images_is_not_compared(fact, folder):
+    values = [[9.0], [9.001], [9.5]] if fact == "means" else [7, 7, 8]
+    for name, value in zip(("mine", "b1", "a0"), values):
+        workdir = Workdir(str(folder / name))
+        given = Options(**{**BASE, "method": "pcl", "seed": 1})
+        if name == "mine":
+            workdir.begin(given, FACTS, {})
+        write_json(workdir.data, {**workdir.read_data(), fact: value})
+    gain = lambda **more: beside.gain(
+        {"deployed_error": 2.0},
+        Options(**{**BASE, "method": "pcl", "seed": 1, **more}),
+        Workdir(str(folder / "mine")),
+    )
+    assert "b1 (" in gain()
+    b1 = Workdir(str(folder / "b1"))
+    write_json(b1.data, {**b1.read_data(), fact: values[2]})
+    # The baseline of another seed has drawn other images.
+    assert "a0 (" in gain()
+    for name in ("a0", "b1"):
+        make_run(folder / name, "baseline", int(name[1]), 24.1, train_examples=None)
+        workdir = Workdir(str(folder / name))
+        write_json(workdir.data, {**workdir.read_data(), fact: values[2]})
+    assert gain(train_examples=None) is None
 
 
 @pytest.mark.slow

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from helpers import noise, with_labels
+from PIL import Image
 
 from tf_pcl import data
 from tf_pcl.data import augmentations, class_names, datasets, from_tfds, image_files, storage
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.options import Options
 from tf_pcl.training import report
-from tf_pcl.training.workdir import TEST_FILES, Workdir
+from tf_pcl.training.workdir import FILE_LABELS, TEST_FILES, TRAINING_FILES, Workdir
 
 
 def counted(n=50):
@@ -473,7 +474,8 @@ def test_exif_orientation_in_the_graph_is_that_of_the_header():
         "none": plain,
         "after JFIF": start + jfif + exif(8, "<") + plain[20:],
         "behind profiles and fill bytes": big,
-        "the last of two": start + exif(3, ">") + exif(5, "<") + plain[2:],
+        "the first of two": start + exif(5, ">") + exif(3, "<") + plain[2:],
+        "goes on in a second": start + exif(8, ">") + segment(0xE1, b"Exif\0\0more") + plain[2:],
         "XMP is no EXIF": start + segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0") + plain[2:],
         "XMP, then EXIF": start + segment(0xE1, b"http://ns.adobe") + exif(7, ">") + plain[2:],
         "a short EXIF": start + segment(0xE1, b"Exif\0\0II*\0") + plain[2:],
@@ -497,7 +499,8 @@ def test_exif_orientation_in_the_graph_is_that_of_the_header():
     assert {name: e for name, e in zip(files, got) if e > 1 and name not in turned} == {
         "after JFIF": 8,
         "behind profiles and fill bytes": 6,
-        "the last of two": 5,
+        "the first of two": 5,
+        "goes on in a second": 8,
         "XMP, then EXIF": 7,
         "more entries than there are": 6,
         "garbage before a marker": 4,
@@ -505,7 +508,7 @@ def test_exif_orientation_in_the_graph_is_that_of_the_header():
     # Every start of a file, and files with some bytes changed.
     random = np.random.RandomState(0)
     damaged = [f[:n] for f in (turned[6, "<"], turned[8, ">"]) for n in range(len(f))]
-    for encoded in [*turned.values(), files["after JFIF"], files["the last of two"]] * 40:
+    for encoded in [*turned.values(), files["after JFIF"], files["the first of two"]] * 40:
         changed = bytearray(encoded)
         for at in random.randint(2, 80, random.randint(1, 4)):
             changed[at] = random.choice([0, 1, 2, 6, 18, 0xC0, 0xE1, 0xFF, random.randint(256)])
@@ -533,6 +536,26 @@ def test_decode_upright_in_a_saved_model(tmp_path):
     np.testing.assert_array_equal(loaded(png), plain)
     grey = image_files.decode_upright(tf.constant(with_exif(jpeg, 6, ">")), channels=1)
     assert grey.shape == (24, 16, 1)
+
+
+def test_gif_and_bmp_are_those_of_pillow():
+    pixels = noise(6, 9, 3) // 64 * 64
+    of_colours = Image.fromarray(pixels).quantize(64)
+    grey = Image.fromarray(pixels[..., 0])
+    for image, kind in ((of_colours, "GIF"), (of_colours, "BMP"), (grey, "BMP"), (None, "BMP")):
+        image = image or Image.fromarray(pixels)
+        file = io.BytesIO()
+        image.save(file, kind)
+        expected = np.asarray(Image.open(file).convert("RGB"))
+        for decode in (image_files.decode, tf.function(image_files.decode)):
+            np.testing.assert_array_equal(decode(tf.constant(file.getvalue())), expected)
+        one = image_files.decode(tf.constant(file.getvalue()), channels=1)
+        np.testing.assert_array_equal(one, tf.image.rgb_to_grayscale(expected))
+        header = image_files.header(file.getvalue())
+        assert (header.width, header.height) == image.size
+    old = b"BM" + bytes(12) + struct.pack("<IHHHH", 12, 9, 6, 1, 24) + bytes(200)
+    with pytest.raises(ValueError, match="OS/2"):
+        image_files.header(old)
 
 
 # 8×8, cyan 0, magenta and yellow 255, black 0: red.
@@ -801,6 +824,38 @@ def test_test_images_are_known_by_what_their_files_hold(limit, make_folder, tmp_
     workdir.begin(Options(), facts, {})
     # A run goes on where a test image has broken, which is told elsewhere.
     workdir.check_data({**facts, TEST_FILES: "0000000a"})
+
+
+def test_a_run_does_not_go_on_with_other_labels(make_folder, tmp_path):
+    """Neither the number of the images nor their means tell that two have changed places."""
+    of = lambda split: {"a": [noise(8, 8, 3, seed=split + i) for i in range(2)], "b": []}
+    folder = make_folder({s: of(9 * k) for k, s in enumerate(("train", "val", "test"))})
+    for split in ("train", "val", "test"):
+        shutil.copy(f"{folder}/{split}/a/1.png", f"{folder}/{split}/b/0.png")
+    facts = lambda: report.facts_of(of_folder(pathlib.Path(folder)))
+    workdir, before = Workdir(str(tmp_path / "run")), facts()
+    workdir.begin(Options(), before, {})
+    workdir.check_data(facts())
+    for split in ("train", "test"):
+        path = f"{folder}/{split}"
+        os.rename(f"{path}/a/0.png", f"{path}/b/9.png")
+        os.rename(f"{path}/b/0.png", f"{path}/a/9.png")
+        with pytest.raises(
+            UserError, match=r'other data \(labels of files "\w+" here, "\w+" there\)'
+        ):
+            workdir.check_data(facts())
+        assert (facts()[TRAINING_FILES] == before[TRAINING_FILES]) == (split == "test")
+        os.rename(f"{path}/a/9.png", f"{path}/b/0.png")
+        os.rename(f"{path}/b/9.png", f"{path}/a/0.png")
+    assert facts() == before
+    shutil.rmtree(f"{folder}/val")
+    with pytest.raises(UserError, match="validation images null here, 3 there"):
+        workdir.check_data(facts())
+    # Runs of earlier versions do not know all of it.
+    new = (FILE_LABELS, TRAINING_FILES, TEST_FILES)
+    old = {name: fact for name, fact in before.items() if name not in new}
+    workdir.begin(Options(), old, {})
+    workdir.check_data(before)
 
 
 def test_a_class_without_a_readable_image_is_refused(make_folder):

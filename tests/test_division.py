@@ -11,7 +11,8 @@ from PIL import Image
 from tensorflow import keras
 
 from tf_pcl import data
-from tf_pcl.data import image_files, labels_file, splits, storage
+from tf_pcl.data import image_files, image_folder, labels_file, splits, storage
+from tf_pcl.deploy import predict
 from tf_pcl.errors import UserError
 
 
@@ -125,11 +126,12 @@ def test_a_folder_without_splits_names_the_option(make_folder):
         data.load("image_folder", folder, test_examples=5)
 
 
-def test_names_of_splits(make_folder):
+def test_names_of_splits(make_folder, capsys):
     one = lambda k: {"a": photos(2 * k, 2), "b": photos(2 * k + 1, 2)}
     folder = make_folder({"training": one(0), "valid": one(1), "extra": one(3)})
     d = data.load("image_folder", folder)
     assert len(d.train) == len(d.test) == 4 and d.validation is None
+    assert "Splits that are not used: extra\n" in capsys.readouterr().out
     # Beside a test split, it is for validation.
     shutil.move(f"{folder}/extra", f"{folder}/test")
     both = data.load("image_folder", folder)
@@ -222,6 +224,10 @@ def test_splits_of_a_file_of_labels(make_folder, capsys):
         ("file,label\n../all/0.png,a\n", None, "do not exist"),
         ("file,label\nall/0.png,a\nall/0.png,b\n", None, "occurs twice"),
         ("file,label,set\nall/0.png,a,seven\n", None, "has the split 'seven'; allowed are train"),
+        ("file,label\nall/0.png,a, b\nall/1.png,c\n", None, "line 2 has 3 cells, the first has 2"),
+        ('file,label\nall/0.png,"a\nall/1.png,b\n', None, "cannot be read as a CSV file"),
+        ("file,label,label\nall/0.png,a,x\nall/1.png,b,y\n", None, "several columns label"),
+        ("file,kind,kind\nall/0.png,a,x\nall/1.png,b,y\n", "file,kind", "several columns kind"),
         ("file,label\nall/0.png,a\n", "file,kind", "has no column kind: it has file, label"),
         ("file,label\nall/0.png,a\n", "file", "two or three columns"),
         (
@@ -238,6 +244,34 @@ def test_files_of_labels_that_cannot_be_used(make_folder, text, columns, problem
     assert "\n" not in str(refused.value)
 
 
+def test_labels_are_read_as_they_are_meant(make_folder, capsys):
+    folder = make_folder({".": {"all": photos(0, 9)}})
+    labels = ["caf\u00e9", "cafe\u0301", ' "a, b"', '"a, b"', "01", "1", "1.0", "Tea", "tea"]
+    rows = "".join(f"all/{i}.png,{label},\n" for i, label in enumerate(labels))
+    d = data.load(
+        "image_folder", folder, labels=csv(folder, "file,label\n" + rows), test_examples=1
+    )
+    assert d.classes == ("01", "1", "1.0", "Tea", "a, b", "caf\u00e9", "tea")
+    assert "names are alike: 01, 1, 1.0; Tea, tea\n" in capsys.readouterr().out
+
+
+def test_the_order_of_equal_numbers_is_not_left_to_chance():
+    # That of a set would change from process to process.
+    for names in (["1", "01", "001", "2"], ["001", "01", "2", "1"]):
+        assert labels_file.in_order(dict.fromkeys(names)) == ["001", "01", "1", "2"]
+
+
+def test_links_that_lead_back_are_not_followed(make_folder):
+    folder = of_classes(make_folder, cat=3, dog=3)
+    for i, name in enumerate(("cat", "dog", "cat")):
+        os.symlink(os.path.join(folder, "dog" if i else "."), f"{folder}/{name}/up{i}")
+    found = [*image_folder.files_below(folder)]
+    images = [f"{c}/{i}.png" for c in ("cat", "dog") for i in range(3)]
+    linked = [f"cat/up2/{i}.png" for i in range(3)]
+    assert [os.path.relpath(path, folder) for path in found] == images[:3] + linked + images[3:]
+    assert predict.find([folder]) == found
+
+
 def test_labels_go_with_folders_alone():
     with pytest.raises(UserError, match="`labels=x.csv`: it does not go with the data set digits"):
         data.load("digits", labels="x.csv")
@@ -251,11 +285,28 @@ def test_names_of_columns_are_told_apart():
     assert labels_file._guessed("f", ["photo", "label", "Set"]) == (0, 1, 2)
 
 
+# How an upright image lies in a file, by EXIF orientation.
+LIES = {
+    2: lambda x: x[:, ::-1],
+    3: lambda x: x[::-1, ::-1],
+    4: lambda x: x[::-1],
+    5: lambda x: x.transpose(1, 0, 2),
+    6: lambda x: np.rot90(x),
+    7: lambda x: x[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda x: np.rot90(x, -1),
+}
+
+
+def exif(turn):
+    made = Image.Exif()
+    made[0x0112] = turn
+    return made
+
+
 def test_webp_and_tiff_are_read_by_pillow(make_folder, monkeypatch, capsys):
     plain = noise(6, 8, 3)
     folder = make_folder({s: {"a": [plain], "b": [plain]} for s in ("train", "test")})
-    turned = Image.Exif()
-    turned[0x0112] = 6
+    turned = exif(6)
     alpha = np.dstack([plain, np.zeros((6, 8), np.uint8)])
     wide = np.arange(48, dtype=np.uint16).reshape(6, 8) * 1000
     kinds = {
@@ -263,6 +314,10 @@ def test_webp_and_tiff_are_read_by_pillow(make_folder, monkeypatch, capsys):
         "alpha.webp": (alpha, dict(lossless=True, exact=True), plain),
         "turned.webp": (np.rot90(plain), dict(lossless=True, exif=turned), plain),
         "plain.tif": (plain, {}, plain),
+        **{
+            f"turned {turn}.tif": (lies(plain), dict(exif=exif(turn)), plain)
+            for turn, lies in LIES.items()
+        },
         "grey.TIFF": (plain[..., 0], dict(format="TIFF"), plain[..., :1].repeat(3, 2)),
         "wide.tif": (wide, {}, (wide >> 8).astype(np.uint8)[..., None].repeat(3, 2)),
     }
@@ -273,7 +328,7 @@ def test_webp_and_tiff_are_read_by_pillow(make_folder, monkeypatch, capsys):
     d = data.load("image_folder", folder, on_bad_image="skip")
     out = capsys.readouterr().out
     assert (
-        "train: 8 images of 8×6 pixels; 2 grey; 1 with alpha (dropped); 1 of 16 bits; 1 turned"
+        "train: 15 images of 8×6 pixels; 2 grey; 1 with alpha (dropped); 1 of 16 bits; 8 turned"
         in out
     )
     assert "1 cannot be read" in out
@@ -282,7 +337,7 @@ def test_webp_and_tiff_are_read_by_pillow(make_folder, monkeypatch, capsys):
         np.testing.assert_array_equal(got[name], expected, err_msg=name)
     monkeypatch.setattr(image_files, "pillow", lambda: None)
     assert len(data.load("image_folder", folder, on_bad_image="skip").train) == 2
-    assert "ignored: 3 .webp, 2 .tif, 1 .TIFF (with Pillow, .tif, .tiff, .webp can be read)" in (
+    assert "ignored: 9 .tif, 3 .webp, 1 .TIFF (with Pillow, .tif, .tiff, .webp can be read)" in (
         capsys.readouterr().out
     )
 
@@ -304,6 +359,8 @@ def test_arrays_and_datasets_become_batches_of_views(make_folder):
     x, y = noise(20, 8, 8), np.arange(20) % 4
     grey = data.from_arrays(x, np.eye(4)[y], test=(x[:5], y[:5, None]), validation_examples=4)
     assert grey.image_shape == (8, 8, 1) and [*grey.test.labels.numpy()] == [*y[:5]]
+    more = data.from_arrays(x, np.eye(6)[y])
+    assert more.classes == ("0", "1", "2", "3", "4", "5")
     assert grey.classes == ("0", "1", "2", "3") and len(grey.validation) == 4
     assert not [*data.test_batches(data.from_arrays(x, y), 4)]
 
@@ -312,6 +369,18 @@ def test_arrays_and_datasets_become_batches_of_views(make_folder):
     "x, y, given, problem",
     [
         (noise(4, 8, 8, 3) / 255, [0, 1, 0, 1], {}, "raw values from 0 to 255"),
+        (noise(4, 8, 8, 3) > 99, [0, 1, 0, 1], {}, "raw values from 0 to 255"),
+        (noise(4, 8, 8, 3) // 128, [0, 1, 0, 1], {}, "raw values from 0 to 255"),
+        (np.where(noise(4, 8, 8, 3) > 9, 7, np.nan), [0, 1, 0, 1], {}, "raw values from 0 to 255"),
+        (noise(4, 8, 8, 3), [[0.9, 0.1]] * 4, {}, "must be one-hot"),
+        (noise(4, 8, 8, 3), [[1, 1, 0]] * 4, {}, "must be one-hot"),
+        (noise(4, 8, 8, 3), list("abab"), {}, "labels must be numbers"),
+        (
+            noise(4, 8, 8, 3),
+            [0, 1, 0, 1],
+            dict(test_examples=-1),
+            "`test_examples=-1`: give a whole",
+        ),
         (noise(4, 8, 8, 3), [0, 1, 0], {}, r"shapes \(4, 8, 8, 3\) and \(3,\)"),
         (noise(4, 8, 8, 3), [0, 1, 0, 0.5], {}, "whole numbers"),
         (noise(4, 8, 8, 3), [0, 1, 2, 3], dict(classes=["a", "b"]), "label 3 has no name"),
@@ -322,3 +391,19 @@ def test_arrays_and_datasets_become_batches_of_views(make_folder):
 def test_arrays_that_are_no_images_are_refused(x, y, given, problem):
     with pytest.raises(UserError, match=problem):
         data.from_arrays(x, y, **given)
+
+
+def test_a_dataset_without_an_end_is_refused():
+    endless = tf.data.Dataset.from_tensor_slices((noise(4, 8, 8, 3), [0, 1, 0, 1])).repeat()
+    for dataset in (endless, endless.batch(2)):
+        with pytest.raises(UserError, match="never ends: give it without repeat"):
+            data.from_dataset(dataset)
+
+
+def test_classes_that_train_examples_leave_out_are_named(make_folder, capsys):
+    folder = make_folder(
+        {s: {c: photos(k, 2) for k, c in enumerate("abc")} for s in ("train", "test")}
+    )
+    d = data.load("image_folder", folder, train_examples=2)
+    lost = ", ".join(name for k, name in enumerate(d.classes) if k not in d.train.all_labels())
+    assert f"No image of {lost} is among the 2 training images\n" in capsys.readouterr().out

@@ -21,7 +21,7 @@ from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.study import comparisons, paper, report, runs, tables
 from tf_pcl.training.report import alike
-from tf_pcl.training.workdir import TEST_FILES, Workdir, write_json
+from tf_pcl.training.workdir import TEST_FILES, TRAINING_FILES, Workdir, write_json
 from tf_pcl.verbs import VERBS
 
 EPOCHS = 12
@@ -194,7 +194,11 @@ def test_runs_that_were_trained_on_other_images_are_named(folder):
     for name in "b2", "p2":
         change(folder / name / "data.json", means=[98.0])
     assert not runs.read([str(folder)]).notes
-    for other in {"means": [97.0]}, {"training images": 199}:
+    # Runs of earlier versions do not know their files.
+    for name in "b0", "p0":
+        change(folder / name / "data.json", **{TRAINING_FILES: "0000000a"})
+    assert not runs.read([str(folder)]).notes
+    for other in {TRAINING_FILES: "0000000b"}, {"means": [97.0]}, {"training images": 199}:
         change(folder / "p0" / "data.json", **other)
         (note,) = runs.read([str(folder)]).notes
         assert note.startswith(f"{folder / 'p0'} was trained on other images than {folder / 'b0'}")

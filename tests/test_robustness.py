@@ -19,7 +19,7 @@ from tf_pcl import console
 from tf_pcl.data import datasets, storage
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.options import Options
-from tf_pcl.training import callbacks, export, report, run, strategy
+from tf_pcl.training import callbacks, export, report, run, stages, strategy
 from tf_pcl.training import cluster as clusters
 from tf_pcl.training import workdir as workdirs
 from tf_pcl.training.checkpoints import Checkpoints
@@ -175,6 +175,22 @@ def test_a_second_process_is_told_who_works_in_a_workdir(tmp_path):
     workdir.check(Options())
     with workdir.locked():
         assert f"process {os.getpid()}" in held.read_text()
+
+
+def test_a_run_that_began_while_another_one_was_loading_is_seen(tmp_path, monkeypatch):
+    given = Options(**{**QUICK, "workdir": str(tmp_path / "run")})
+    other = dataclasses.replace(given, learning_rate=0.3)
+    build_all, workdir = stages.Trainer.build_all, Workdir(given.workdir)
+
+    def slowly(*arguments):
+        if not os.path.exists(workdir.flags):
+            workdir.begin(other, {}, {})
+        return build_all(*arguments)
+
+    monkeypatch.setattr(stages.Trainer, "build_all", slowly)
+    with pytest.raises(UserError, match="holds a run with other options .`learning_rate=0.1` here"):
+        run.run(given)
+    assert "learning_rate=0.3" in open(workdir.flags).read()
 
 
 def test_a_file_system_without_locks_gives_a_warning(tmp_path, caplog):

@@ -242,6 +242,10 @@ def _load(name: str, request: Request) -> tuple[Dataset, Loaded]:
     if request.train_examples:
         train = _subset(images.train, name, request.train_examples, request.seed)
         images = images._replace(train=train)
+        lost = np.setdiff1d(np.arange(len(images.classes)), train.all_labels())
+        if len(lost):
+            named = ", ".join(escape(images.classes[k]) for k in lost[:5])
+            print(f"No image of {named} is among the {request.train_examples:,} training images")
     return row, images
 
 

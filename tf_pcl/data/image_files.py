@@ -39,7 +39,7 @@ class Header(NamedTuple):
     Args:
       width: in pixels, once the image is upright.
       height: in pixels, once the image is upright.
-      orientation: EXIF orientation 1–8; 1 is upright.
+      orientation: EXIF orientation 1–8 of the decoded image; 1 is upright.
       traits: those of TRAITS that it has.
     """
 
@@ -67,7 +67,9 @@ def header(data: bytes) -> Header:
         if data.startswith(b"GIF8"):
             return Header(*struct.unpack_from("<HH", data, 6))
         if data.startswith(b"BM"):
-            width, height = struct.unpack_from("<ii", data, 18)
+            size, width, height = struct.unpack_from("<Iii", data, 14)
+            if size < 40:
+                raise ValueError("a BMP file of OS/2")
             return Header(width, abs(height))  # Negative where the rows go down.
         if data.startswith(_PILLOW_STARTS) and pillow():
             return _header_by_pillow(data)
@@ -88,13 +90,15 @@ def pillow() -> Any:
 def _header_by_pillow(data: bytes) -> Header:
     image = _opened(data)
     turn = image.getexif().get(0x0112, 1)
-    turn = turn if turn in range(1, 9) else 1
-    width, height = image.size[::-1] if turn >= 5 else image.size
+    # Newer versions of Pillow give the size of a TIFF image once it is upright.
+    size = (image.tag_v2[256], image.tag_v2[257]) if image.format == "TIFF" else image.size
+    width, height = size[::-1] if turn in range(5, 9) else size
     mode = image.mode
     alpha = mode in ("RGBA", "LA", "PA") or "transparency" in image.info
     grey = mode in ("1", "L", "LA") or mode.startswith("I")
+    turned = turn in range(2, 9)
     return Header(
-        width, height, turn, _traits(grey, alpha, mode.startswith("I"), mode == "CMYK", turn > 1)
+        width, height, 1, _traits(grey, alpha, mode.startswith("I"), mode == "CMYK", turned)
     )
 
 
@@ -110,8 +114,13 @@ def _opened(data: bytes) -> Any:
 
 
 def _decode_by_pillow(data: bytes) -> np.ndarray:
-    """Returns the first image of a WebP or TIFF file, uint8 [H, W, 3], as it is stored."""
+    """Returns the first image of a WebP or TIFF file, uint8 [H, W, 3], upright."""
+    from PIL import ImageOps
+
     image = _opened(data)
+    # This turns a TIFF image, and the next line all others.
+    image.load()
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         pixels = np.asarray(image)
         # 16 bits, which Pillow keeps in 32 if the numbers of the file are signed.
@@ -126,18 +135,20 @@ def _traits(*present):
 
 
 def _jpeg(data: bytes) -> Header:
-    turn, at = 1, 2
+    turn, at = None, 2
     while True:
         at = data.index(b"\xff", at)
         marker, size = struct.unpack_from(">xBH", data, at)
         if marker == 0xFF:  # Any number of these may precede a marker.
             at += 1
             continue
-        if marker == 0xE1 and data.startswith(b"Exif\0\0", at + 4):
+        # What follows the first segment of EXIF data only goes on with it.
+        if marker == 0xE1 and turn is None and data.startswith(b"Exif\0\0", at + 4):
             turn = orientation(data[at + 10 : at + 2 + size])
         # Starts of frame are C0 to CF, except for C4, C8 and CC.
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width, channels = struct.unpack_from(">xHHB", data, at + 4)
+            turn = turn or 1
             size = (height, width) if turn >= 5 else (width, height)
             return Header(
                 *size, turn, _traits(channels == 1, False, False, channels == 4, turn > 1)
@@ -186,7 +197,8 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
         at += tf.where(found, tf.argmax(ahead), 4096)
         whole = found & (at + 4 <= data.size)
         marker, length = data.number(at + 1, 1), data.number(at + 2, 2)
-        exif = whole & (marker == 0xE1) & (data.number(at + 4, 6) == 0x457869660000)
+        # 0 stands for an orientation that is not known yet.
+        exif = whole & (marker == 0xE1) & (turn == 0) & (data.number(at + 4, 6) == 0x457869660000)
         end = tf.minimum(at + 2 + length, data.size)
         turn = tf.cond(exif, lambda: _tiff_orientation(data, at + 10, end), lambda: turn)
         # Starts of frame are C0 to CF, except for C4, C8 and CC.
@@ -200,10 +212,10 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
     _, turn, _ = tf.while_loop(
         lambda at, turn, more: more & (at < data.size),
         next_segment,
-        (tf.constant(2, tf.int64), tf.constant(1), jpeg),
+        (tf.constant(2, tf.int64), tf.constant(0), jpeg),
         maximum_iterations=1000,
     )
-    return turn
+    return tf.maximum(turn, 1)
 
 
 class _Bytes:
@@ -268,10 +280,31 @@ def decode(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     image = tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.io.decode_jpeg(encoded, channels, dct_method="INTEGER_ACCURATE"),
-        lambda: tf.io.decode_image(encoded, channels, expand_animations=False),
+        lambda: tf.cond(
+            tf.strings.substr(encoded, 0, 4) == b"\x89PNG",
+            lambda: tf.io.decode_png(encoded, channels),
+            lambda: _gif_or_bmp(encoded, channels),
+        ),
     )
     image.set_shape([None, None, channels])
     return image
+
+
+def _gif_or_bmp(encoded: tf.Tensor, channels: int) -> tf.Tensor:
+    image = tf.io.decode_image(encoded, 3, expand_animations=False)
+    image.set_shape([None, None, 3])
+    data, little = _Bytes(encoded), True
+    # TensorFlow takes the numbers of colours for grey values in BMP files with a palette.
+    numbered = (data.number(tf.constant(0, tf.int64), 2) == 0x424D) & (
+        data.number(tf.constant(28, tf.int64), 2, little) == 8
+    )
+    start = 14 + data.number(tf.constant(14, tf.int64), 4, little)
+    colours = start + 4 * tf.range(256, dtype=tf.int64)[:, None] + [2, 1, 0]
+    palette = tf.gather(data.bytes, tf.minimum(colours, data.size))
+    image = tf.cond(
+        numbered, lambda: tf.gather(palette, tf.cast(image[..., 0], tf.int32)), lambda: image
+    )
+    return image if channels == 3 else tf.image.rgb_to_grayscale(image)
 
 
 def decode_any(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:

@@ -2,6 +2,8 @@
 
 import collections
 import os
+import unicodedata
+from collections.abc import Iterator, Sequence
 
 from tf_pcl.data import image_files, labels_file, splits
 from tf_pcl.data.class_names import escape
@@ -52,6 +54,7 @@ def load(request: Request) -> Loaded:
     names = {label for split in used for label in files[split]}
     classes = labels_file.in_order(names) if request.labels else sorted(names)
     _check_classes(classes, files, used, data_dir)
+    _say_alike(classes)
     examples = {
         split: [
             (path, k) for k, label in enumerate(classes) for path in files[split].get(label, ())
@@ -108,14 +111,11 @@ def _labelled(request: Request) -> tuple[Files, collections.Counter]:
     assert request.data_dir and request.labels
     below: list[str] = []
     others: collections.Counter = collections.Counter()
-    for folder, folders, names in os.walk(request.data_dir, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(name for name in names if not name.startswith(".")):
-            path = os.path.join(folder, name)
-            if is_image(name):
-                below.append(os.path.relpath(path, request.data_dir))
-            elif os.path.realpath(path) != os.path.realpath(request.labels):
-                others[_kind(name)] += 1
+    for path in files_below(request.data_dir):
+        if is_image(path):
+            below.append(os.path.relpath(path, request.data_dir))
+        elif os.path.realpath(path) != os.path.realpath(request.labels):
+            others[_kind(os.path.basename(path))] += 1
     skip = request.on_bad_image == "skip"
     read = labels_file.read(request.labels, request.labels_columns, below, skip)
     return {
@@ -153,6 +153,40 @@ def _check_classes(classes, files, used, data_dir):
             )
         if missing:
             print(f"No image of {named} in {split}")
+
+
+def _say_alike(classes: Sequence[str]) -> None:
+    """Names the classes whose names differ in case or in the form of letters or numbers alone."""
+    alike = collections.defaultdict(list)
+    for name in classes:
+        text = unicodedata.normalize("NFKC", name).casefold()
+        try:
+            text = str(float(text))
+        except ValueError:
+            pass
+        alike[text].append(escape(name))
+    groups = [", ".join(names) for names in alike.values() if len(names) > 1]
+    if groups:
+        print(f"Different classes, although their names are alike: {'; '.join(groups)}")
+
+
+def files_below(folder: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yields the paths of the files in a folder and then of those below it, without hidden ones.
+
+    Links are followed, unless they lead back to a folder that they lie in.
+
+    Args:
+      folder: the folder.
+      above: the real paths of the folders that it was reached through.
+
+    Raises:
+      OSError: if a folder cannot be read.
+    """
+    entries, above = _visible(folder), (*above, os.path.realpath(folder))
+    yield from (entry.path for entry in entries if not entry.is_dir())
+    for entry in entries:
+        if entry.is_dir() and os.path.realpath(entry.path) not in above:
+            yield from files_below(entry.path, above)
 
 
 def suffixes() -> tuple[str, ...]:

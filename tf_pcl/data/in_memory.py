@@ -56,7 +56,8 @@ def from_arrays(
     shapes = {tuple(part.images.shape[1:]) for part in parts}
     if len(shapes) > 1:
         raise UserError(f"images must have one size, and these have {sorted(shapes)}")
-    most = 1 + max(int(part.all_labels().max()) for part in parts)
+    given = [labels, *(pair[1] for pair in (test, validation) if pair is not None)]
+    most = max(map(_class_count, given))
     names = [str(k) for k in range(most)] if classes is None else [str(name) for name in classes]
     if len(names) < most:
         raise UserError(f"the label {most - 1} has no name: there are {len(names)} `classes`")
@@ -109,6 +110,8 @@ def _read(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
     if spec[0].shape.rank == 3:
         dataset = dataset.batch(512)
     images, labels = [], []
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise UserError("the dataset never ends: give it without repeat()")
     for x, y in dataset.as_numpy_iterator():
         images.append(_uint8(x, "dataset"))  # Keras's own batches are float32.
         labels.append(y)
@@ -124,12 +127,22 @@ def _read(dataset: tf.data.Dataset) -> tuple[np.ndarray, np.ndarray]:
 
 def _arrays(images: Any, labels: Any, parameter: str) -> Arrays:
     x, y = np.asarray(images), np.asarray(labels)
-    if x.dtype.kind == "f" and x.size and x.max() <= 1:
+    if y.dtype.kind not in "biuf":
+        raise UserError(f"{parameter}: labels must be numbers, and these are {y.dtype}")
+    # Integers that are all 0 may be meant to be black.
+    if x.size and x.max() <= 1 and (x.dtype.kind == "f" or x.max() == 1):
         raise _scaled(parameter, x)
     x = _uint8(x, parameter)
     x = x[..., None] if x.ndim == 3 else x
-    if y.ndim == 2:
-        y = y.argmax(1) if y.shape[1] > 1 else y[:, 0]
+    if y.ndim == 2 and y.shape[1] > 1:
+        if (y.sum(1) != 1).any() or (y.max(1) != 1).any():
+            raise UserError(
+                f"{parameter}: labels [N, K] must be one-hot, and some rows have several classes, "
+                "shares of classes or none: give one class for each image"
+            )
+        y = y.argmax(1)
+    elif y.ndim == 2:
+        y = y[:, 0]
     if x.ndim != 4 or y.shape != x.shape[:1] or not len(y):
         raise UserError(
             f"{parameter}: images must be [N, H, W, C] and labels [N], and these have the shapes "
@@ -140,10 +153,17 @@ def _arrays(images: Any, labels: Any, parameter: str) -> Arrays:
     return Arrays(x, y.astype(np.int32))
 
 
+def _class_count(labels: Any) -> int:
+    """Returns how many classes labels know of that `_arrays` takes."""
+    y = np.asarray(labels)
+    return y.shape[1] if y.ndim == 2 and y.shape[1] > 1 else 1 + int(y.max())
+
+
 def _uint8(images: np.ndarray, parameter: str) -> np.ndarray:
     if images.dtype == np.uint8:
         return images
-    if images.size and (images.min() < 0 or images.max() > 255):
+    # Comparisons with NaN are false.
+    if images.size and not (images.min() >= 0 and images.max() <= 255):
         raise _scaled(parameter, images)
     return np.round(images).astype(np.uint8)
 

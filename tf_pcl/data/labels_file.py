@@ -3,6 +3,7 @@
 import collections
 import csv
 import os
+import unicodedata
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Optional
 
@@ -45,11 +46,14 @@ def read(
       {split: {class: paths of images}}. Without a column of splits, all images are for training.
 
     Raises:
-      UserError: if the file cannot be read, its columns cannot be guessed, an image is missing, has
-        no label or several, or its split is not known.
+      UserError: if the file cannot be read, its columns cannot be guessed or occur twice, an image
+        is missing, has no label or several, or its split is not known.
     """
     header, rows = _rows(path)
     chosen = _named(path, header, columns) if columns else _guessed(path, header)
+    for column in (header[k] for k in chosen if k is not None):
+        if header.count(column) > 1:
+            raise _refused(path, f"it has several columns {escape(column)}: rename the others")
     known = _names_of(images)
     files: dict[str, dict[str, list[str]]] = collections.defaultdict(
         lambda: collections.defaultdict(list)
@@ -57,7 +61,9 @@ def read(
     seen: dict[str, tuple[str, str]] = {}
     missing: list[str] = []
     for number, row in rows:
-        name, label = row[chosen.file].strip(), row[chosen.label].strip()
+        name = row[chosen.file].strip()
+        # The same letters may be written in several ways, and are one class.
+        label = unicodedata.normalize("NFC", row[chosen.label].strip())
         split = TRAIN[0] if chosen.split is None else row[chosen.split].strip().lower()
         if not label:
             raise _refused(path, f"line {number} ({escape(name)}) has no label")
@@ -70,10 +76,11 @@ def read(
         image = known.get(os.path.normpath(name))
         if image is None:
             missing.append(name)
-        elif seen.setdefault(image, (label, split)) != (label, split):
-            raise _refused(path, f"{escape(name)} occurs twice, with different labels or splits")
-        elif image not in files[split][label]:
+        elif image not in seen:
+            seen[image] = label, split
             files[split][label].append(image)
+        elif seen[image] != (label, split):
+            raise _refused(path, f"{escape(name)} occurs twice, with different labels or splits")
     _say(path, header, chosen, columns, missing, len(set(images)) - len(seen), skip_missing)
     return {split: dict(labels) for split, labels in files.items()}
 
@@ -81,7 +88,8 @@ def read(
 def in_order(classes: Collection[str]) -> list[str]:
     """Returns sorted class names: whole numbers by their value, others alphabetically."""
     if all(name.isdecimal() for name in classes):
-        return sorted(classes, key=int)
+        # 01 and 1 are two classes: the order must not be left to chance.
+        return sorted(classes, key=lambda name: (int(name), name))
     return sorted(classes)
 
 
@@ -93,7 +101,8 @@ def _rows(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
             # The usual separator that the first line has most of.
             separator = max(",;\t", key=start.count)
             f.seek(0)
-            reader = csv.reader(f, delimiter=separator)
+            # Strict: otherwise a quotation mark that is never closed swallows all later lines.
+            reader = csv.reader(f, delimiter=separator, skipinitialspace=True, strict=True)
             header = [cell.strip() for cell in next(reader, [])]
             rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
@@ -102,8 +111,12 @@ def _rows(path: str) -> tuple[list[str], list[tuple[int, list[str]]]]:
     if not rows:
         raise _refused(path, "it has no lines after the names of the columns")
     for number, row in rows:
-        if len(row) < len(header):
-            raise _refused(path, f"line {number} has {len(row)} cells, the first has {len(header)}")
+        if len(row) < len(header) or any(cell.strip() for cell in row[len(header) :]):
+            raise _refused(
+                path,
+                f"line {number} has {len(row)} cells, the first has {len(header)}: put text that "
+                "has the separator in it between quotation marks",
+            )
     return header, rows
 
 

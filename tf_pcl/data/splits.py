@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 
+from tf_pcl.data.class_names import escape
 from tf_pcl.data.storage import Split, Stream
 from tf_pcl.errors import UserError
 
@@ -78,7 +79,7 @@ class Chosen(NamedTuple):
 def choose(
     splits: Collection[str], where: str, layout: str, parameter: str = "", divisible: bool = False
 ) -> Chosen:
-    """Returns the splits for training, tests and validation.
+    """Returns the splits for training, tests and validation, and prints which are not used.
 
     Args:
       splits: the names of all splits that have labelled images.
@@ -92,10 +93,15 @@ def choose(
     """
     first = lambda names: next((name for name in names if name in splits), None)
     train, test, validation = first(TRAIN), first(TEST), first(VALIDATION)
+    chosen = None
     if train and test:
-        return Chosen(train, test, None if test == validation else validation)
-    if train and divisible:
-        return Chosen(train, None, None)
+        chosen = Chosen(train, test, None if test == validation else validation)
+    elif train and divisible:
+        chosen = Chosen(train, None, None)
+    if chosen:
+        if unused := sorted({*splits} - {*chosen}):
+            print(f"Splits that are not used: {', '.join(map(escape, unused))}")
+        return chosen
     found = f"splits {', '.join(sorted(splits))}" if splits else "no images"
     advice = ", or `test_examples=0.2` to take some of the training images" if train else ""
     raise UserError(
@@ -124,11 +130,18 @@ def hold_out(
       The remaining images and those that were taken, both in their order.
 
     Raises:
-      UserError: if there are not enough images, or they are read in order.
+      UserError: if `examples` is no such number, there are not enough images, or they are read in
+        order.
     """
     if isinstance(images, Stream):
         raise UserError(
             f"it is not possible with {name}, which is too large for memory and is read in order",
+            parameter=parameter,
+            value=examples,
+        )
+    if not (0 < examples < 1 or examples >= 1 and examples % 1 == 0):
+        raise UserError(
+            "give a whole number of images, or a share of them, more than 0 and less than 1",
             parameter=parameter,
             value=examples,
         )

@@ -15,7 +15,7 @@ from tf_pcl.options import Options
 from tf_pcl.training import export, report, run
 from tf_pcl.training import strategy as strategies
 from tf_pcl.training import workdir as workdirs
-from tf_pcl.training.beside import same_test
+from tf_pcl.training.beside import drawn, same_test, same_training
 from tf_pcl.training.checkpoints import Checkpoints
 from tf_pcl.training.workdir import Workdir
 
@@ -151,7 +151,9 @@ class Finished:
                 other = Finished.of(os.path.dirname(flags))
             except UserError:
                 continue
-            same = same_test(Workdir(other.path).read_data(), data)
+            its = Workdir(other.path).read_data()
+            # What the seed draws is another choice of the same images.
+            same = same_test(its, data) and (drawn(other.options) or same_training(its, data))
             if same and _settings(other) == mine:
                 found.setdefault(other.options.seed, other)
         return [found[seed] for seed in sorted(found)]

@@ -44,14 +44,14 @@ def find(names: Iterable[str]) -> list[str]:
       Paths in the order of the names, each once; those of a folder or a pattern in their own order.
 
     Raises:
-      UserError: if there is no file at all.
+      UserError: if there is no file at all, or a folder cannot be read.
     """
     found: dict[str, None] = {}
     any_there = False
     for name in map(os.path.expanduser, names):
         several = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
         for path in several or [name]:
-            files = list(_below(path)) if os.path.isdir(path) else [path]
+            files = _below(path) if os.path.isdir(path) else [path]
             found.update(dict.fromkeys(files))
             any_there |= any(map(os.path.exists, files))
     if not any_there:
@@ -63,13 +63,12 @@ def find(names: Iterable[str]) -> list[str]:
     return list(found)
 
 
-def _below(folder: str) -> Iterator[str]:
-    """Yields the images in a folder and those below it, without hidden ones."""
-    for path, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            if image_folder.is_image(name) and not name.startswith("."):
-                yield os.path.join(path, name)
+def _below(folder: str) -> list[str]:
+    """Returns the images in a folder and those below it, without hidden ones."""
+    try:
+        return [path for path in image_folder.files_below(folder) if image_folder.is_image(path)]
+    except OSError as e:
+        raise UserError(f"{e.filename} cannot be read ({e.strerror})") from e
 
 
 def predict(runtime: Runtime, paths: Sequence[str], top_k: int = 5) -> Iterator[Prediction]:

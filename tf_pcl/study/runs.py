@@ -18,19 +18,15 @@ from tf_pcl.errors import UserError, one_line
 from tf_pcl.methods import BASELINE, METHODS
 from tf_pcl.options import Options
 from tf_pcl.study import paper
-from tf_pcl.training.beside import FACTS, settings_of
+from tf_pcl.training.beside import FACTS, drawn, same_training, settings_of
 from tf_pcl.training.report import ended
 from tf_pcl.training.workdir import EVALUATION, PREDICTIONS, TEST_FILES, Workdir, read_json
 
 # Points, or one image, by which the error of stored predictions may differ from that of the run: in
 # other batches or on other devices, rounding changes a few predictions.
 _NEAR = 0.5
-# Levels of 0 to 255 by which rounded means of the same images may differ.
-_MEANS = 0.002
 # The settings that define a section of a report.
 _SUBJECT = ("data", "network")
-# Facts of data.json that tell of the training images.
-_TRAINING = ("training images", "means")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,14 +356,8 @@ def _other_training(sections: Sequence[Section]) -> list[str]:
     for section in sections:
         first: dict[Any, Run] = {}
         for run in (run for group in section.groups for run in group.runs.values()):
-            drawn = run.options.train_examples, run.options.validation_examples
-            one = first.setdefault((run.options.seed if any(drawn) else None, drawn), run)
-            mine: list[Any]
-            its: list[Any]
-            mine, its = ([r.data.get(name) for name in _TRAINING] for r in (run, one))
-            if None in (*mine, *its):
-                continue
-            if mine[0] != its[0] or np.abs(np.subtract(mine[1], its[1])).max() > _MEANS:
+            one = first.setdefault(drawn(run.options), run)
+            if not same_training(run.data, one.data):
                 notes.append(
                     f"{run.path} was trained on other images than {one.path} ({section.data}): "
                     "that may explain a difference between them"

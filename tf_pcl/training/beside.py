@@ -5,16 +5,20 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Optional
 
+import numpy as np
+
 from tf_pcl import options
 from tf_pcl.errors import UserError
 from tf_pcl.methods import BASELINE, METHODS
 from tf_pcl.options import Options
 from tf_pcl.training.assemble import options_of
 from tf_pcl.training.report import ended
-from tf_pcl.training.workdir import TEST_FILES, Workdir, read_json
+from tf_pcl.training.workdir import TEST_FILES, TRAINING_FILES, Workdir, read_json
 
 # Facts of data.json that do not depend on the seed.
 FACTS = ("classes", "image_shape", "test images")
+# Levels of 0 to 255 by which rounded means of the same images may differ.
+_MEANS = 0.002
 # Options of the machine, and how often to test: they change the result by rounding alone.
 _MACHINE = {"strategy", "jit_compile", "deterministic", "test_every"}
 
@@ -47,6 +51,27 @@ def same_test(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """
     files = {data[TEST_FILES] for data in (one, other) if TEST_FILES in data}
     return len(files) < 2 and all(one.get(name) == other.get(name) for name in FACTS)
+
+
+def same_training(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Says whether two runs have the same training images, as far as both tell of them.
+
+    Args:
+      one, other: the contents of their data.json.
+    """
+    apart = {
+        "training images": lambda a, b: a != b,
+        TRAINING_FILES: lambda a, b: a != b,
+        "means": lambda a, b: np.abs(np.subtract(a, b)).max() > _MEANS,
+    }
+    pairs = ((one.get(name), other.get(name), differ) for name, differ in apart.items())
+    return not any(differ(a, b) for a, b, differ in pairs if None not in (a, b))
+
+
+def drawn(given: Options) -> tuple[Any, ...]:
+    """Returns what the seed draws the training images by; () if they do not depend on it."""
+    by = given.train_examples, given.validation_examples
+    return (given.seed, *by) if any(by) else ()
 
 
 def gain(results: Mapping[str, Any], given: Options, workdir: Workdir) -> Optional[str]:
@@ -91,7 +116,9 @@ def _baselines(given: Options, workdir: Workdir) -> Iterator[tuple[str, dict[str
             if results["method"] != BASELINE:
                 continue
             its = options.from_file(other.flags)
-            same = same_test(other.read_data(), data)
+            same = same_test(other.read_data(), data) and (
+                drawn(its) != drawn(given) or same_training(other.read_data(), data)
+            )
             if same and _common(its) == _common(given) and ended(results, its):
                 yield other.path, {**results, "deployed_error": float(results["deployed_error"])}
         except (UserError, OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,7 @@
 """The contents of results.json, and a run's lines for people."""
 
 import json
+import os
 import platform
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,7 +19,7 @@ from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
 from tf_pcl.training.selection import Selection
-from tf_pcl.training.workdir import TEST_FILES
+from tf_pcl.training.workdir import FILE_LABELS, TEST_FILES, TRAINING_FILES
 
 # Peers are alike where their diversity is below this share of the error rate; `alike` says why.
 ALIKE = 0.1
@@ -36,7 +37,7 @@ def facts_of(data: ImageData) -> dict[str, Any]:
         "test images": len(data.test),
         **({} if data.validation is None else {"validation images": len(data.validation)}),
         **({"division": _fingerprint(data)} if data.lists else {}),
-        **_test_files(data),
+        **_of_files(data),
         # Channel means identify the pixels. They are rounded, since machines may differ in the last
         # digits.
         "means": [round(float(m), 3) for m in data.mean],
@@ -53,13 +54,22 @@ def _fingerprint(data: ImageData) -> str:
     return f"{number:08x}"
 
 
-def _test_files(data: ImageData) -> dict[str, str]:
-    """Returns a number that tells what the test images' files hold, and their labels, if any."""
-    origin = getattr(data.test, "origin", None)
-    if origin is None:
+def _of_files(data: ImageData) -> dict[str, str]:
+    """Returns numbers that tell the image files of a data set apart, if it has any."""
+    parts = [part for part in (data.train, data.test, data.validation) if part is not None]
+    labelled = [
+        (part.origin, part.all_labels().tolist()) for part in parts if part.origin is not None
+    ]
+    if not labelled:
         return {}
-    marks = zip(origin.marks, data.test.all_labels().tolist())
-    return {TEST_FILES: f"{zlib.crc32(repr(sorted(marks)).encode()):08x}"}
+    paths = [path for origin, _ in labelled for path in origin.paths]
+    # The folder may move.
+    above = len(os.path.commonprefix(paths))
+    names = [[*zip((p[above:] for p in origin.paths), labels)] for origin, labels in labelled]
+    # What files hold, whatever their names and order.
+    training, test = (sorted(zip(origin.marks, labels)) for origin, labels in labelled[:2])
+    found = {TRAINING_FILES: training, TEST_FILES: test, FILE_LABELS: names}
+    return {name: f"{zlib.crc32(repr(marks).encode()):08x}" for name, marks in found.items()}
 
 
 def opening(

@@ -83,6 +83,9 @@ def _run(
 
     reading = datasets.reading_of(data)
     with workdir.locked(), storage.watched(reading):
+        # Another process may have begun a run here since the folder was checked.
+        workdir.check(options, alone=False)
+        workdir.check_data(facts)
         workdir.begin(options, facts, {**versions, "replicas": replicas})
         workdir.write_images(datasets.record(data))
         workdir.write_lists(data.lists)

@@ -47,8 +47,10 @@ SAVED_MODEL = os.path.join("saved_model", "1")
 LABELS, NAMES = "labels.txt", "classes.json"
 # The folder of the evaluation of a run in its workdir, and the file of its predictions.
 EVALUATION, PREDICTIONS = "evaluation", "predictions.npz"
-# What data.json calls a number that tells test images from files apart. One of them may break.
-TEST_FILES = "test files"
+# What data.json calls numbers that tell images from files apart. One of them may break.
+TRAINING_FILES, TEST_FILES = "training files", "test files"
+# What data.json calls a number that tells the names of all image files and their labels apart.
+FILE_LABELS = "labels of files"
 # The longest path that is made below a workdir, with some reserve.
 _LONGEST = "export/tmp-------/1/variables/variables.data-00000-of-00001" + 64 * "-"
 
@@ -146,10 +148,13 @@ class Workdir:
         old = _recorded(self.data)
         if old is None:
             return
+        free = {TRAINING_FILES, TEST_FILES}
+        # Runs of earlier versions do not know it.
+        free |= set() if FILE_LABELS in old else {FILE_LABELS}
         differ = [
-            f"{name} {_brief(facts[name])} here, {_brief(old.get(name))} there"
-            for name in facts
-            if facts[name] != old.get(name) and name != TEST_FILES
+            f"{name} {_brief(facts.get(name))} here, {_brief(old.get(name))} there"
+            for name in dict.fromkeys([*facts, *old])
+            if facts.get(name) != old.get(name) and name not in free
         ]
         if differ:
             raise self._refused(
