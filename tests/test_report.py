@@ -310,6 +310,21 @@ def test_without_a_baseline_of_equal_cost_that_is_said(folder):
     ) in text
 
 
+def test_where_no_baseline_costs_as_much_the_cheapest_dearer_one_takes_its_place(folder):
+    shutil.rmtree(folder / "deep")
+    for epochs, error in (38, 4.0), (60, 3.0), (90, 2.0):
+        make_run(folder / f"l{epochs}", "baseline", 0, error, epochs=epochs)
+    # 38 epochs cost 97 % of PCL's training; 60 and 90 cost 1.5 and 2.3 times as much.
+    assert written(folder)[3][1]["against"] == "baseline (epochs=38)"
+    shutil.rmtree(folder / "l38")
+    _, text, _, differences = written(folder)
+    found = differences[1]
+    assert (found["against"], found["at"]) == ("baseline (epochs=60)", "higher cost")
+    assert float(found["difference"]) == pytest.approx(PCL_ERRORS[0] - 3.0)
+    assert "No baseline costs as much as pcl, but one costs more. A gain over that one is" in text
+    assert "| against baseline, equal epochs | against baseline, higher cost |" in text
+
+
 def test_the_cost_of_runs_that_do_not_tell_it_is_worked_out(folder, monkeypatch):
     for path in folder.rglob("results.json"):
         results = json.loads(path.read_text())

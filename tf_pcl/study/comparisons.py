@@ -21,7 +21,7 @@ class Comparison(NamedTuple):
 
     Attributes:
       group, against: the groups.
-      at: what they have in common, "equal epochs" or "equal cost"; "" for neither.
+      at: "equal epochs", "equal cost", or "higher cost" if `against` costs more; "" for none.
       seeds: the difference of the deployed errors over common seeds, in points; None if no seed is
         common.
       images: the same over test images, a mean over those seeds, if predictions are stored.
@@ -40,8 +40,8 @@ def compare(section: Section, costs: Mapping[str, Optional[float]]) -> list[Comp
     """Returns the comparisons that a section allows.
 
     Every group is compared with the baseline that has the same other settings, and with the one
-    that costs as much, whose schedule may differ. Without a baseline, every group is compared with
-    the first.
+    that costs as much, whose schedule may differ. If none does, it is compared with the cheapest of
+    those that cost more. Without a baseline, every group is compared with the first.
 
     Args:
       section: the section.
@@ -50,16 +50,16 @@ def compare(section: Section, costs: Mapping[str, Optional[float]]) -> list[Comp
     baselines = [group for group in section.groups if group.is_baseline]
     found = []
     for group in section.groups:
-        same = [b for b in baselines if b is not group and _alike(group, b, set())]
-        equal = [
-            b
-            for b in baselines
-            if b is not group and _alike(group, b, _SCHEDULE) and _apart(group, b, costs) < _NEAR
-        ]
-        found += [_compared(group, b, "equal epochs") for b in same if not group.is_baseline]
-        if not group.is_baseline and equal:
-            nearest = min(equal, key=lambda b: _apart(group, b, costs))
-            found.append(_compared(group, nearest, "equal cost"))
+        if group.is_baseline:
+            continue
+        same = [b for b in baselines if _alike(group, b, set())]
+        ratios = [(_ratio(b, group, costs), b) for b in baselines if _alike(group, b, _SCHEDULE)]
+        equal = [(abs(ratio - 1), b) for ratio, b in ratios if abs(ratio - 1) < _NEAR]
+        higher = [(ratio, b) for ratio, b in ratios if ratio > 1]
+        found += [_compared(group, b, "equal epochs") for b in same]
+        if equal or higher:
+            nearest = min(equal or higher, key=lambda one: one[0])[1]
+            found.append(_compared(group, nearest, "equal cost" if equal else "higher cost"))
     if not baselines:
         first, *others = section.groups
         found = [_compared(group, first, "") for group in others]
@@ -75,10 +75,10 @@ def _alike(group: Group, other: Group, but: set[str]) -> bool:
     return all(group.settings.get(name) == other.settings.get(name) for name in names)
 
 
-def _apart(group: Group, other: Group, costs: Mapping[str, Optional[float]]) -> float:
-    """Returns by which share of the first's cost two groups differ; inf if one is not known."""
+def _ratio(group: Group, other: Group, costs: Mapping[str, Optional[float]]) -> float:
+    """Returns the cost of a group divided by that of another; NaN if one is not known."""
     mine, theirs = costs.get(group.label), costs.get(other.label)
-    return abs(theirs / mine - 1) if mine and theirs else np.inf
+    return mine / theirs if mine and theirs else np.nan
 
 
 def _compared(group: Group, against: Group, at: str) -> Comparison:

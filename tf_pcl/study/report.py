@@ -166,11 +166,9 @@ def _remarks(
             "than noise by chance alone, if no two methods differed."
         )
     methods = [g.label for g in section.groups if not g.is_baseline and costs[g.label]]
-    without = [
-        label
-        for label in methods
-        if not any(c.group.label == label and c.at == "equal cost" for c in found)
-    ]
+    at = {c.group.label: c.at for c in found if c.at.endswith("cost")}
+    higher = [label for label in methods if at.get(label) == "higher cost"]
+    without = [label for label in methods if label not in at]
     if without and not any(g.is_baseline for g in section.groups):
         remarks.append(
             "There is no baseline among these runs, so it is not known what the methods gain: "
@@ -181,6 +179,12 @@ def _remarks(
         remarks.append(
             f"These runs have no baseline that costs as much as {_listed(without)}, so it is not "
             "known what remains of a gain at equal cost."
+        )
+    if higher:
+        remarks.append(
+            f"No baseline costs as much as {_listed(higher)}, but one costs more. A gain over that "
+            "one is also a gain at equal cost, as far as longer training does no harm; a loss says "
+            "nothing about equal cost."
         )
     for group in section.groups:
         figure = paper.figure(group.options.method, section.network, section.in_paper)

@@ -188,6 +188,7 @@ def kinds(exits: Iterable[str]) -> dict[str, list[str]]:
 _HEADS = {
     "equal epochs": "against baseline, equal epochs",
     "equal cost": "against baseline, equal cost",
+    "higher cost": "against baseline, higher cost",
     "": "against the first",
 }
 
