@@ -203,19 +203,15 @@ def test_jit_compile(method, precision, digits):
     np.testing.assert_allclose(*losses, rtol=1e-5 if precision == "float32" else 1e-3)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", slow_but(METHODS, "baseline", "pcl"))
 def test_a_networks_own_regularizers_count(method, digits):
     def network(input_shape, num_classes):
-        images = keras.Input(input_shape)
-        x = keras.layers.Conv2D(
-            4, 3, name="stage_1", kernel_regularizer=keras.regularizers.L2(0.5)
-        )(images)
-        x = keras.layers.Conv2D(
-            4, 3, name="stage_2", kernel_regularizer=keras.regularizers.L2(0.5)
-        )(x)
-        return keras.Model(
-            images, keras.layers.Dense(num_classes)(keras.layers.GlobalAveragePooling2D()(x))
-        )
+        x = images = keras.Input(input_shape)
+        for name in ("stage_1", "stage_2"):
+            own = keras.regularizers.L2(0.5)
+            x = keras.layers.Conv2D(4, 3, name=name, kernel_regularizer=own)(x)
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.Model(images, keras.layers.Dense(num_classes)(x))
 
     model = last_stage(method, network)
     model.compile(epochs=1, steps_per_epoch=1)
