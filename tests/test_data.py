@@ -473,6 +473,15 @@ def segment(marker, content):
     return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
 
 
+PNG = tf.io.encode_png(noise(4, 6, 3)).numpy()
+
+
+def png_with_exif(turn, order):
+    exif = b"eXIf" + with_exif(b"", turn, order)[10:]
+    chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
+    return PNG[:33] + chunk + PNG[33:]
+
+
 def test_exif_orientation_in_the_graph_is_that_of_the_header():
     plain = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
     jfif, start = plain[2:20], plain[:2]
@@ -502,13 +511,17 @@ def test_exif_orientation_in_the_graph_is_that_of_the_header():
         "garbage before a marker": start + b"\1\2\3" + exif(4, "<") + plain[2:],
         "empty": b"",
         "two bytes": start,
-        "PNG": tf.io.encode_png(noise(4, 6, 3)).numpy(),
+        "PNG": PNG,
+        **{f"PNG {turn}": png_with_exif(turn, ">") for turn in range(10)},
+        "a short PNG": png_with_exif(6, "<")[:40],
+        "a chunk too long for PNG": png_with_exif(6, "<").replace(b"eXIf", b"eXIg"),
         "text": b"\xff\xd8 is how a JPEG begins",
     }
     expected = [orientation_of(encoded) for encoded in files.values()]
     got = exif_orientations(tf.constant([*files.values()])).numpy()
     assert dict(zip(files, got)) == {name: e or 1 for name, e in zip(files, expected)}
     assert {name: e for name, e in zip(files, got) if e > 1 and name not in turned} == {
+        **{f"PNG {turn}": turn for turn in range(2, 9)},
         "after JFIF": 8,
         "behind profiles and fill bytes": 6,
         "the first of two": 5,
@@ -520,7 +533,9 @@ def test_exif_orientation_in_the_graph_is_that_of_the_header():
     # Every start of a file, and files with some bytes changed.
     random = np.random.RandomState(0)
     damaged = [f[:n] for f in (turned[6, "<"], turned[8, ">"]) for n in range(len(f))]
-    for encoded in [*turned.values(), files["after JFIF"], files["the first of two"]] * 40:
+    damaged += [files["PNG 8"][:n] for n in range(len(PNG))]
+    more = ("after JFIF", "the first of two", "PNG 6", "PNG 7")
+    for encoded in [*turned.values(), *map(files.get, more)] * 40:
         changed = bytearray(encoded)
         for at in random.randint(2, 80, random.randint(1, 4)):
             changed[at] = random.choice([0, 1, 2, 6, 18, 0xC0, 0xE1, 0xFF, random.randint(256)])
@@ -546,6 +561,14 @@ def test_decode_upright_in_a_saved_model(tmp_path):
         np.testing.assert_array_equal(loaded(with_exif(jpeg, turn, "<")), turned(plain))
     png = tf.io.encode_png(plain).numpy()
     np.testing.assert_array_equal(loaded(png), plain)
+    for turn, turned in UPRIGHT.items():
+        file = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(plain).save(file, "PNG", exif=exif)
+        np.testing.assert_array_equal(loaded(file.getvalue()), turned(plain))
+        header = image_files.header(file.getvalue())
+        assert (header.orientation, header.height, header.width) == (turn, *turned(plain).shape[:2])
     grey = image_files.decode_upright(tf.constant(with_exif(jpeg, 6, ">")), channels=1)
     assert grey.shape == (24, 16, 1)
 
