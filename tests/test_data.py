@@ -1099,6 +1099,37 @@ def imagenet(tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "parts, problem",
+    [
+        ({"test": [0, 1]}, "mnist has splits test: it needs train and test"),
+        ({"train": [0, 1, -1], "test": [0, 1]}, "no label of 1 of 3 images in train"),
+        ({"train": [0, 1], "test": [0, 1, -1, -1]}, "no label of 2 of 4 images in test"),
+    ],
+)
+def test_sets_of_tensorflow_datasets_that_cannot_be_used(parts, problem, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(28, 28, 1)),
+        "label": tfds.features.ClassLabel(num_classes=10),
+    }
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "mnist",
+        "3.0.1",
+        tfds.features.FeaturesDict(features),
+        data_dir=tmp_path,
+        split_datasets={
+            split: [(i, {"image": noise(28, 28, 1), "label": k}) for i, k in enumerate(labels)]
+            for split, labels in parts.items()
+        },
+    )
+    # Whether the first one that is read has a label is chance.
+    monkeypatch.setattr(from_tfds, "_labelled_splits", lambda builder, tfds: [*builder.info.splits])
+    with pytest.raises(UserError, match=problem):
+        data.load("mnist", str(tmp_path))
+
+
 def test_imagenet_streams_resumes_and_is_shared_by_workers(imagenet, monkeypatch):
     kept = data.load("imagenet2012", imagenet, image_size=16)
     monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)

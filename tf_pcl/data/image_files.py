@@ -337,7 +337,7 @@ def _gif_or_bmp(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     image = tf.cond(
         numbered, lambda: tf.gather(palette, tf.cast(image[..., 0], tf.int32)), lambda: image
     )
-    return image if channels == 3 else tf.image.rgb_to_grayscale(image)
+    return tf.image.rgb_to_grayscale(image) if channels == 1 else image
 
 
 def decode_any(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
