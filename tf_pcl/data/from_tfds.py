@@ -100,7 +100,8 @@ def load(name: str, request: Request) -> Loaded:
         # They are -1. A stream would have to be read as a whole.
         if isinstance(part, Arrays) and (missing := (part.all_labels() < 0).sum()):
             raise UserError(
-                f"the data set {name} has no label of {missing:,} of {len(part):,} images in {split}"
+                f"the data set {name} has no label of {missing:,} of {len(part):,} images in "
+                f"{split}"
             )
     test, validation = (kept[split] if split else None for split in chosen[1:])
     return Loaded(features["label"].names, kept[chosen.train], test, validation)
