@@ -694,12 +694,16 @@ def test_a_look_at_files_reads_their_headers_alone(make_folder, digits):
     folder = make_folder({"train": train, "test": {"a": [png], "b": [png]}})
     with pytest.raises(UserError, match="cannot be read"):
         data.load("image_folder", folder)
-    assert data.look("image_folder", folder) == ((8, 8, 3), ("a", "b"), 3)
-    assert data.look("image_folder", folder, 4, validation_examples=1)[::2] == ((4, 4, 3), 2)
+    shape, images = data.look("image_folder", folder)
+    assert (shape, images.classes, len(images.train)) == ((8, 8, 3), ["a", "b"], 3)
+    shape, images = data.look("image_folder", folder, 4, validation_examples=1)
+    assert (shape, len(images.train), len(images.validation)) == ((4, 4, 3), 2, 1)
     pathlib.Path(folder, "train/a/0.png").write_bytes(b"")
     with pytest.raises(UserError, match="0.png cannot be read"):
         data.look("image_folder", folder)
-    assert data.look("digits", train_examples=9) == (digits.image_shape, digits.classes, 9)
+    shape, images = data.look("digits", train_examples=9)
+    assert (shape, tuple(images.classes)) == (digits.image_shape, digits.classes)
+    assert len(images.train) == 9
 
 
 @pytest.fixture
@@ -867,7 +871,7 @@ def test_a_run_does_not_go_on_with_other_labels(make_folder, tmp_path):
     folder = make_folder({s: of(9 * k) for k, s in enumerate(("train", "val", "test"))})
     for split in ("train", "val", "test"):
         shutil.copy(f"{folder}/{split}/a/1.png", f"{folder}/{split}/b/0.png")
-    facts = lambda: report.facts_of(of_folder(pathlib.Path(folder)))
+    facts = lambda: report.facts_of_files(*data.look("image_folder", folder))
     workdir, before = Workdir(str(tmp_path / "run")), facts()
     workdir.begin(Options(), before, {})
     workdir.check_data(facts())

@@ -216,14 +216,13 @@ def look(
     test_examples: Optional[Union[int, float]] = None,
     labels: Optional[str] = None,
     labels_columns: Optional[str] = None,
-) -> tuple[tuple[int, ...], tuple[str, ...], int]:
-    """Returns facts about a data set; of image files it reads only the headers.
+) -> tuple[tuple[int, ...], Loaded]:
+    """Returns the images of a data set; of image files it reads only the headers.
 
     Arguments are those of `load`.
 
     Returns:
-      The shape (H, W, C) of the images, the names of the classes in the order of the labels, and
-      the number of training images.
+      The shape (H, W, C) of the images, and the images with the names of the classes.
 
     Raises:
       UserError: as `load`, except for images of which only the header can be read.
@@ -241,7 +240,7 @@ def look(
     images = _load(row, request, name, train_examples, validation_examples, test_examples, seed)
     _check_several(name, images.classes)
     shape = getattr(images.train, "shape", None) or images.train.first(1).shape[1:]
-    return tuple(shape), tuple(images.classes), len(images.train)
+    return tuple(shape), images
 
 
 def _load(
