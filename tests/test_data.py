@@ -971,9 +971,16 @@ def test_hidden_names_do_not_count_and_classes_without_test_images_are_named(mak
         {"train": {**ONE, "c": [noise(8, 8, 3)], ".checkpoints": [noise(8, 8, 3)]}, "test": ONE}
     )
     os.rename(f"{folder}/train/.checkpoints/0.png", f"{folder}/train/a/._0.png")
+    # Some lie elsewhere.
+    os.mkdir(f"{folder}/test/a/more")
+    for stray in ("0.png", "train/1.png", "test/a/more/2.png"):
+        shutil.copy(f"{folder}/train/c/0.png", f"{folder}/{stray}")
     d = data.load("image_folder", folder)
     assert d.classes == ("a", "b", "c") and len(d.train) == 3
-    assert "No image of c in test" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No image of c in test" in out
+    line = f"Ignored: 3 images that do not lie in a class's folder itself, such as {folder}/0.png\n"
+    assert line in out and "ignored: 1" not in out
 
 
 STRANGE_NAMES = [
