@@ -461,6 +461,15 @@ def segment(marker, content):
     return b"\xff" + bytes([marker]) + struct.pack(">H", len(content) + 2) + content
 
 
+PNG = tf.io.encode_png(noise(4, 6, 3)).numpy()
+
+
+def png_with_exif(turn, order):
+    exif = b"eXIf" + with_exif(b"", turn, order)[10:]
+    chunk = struct.pack(">I", len(exif) - 4) + exif + struct.pack(">I", zlib.crc32(exif))
+    return PNG[:33] + chunk + PNG[33:]
+
+
 def test_exif_orientation_in_the_graph_is_that_of_the_header():
     plain = tf.io.encode_jpeg(noise(4, 6, 3)).numpy()
     jfif, start = plain[2:20], plain[:2]
@@ -490,13 +499,17 @@ def test_exif_orientation_in_the_graph_is_that_of_the_header():
         "garbage before a marker": start + b"\1\2\3" + exif(4, "<") + plain[2:],
         "empty": b"",
         "two bytes": start,
-        "PNG": tf.io.encode_png(noise(4, 6, 3)).numpy(),
+        "PNG": PNG,
+        **{f"PNG {turn}": png_with_exif(turn, ">") for turn in range(10)},
+        "a short PNG": png_with_exif(6, "<")[:40],
+        "a chunk too long for PNG": png_with_exif(6, "<").replace(b"eXIf", b"eXIg"),
         "text": b"\xff\xd8 is how a JPEG begins",
     }
     expected = [orientation_of(encoded) for encoded in files.values()]
     got = exif_orientations(tf.constant([*files.values()])).numpy()
     assert dict(zip(files, got)) == {name: e or 1 for name, e in zip(files, expected)}
     assert {name: e for name, e in zip(files, got) if e > 1 and name not in turned} == {
+        **{f"PNG {turn}": turn for turn in range(2, 9)},
         "after JFIF": 8,
         "behind profiles and fill bytes": 6,
         "the first of two": 5,
@@ -508,7 +521,9 @@ def test_exif_orientation_in_the_graph_is_that_of_the_header():
     # Every start of a file, and files with some bytes changed.
     random = np.random.RandomState(0)
     damaged = [f[:n] for f in (turned[6, "<"], turned[8, ">"]) for n in range(len(f))]
-    for encoded in [*turned.values(), files["after JFIF"], files["the first of two"]] * 40:
+    damaged += [files["PNG 8"][:n] for n in range(len(PNG))]
+    more = ("after JFIF", "the first of two", "PNG 6", "PNG 7")
+    for encoded in [*turned.values(), *map(files.get, more)] * 40:
         changed = bytearray(encoded)
         for at in random.randint(2, 80, random.randint(1, 4)):
             changed[at] = random.choice([0, 1, 2, 6, 18, 0xC0, 0xE1, 0xFF, random.randint(256)])
@@ -534,6 +549,14 @@ def test_decode_upright_in_a_saved_model(tmp_path):
         np.testing.assert_array_equal(loaded(with_exif(jpeg, turn, "<")), turned(plain))
     png = tf.io.encode_png(plain).numpy()
     np.testing.assert_array_equal(loaded(png), plain)
+    for turn, turned in UPRIGHT.items():
+        file = io.BytesIO()
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        Image.fromarray(plain).save(file, "PNG", exif=exif)
+        np.testing.assert_array_equal(loaded(file.getvalue()), turned(plain))
+        header = image_files.header(file.getvalue())
+        assert (header.orientation, header.height, header.width) == (turn, *turned(plain).shape[:2])
     grey = image_files.decode_upright(tf.constant(with_exif(jpeg, 6, ">")), channels=1)
     assert grey.shape == (24, 16, 1)
 
@@ -659,12 +682,16 @@ def test_a_look_at_files_reads_their_headers_alone(make_folder, digits):
     folder = make_folder({"train": train, "test": {"a": [png], "b": [png]}})
     with pytest.raises(UserError, match="cannot be read"):
         data.load("image_folder", folder)
-    assert data.look("image_folder", folder) == ((8, 8, 3), ("a", "b"), 3)
-    assert data.look("image_folder", folder, 4, validation_examples=1)[::2] == ((4, 4, 3), 2)
+    shape, images = data.look("image_folder", folder)
+    assert (shape, images.classes, len(images.train)) == ((8, 8, 3), ["a", "b"], 3)
+    shape, images = data.look("image_folder", folder, 4, validation_examples=1)
+    assert (shape, len(images.train), len(images.validation)) == ((4, 4, 3), 2, 1)
     pathlib.Path(folder, "train/a/0.png").write_bytes(b"")
     with pytest.raises(UserError, match="0.png cannot be read"):
         data.look("image_folder", folder)
-    assert data.look("digits", train_examples=9) == (digits.image_shape, digits.classes, 9)
+    shape, images = data.look("digits", train_examples=9)
+    assert (shape, tuple(images.classes)) == (digits.image_shape, digits.classes)
+    assert len(images.train) == 9
 
 
 @pytest.fixture
@@ -832,7 +859,7 @@ def test_a_run_does_not_go_on_with_other_labels(make_folder, tmp_path):
     folder = make_folder({s: of(9 * k) for k, s in enumerate(("train", "val", "test"))})
     for split in ("train", "val", "test"):
         shutil.copy(f"{folder}/{split}/a/1.png", f"{folder}/{split}/b/0.png")
-    facts = lambda: report.facts_of(of_folder(pathlib.Path(folder)))
+    facts = lambda: report.facts_of_files(*data.look("image_folder", folder))
     workdir, before = Workdir(str(tmp_path / "run")), facts()
     workdir.begin(Options(), before, {})
     workdir.check_data(facts())
@@ -932,9 +959,16 @@ def test_hidden_names_do_not_count_and_classes_without_test_images_are_named(mak
         {"train": {**ONE, "c": [noise(8, 8, 3)], ".checkpoints": [noise(8, 8, 3)]}, "test": ONE}
     )
     os.rename(f"{folder}/train/.checkpoints/0.png", f"{folder}/train/a/._0.png")
+    # Some lie elsewhere.
+    os.mkdir(f"{folder}/test/a/more")
+    for stray in ("0.png", "train/1.png", "test/a/more/2.png"):
+        shutil.copy(f"{folder}/train/c/0.png", f"{folder}/{stray}")
     d = data.load("image_folder", folder)
     assert d.classes == ("a", "b", "c") and len(d.train) == 3
-    assert "No image of c in test" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "No image of c in test" in out
+    line = f"Ignored: 3 images that do not lie in a class's folder itself, such as {folder}/0.png\n"
+    assert line in out and "ignored: 1" not in out
 
 
 STRANGE_NAMES = [
@@ -1062,6 +1096,37 @@ def imagenet(tmp_path):
         },
     )
     return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "parts, problem",
+    [
+        ({"test": [0, 1]}, "mnist has splits test: it needs train and test"),
+        ({"train": [0, 1, -1], "test": [0, 1]}, "no label of 1 of 3 images in train"),
+        ({"train": [0, 1], "test": [0, 1, -1, -1]}, "no label of 2 of 4 images in test"),
+    ],
+)
+def test_sets_of_tensorflow_datasets_that_cannot_be_used(parts, problem, tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(28, 28, 1)),
+        "label": tfds.features.ClassLabel(num_classes=10),
+    }
+    tfds.dataset_builders.store_as_tfds_dataset(
+        "mnist",
+        "3.0.1",
+        tfds.features.FeaturesDict(features),
+        data_dir=tmp_path,
+        split_datasets={
+            split: [(i, {"image": noise(28, 28, 1), "label": k}) for i, k in enumerate(labels)]
+            for split, labels in parts.items()
+        },
+    )
+    # Whether the first one that is read has a label is chance.
+    monkeypatch.setattr(from_tfds, "_labelled_splits", lambda builder, tfds: [*builder.info.splits])
+    with pytest.raises(UserError, match=problem):
+        data.load("mnist", str(tmp_path))
 
 
 def test_imagenet_streams_resumes_and_is_shared_by_workers(imagenet, monkeypatch):

@@ -21,9 +21,9 @@ from pages import python
 from PIL import Image
 from tensorflow import keras
 
-from tf_pcl.data import image_files
+from tf_pcl.data import image_files, load, storage
 from tf_pcl.data.storage import Arrays, Stream
-from tf_pcl.deploy import corruptions, evaluate, figures, metrics, predict, runtimes
+from tf_pcl.deploy import artifacts, corruptions, evaluate, figures, metrics, predict, runtimes
 from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.training import export, report
@@ -275,6 +275,24 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="`output=.*cannot be written"):
         evaluate.write(found, str(tmp_path / "file"))
+
+
+def test_images_that_break_meanwhile_are_not_taken_for_others(make_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "MEMORY_LIMIT", 0)
+    part = {name: [noise(8, 8, 3, seed=k)] * 3 for k, name in enumerate("ab")}
+    folder = make_folder({"train": part, "test": part})
+    photos = load("image_folder", folder, on_bad_image="skip")
+    with open(f"{folder}/test/a/0.png", "wb") as f:
+        f.write(b"x")
+    run = lambda images: np.zeros([len(images), 2], np.float32)
+    runtime = runtimes.Runtime(str(tmp_path), [None, 8, 8, 3], 2, run)
+    with pytest.raises(UserError, match="1 of 6 images of image_folder have become unreadable"):
+        evaluate.evaluate(runtime, photos)
+    network = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Flatten()])
+    network.add(keras.layers.Dense(2, kernel_initializer="zeros"))
+    table = artifacts.compare(network, {}, photos)
+    # Two of the five that are left are of class a, which wins ties.
+    assert (table["test_images"], table["original"]["error"]) == (5, 60.0)
 
 
 def jpeg(image, turn=1, mode="RGB"):

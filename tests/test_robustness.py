@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import io
+import json
 import os
 import pathlib
 import subprocess
@@ -222,6 +223,18 @@ def test_damaged_records_of_a_run_give_a_warning(damage, tmp_path, caplog):
     (tmp_path / "versions.json").write_text('{"tensorflow": "2.15.1"}')
     workdir.check_versions({"tensorflow": "2.15.1", "keras": "2.15.0"})
     assert "versions.json is damaged" in caplog.text
+
+
+def test_results_that_are_damaged_are_written_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "export", lambda *arguments: "nowhere")
+    monkeypatch.setattr(export, "check", lambda *arguments: None)
+    small = dict(epochs=1, train_examples=100, batch_size=50, network="helpers:without_norm")
+    given = Options(**{**QUICK, **small, "workdir": str(tmp_path)})
+    results = run.run(given)
+    path = tmp_path / "results.json"
+    path.write_text("{")
+    run.run(given)
+    assert json.loads(path.read_text()) == results
 
 
 def test_foreign_lines_of_the_metrics_are_left_out(tmp_path, caplog):

@@ -4,16 +4,18 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
+from helpers import noise
 from test_train_py import final_weights
 
 from tf_pcl.errors import UserError
 from tf_pcl.options import Options
 from tf_pcl.study import grid, listing, runner
 from tf_pcl.study.grid import Cell, Line
-from tf_pcl.training import export, run
+from tf_pcl.training import export, report, run
 from tf_pcl.training.workdir import Workdir, write_json
 
 SMALL = dict(train_examples=200, batch_size=50, epochs=6)
@@ -288,3 +290,31 @@ def test_a_workdir_with_another_run_is_refused(tmp_path):
     other = grid.plan([line("baseline", seeds=[0, 1])], str(tmp_path), dict(SMALL, epochs=7))
     with pytest.raises(UserError, match="seed1`: .*`epochs=7` here, 6 there"):
         runner.check(other)
+
+
+@pytest.mark.parametrize("more", [{}, {"on_bad_image": "skip"}, {"train_examples": 2}])
+def test_runs_on_other_images_are_refused_though_they_are_done(make_folder, tmp_path, more):
+    part = {"a": [noise(8, 8, 3, seed=i) for i in range(3)], "b": [noise(8, 8, 3)] * 3}
+    folder = make_folder({"train": part, "test": part})
+    other = shutil.copytree(folder, tmp_path / "other")
+    planned = lambda folder: grid.plan(
+        [Line(["baseline"], ["resnet8"], ["image_folder"], [0, 1])],
+        str(tmp_path / "grid"),
+        {"epochs": 1, "batch_size": 2, "data_dir": str(folder), **more},
+    )
+    for cell in planned(folder):
+        facts = report.facts_of(run.load_data(cell.options))
+        Workdir(cell.path).begin(cell.options, facts, {})
+    runner.check(planned(folder))
+    runner.check(planned(other))  # A copy is no other data.
+    if more.get("on_bad_image"):
+        os.rename(other / "train/b", other / "train/c")
+        os.rename(other / "test/b", other / "test/c")
+    else:
+        os.rename(other / "test/a/0.png", other / "test/b/9.png")
+        os.rename(other / "test/b/0.png", other / "test/a/9.png")
+    runner._facts.cache_clear()
+    with pytest.raises(
+        UserError, match=r"seed0`: the folder holds a run on other data \((cla|lab)"
+    ):
+        runner.check(planned(other))

@@ -214,16 +214,15 @@ def record(data: ImageData) -> Optional[dict[str, Any]]:
 
 def look(
     name: str, data_dir: Optional[str] = None, image_size: Optional[int] = None, **others: Any
-) -> tuple[tuple[int, ...], tuple[str, ...], int]:
-    """Returns facts about a data set; of image files it reads only the headers.
+) -> tuple[tuple[int, ...], Loaded]:
+    """Returns the images of a data set; of image files it reads only the headers.
 
     Args:
       name, data_dir, image_size: as in `load`.
       **others: its other arguments, except `began`.
 
     Returns:
-      The shape (H, W, C) of the images, the names of the classes in the order of the labels, and
-      the number of training images.
+      The shape (H, W, C) of the images, and the images with the names of the classes.
 
     Raises:
       UserError: as `load`, except for images of which only the header can be read.
@@ -231,7 +230,7 @@ def look(
     images = _load(name, Request(data_dir, image_size, **others, headers_only=True))[1]
     _check_several(name, images.classes)
     shape = getattr(images.train, "shape", None) or images.train.first(1).shape[1:]
-    return tuple(shape), tuple(images.classes), len(images.train)
+    return tuple(shape), images
 
 
 def _load(name: str, request: Request) -> tuple[Dataset, Loaded]:

@@ -96,6 +96,13 @@ def load(name: str, request: Request) -> Loaded:
     kept = {
         split: _kept(_encoded(builder, tfds, split), decode, shape) for split in chosen if split
     }
+    for split, part in kept.items():
+        # They are -1. A stream would have to be read as a whole.
+        if isinstance(part, Arrays) and (missing := (part.all_labels() < 0).sum()):
+            raise UserError(
+                f"the data set {name} has no label of {missing:,} of {len(part):,} images in "
+                f"{split}"
+            )
     test, validation = (kept[split] if split else None for split in chosen[1:])
     return Loaded(features["label"].names, kept[chosen.train], test, validation)
 
@@ -137,6 +144,8 @@ def _prepare(builder, tfds):
         return
     except AssertionError:
         pass  # tensorflow-datasets raises this if nothing is prepared.
+    except ValueError:
+        return  # It has no such split, which is refused later.
     root = builder._data_dir_root
     manual = os.path.join(root, "downloads", "manual")
     by_hand = getattr(builder, "MANUAL_DOWNLOAD_INSTRUCTIONS", None)

@@ -1,9 +1,9 @@
 """Decodes image files of any size, grey or CMYK, with alpha, turned by EXIF, or damaged.
 
 Every file becomes uint8 [H, W, 3]: grey is repeated, alpha is dropped (colours stay as they are
-stored, as in serving and in most libraries), CMYK is converted, 16 bits are cut to 8, and a JPEG is
-turned upright as its EXIF orientation says. WebP and TIFF files are read by Pillow, where that is
-installed, to the same effect; TensorFlow cannot read them.
+stored, as in serving and in most libraries), CMYK is converted, 16 bits are cut to 8, and an image
+is turned upright as its EXIF orientation says. WebP and TIFF files are read by Pillow, where that
+is installed, to the same effect; TensorFlow cannot read them.
 """
 
 import collections
@@ -59,11 +59,7 @@ def header(data: bytes) -> Header:
         if data.startswith(b"\xff\xd8"):
             return _jpeg(data)
         if data.startswith(b"\x89PNG\r\n\x1a\n"):
-            width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
-            alpha = kind in (4, 6) or data.find(b"tRNS", 0, max(data.find(b"IDAT"), 0)) >= 0
-            return Header(
-                width, height, 1, _traits(kind in (0, 4), alpha, bits == 16, False, False)
-            )
+            return _png(data)
         if data.startswith(b"GIF8"):
             return Header(*struct.unpack_from("<HH", data, 6))
         if data.startswith(b"BM"):
@@ -134,6 +130,20 @@ def _traits(*present):
     return tuple(trait for trait, there in zip(TRAITS, present) if there)
 
 
+def _png(data: bytes) -> Header:
+    width, height, bits, kind = struct.unpack_from(">IIBB", data, 16)
+    turn, alpha, name, at = 1, kind in (4, 6), b"", 8
+    while name not in (b"IDAT", b"IEND"):
+        length, name = struct.unpack_from(">I4s", data, at)
+        alpha |= name == b"tRNS"
+        if name == b"eXIf":
+            turn = orientation(data[at + 8 : at + 8 + length])
+        at += 12 + length
+    traits = _traits(kind in (0, 4), alpha, bits == 16, False, turn > 1)
+    size = (height, width) if turn >= 5 else (width, height)
+    return Header(*size, turn, traits)
+
+
 def _jpeg(data: bytes) -> Header:
     turn, at = None, 2
     while True:
@@ -185,11 +195,29 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
       encoded: the bytes of the file, a string tensor [].
 
     Returns:
-      int32 [], 1–8; 1 where there is none, it is damaged, or the file is no JPEG.
+      int32 [], 1–8; 1 where there is none, it is damaged, or the file is no JPEG or PNG.
     """
     data = _Bytes(encoded)
-    jpeg = (data.size > 2) & (data.number(tf.constant(0, tf.int64), 2) == 0xFFD8)
+    start = tf.where(data.size > 8, data.number(tf.constant(0, tf.int64), 4), 0)
+    return tf.switch_case(
+        tf.where(start == 0x89504E47, 1, tf.where(start // 0x10000 == 0xFFD8, 2, 0)),
+        [lambda: tf.constant(1), lambda: _png_orientation(data), lambda: _jpeg_orientation(data)],
+    )
 
+
+def _png_orientation(data: "_Bytes") -> tf.Tensor:
+    def next_chunk(at, turn, _):
+        length, name = data.number(at, 4), data.number(at + 4, 4)
+        end = tf.minimum(at + 8 + length, data.size)
+        exif = name == int.from_bytes(b"eXIf", "big")
+        turn = tf.cond(exif, lambda: _tiff_orientation(data, at + 8, end), lambda: turn)
+        ends = [name == int.from_bytes(last, "big") for last in (b"IDAT", b"IEND")]
+        return at + 12 + length, turn, ~tf.reduce_any(ends)
+
+    return _search(data, 8, 1, next_chunk)
+
+
+def _jpeg_orientation(data: "_Bytes") -> tf.Tensor:
     def next_segment(at, turn, _):
         # A segment begins with 0xFF; garbage may precede it.
         ahead = data.bytes[at : at + 4096] == 0xFF
@@ -208,14 +236,19 @@ def exif_orientation(encoded: tf.Tensor) -> tf.Tensor:
         following = at + tf.where(marker == 0xFF, tf.constant(1, tf.int64), 2 + length)
         return tf.where(found, following, at), turn, whole & ~frame | ~found
 
+    return tf.maximum(_search(data, 2, 0, next_segment), 1)
+
+
+def _search(data: "_Bytes", at: int, turn: int, step: Callable) -> tf.Tensor:
+    """Returns the orientation that steps (place, orientation, whether more follows) find."""
     # The limit ends the search in files that are made to prolong it.
-    _, turn, _ = tf.while_loop(
+    _, found, _ = tf.while_loop(
         lambda at, turn, more: more & (at < data.size),
-        next_segment,
-        (tf.constant(2, tf.int64), tf.constant(0), jpeg),
+        step,
+        (tf.constant(at, tf.int64), tf.constant(turn), tf.constant(True)),
         maximum_iterations=1000,
     )
-    return tf.maximum(turn, 1)
+    return found
 
 
 class _Bytes:
@@ -304,7 +337,7 @@ def _gif_or_bmp(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     image = tf.cond(
         numbered, lambda: tf.gather(palette, tf.cast(image[..., 0], tf.int32)), lambda: image
     )
-    return image if channels == 3 else tf.image.rgb_to_grayscale(image)
+    return tf.image.rgb_to_grayscale(image) if channels == 1 else image
 
 
 def decode_any(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:

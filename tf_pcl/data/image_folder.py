@@ -4,6 +4,7 @@ import collections
 import os
 import unicodedata
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from tf_pcl.data import image_files, labels_file, splits
 from tf_pcl.data.class_names import escape
@@ -17,6 +18,13 @@ PILLOW_SUFFIXES = (".webp", ".tif", ".tiff")
 
 # {split: {class: paths of images}}
 Files = dict[str, dict[str, list[str]]]
+
+
+class Ignored(NamedTuple):
+    """Files that are not used: the numbers of those that are no images, and stray images."""
+
+    kinds: collections.Counter
+    stray: list[str]
 
 
 def load(request: Request) -> Loaded:
@@ -35,9 +43,9 @@ def load(request: Request) -> Loaded:
     """
     data_dir = request.data_dir or ""
     try:
-        files, others = _labelled(request) if request.labels else _scan(data_dir)
+        files, ignored = _labelled(request) if request.labels else _scan(data_dir)
         if not (request.labels or any(any(labels.values()) for labels in files.values())):
-            files, others = _without_splits(data_dir, request.divisible)
+            files, ignored = _without_splits(data_dir, request.divisible)
     except OSError as e:
         raise UserError(
             f"it cannot be read: {e.filename}: {e.strerror}", parameter="data_dir", value=data_dir
@@ -49,7 +57,7 @@ def load(request: Request) -> Loaded:
         parameter="labels" if request.labels else "data_dir",
         divisible=request.divisible,
     )
-    _say_others(others)
+    _say_ignored(ignored)
     used = [split for split in chosen if split is not None]
     names = {label for split in used for label in files[split]}
     classes = labels_file.in_order(names) if request.labels else sorted(names)
@@ -66,25 +74,25 @@ def load(request: Request) -> Loaded:
     return Loaded(classes, read[chosen.train], test, validation)
 
 
-def _scan(data_dir: str) -> tuple[Files, collections.Counter]:
-    """Returns the images of SPLIT/CLASS, and the numbers of other files by their kinds."""
+def _scan(data_dir: str) -> tuple[Files, Ignored]:
+    """Returns the images of SPLIT/CLASS, and what else is there."""
     files: Files = {}
-    others: collections.Counter = collections.Counter()
+    ignored = Ignored(collections.Counter(), _images(data_dir))
     for split in _folders(data_dir):
-        files[split] = _classes(os.path.join(data_dir, split), others)
-    return files, others
+        files[split] = _classes(os.path.join(data_dir, split), ignored)
+    return files, ignored
 
 
-def _without_splits(data_dir: str, divisible: bool) -> tuple[Files, collections.Counter]:
+def _without_splits(data_dir: str, divisible: bool) -> tuple[Files, Ignored]:
     """Returns what `_scan` does for the images of CLASS, all for training.
 
     Raises:
       UserError: if there are such images and they may not be divided.
     """
-    others: collections.Counter = collections.Counter()
-    classes = _classes(data_dir, others)
+    ignored = Ignored(collections.Counter(), [])
+    classes = _classes(data_dir, ignored)
     if not any(classes.values()):
-        return {}, others
+        return {}, ignored
     if not divisible:
         raise UserError(
             "it has images as CLASS/IMAGE, without splits: give `test_examples=0.2` to test on a "
@@ -93,29 +101,35 @@ def _without_splits(data_dir: str, divisible: bool) -> tuple[Files, collections.
             parameter="data_dir",
             value=data_dir,
         )
-    return {splits.TRAIN[0]: classes}, others
+    return {splits.TRAIN[0]: classes}, ignored
 
 
-def _classes(folder: str, others: collections.Counter) -> dict[str, list[str]]:
-    """Returns {class: paths of images} of CLASS/IMAGE and counts other files by their kind."""
+def _classes(folder: str, ignored: Ignored) -> dict[str, list[str]]:
+    """Returns {class: paths of images} of CLASS/IMAGE and notes what else is there."""
     found: dict[str, list[str]] = {}
+    ignored.stray.extend(_images(folder))
     for label in _folders(folder):
-        entries = _visible(os.path.join(folder, label))
-        found[label] = [entry.path for entry in entries if is_image(entry.name)]
-        others.update(_kind(e.name) for e in entries if not is_image(e.name))
+        found[label] = []
+        for entry in _visible(os.path.join(folder, label)):
+            if entry.is_dir():
+                ignored.stray.extend(filter(is_image, files_below(entry.path)))
+            elif is_image(entry.name):
+                found[label].append(entry.path)
+            else:
+                ignored.kinds[_kind(entry.name)] += 1
     return found
 
 
-def _labelled(request: Request) -> tuple[Files, collections.Counter]:
+def _labelled(request: Request) -> tuple[Files, Ignored]:
     """Returns what `_scan` does for images at any depth, by the file of labels."""
     assert request.data_dir and request.labels
     below: list[str] = []
-    others: collections.Counter = collections.Counter()
+    ignored = Ignored(collections.Counter(), [])
     for path in files_below(request.data_dir):
         if is_image(path):
             below.append(os.path.relpath(path, request.data_dir))
         elif os.path.realpath(path) != os.path.realpath(request.labels):
-            others[_kind(os.path.basename(path))] += 1
+            ignored.kinds[_kind(os.path.basename(path))] += 1
     skip = request.on_bad_image == "skip"
     read = labels_file.read(request.labels, request.labels_columns, below, skip)
     return {
@@ -124,10 +138,16 @@ def _labelled(request: Request) -> tuple[Files, collections.Counter]:
             for label, names in labels.items()
         }
         for split, labels in read.items()
-    }, others
+    }, ignored
 
 
-def _say_others(others: collections.Counter) -> None:
+def _say_ignored(ignored: Ignored) -> None:
+    others, stray = ignored
+    if stray:
+        print(
+            f"Ignored: {len(stray):,} images that do not lie in a class's folder itself, such as "
+            f"{escape(stray[0])}"
+        )
     if others:
         kinds = (f"{count:,} {escape(kind)}" for kind, count in others.most_common(5))
         readable = {kind.lower() for kind in others} & {*PILLOW_SUFFIXES}
@@ -208,3 +228,7 @@ def _visible(path: str) -> list[os.DirEntry]:
 
 def _folders(path: str) -> list[str]:
     return [entry.name for entry in _visible(path) if entry.is_dir()]
+
+
+def _images(path: str) -> list[str]:
+    return [e.path for e in _visible(path) if is_image(e.name) and not e.is_dir()]

@@ -211,9 +211,10 @@ def compare(
         **{name: runtime.logits for name, runtime in loaded.items()},
     }
     wrong, same = dict.fromkeys(answers, 0), dict.fromkeys(answers, 0)
-    largest = dict.fromkeys(answers, 0.0)
+    largest, count = dict.fromkeys(answers, 0.0), 0
     for batch, labels in datasets.test_batches(data, runtimes.BATCH):
-        images = batch.numpy()
+        # Files may have become unreadable.
+        images, count = batch.numpy(), count + len(labels)
         expected = answers[""](images)
         for name, answer in answers.items():
             logits = answer(images) if name else expected
@@ -222,7 +223,7 @@ def compare(
             same[name] += int((top == expected.argmax(-1)).sum())
             # NaN counts as the largest difference.
             largest[name] = float(np.maximum(largest[name], np.abs(logits - expected).max()))
-    count, one = len(data.test), data.test.first(1)
+    one = data.test.first(1)
     rows = {
         name: {
             "error": round(100 * wrong[name] / count, 4),

@@ -132,8 +132,8 @@ def evaluate(
       watch: a function (batches, their number) -> the same batches, to show the progress.
 
     Raises:
-      UserError: if there is no such split, the data set does not fit the network, or its logits
-        are not finite.
+      UserError: if there is no such split, the data set does not fit the network, its files
+        break meanwhile, or its logits are not finite.
     """
     images = _split(data, split)
     _check_fits(runtime, data)
@@ -147,6 +147,12 @@ def evaluate(
         found.append(runtime.logits(part))
         labels.append(their)
     logits, truth = np.concatenate(found), np.concatenate(labels).astype(np.int64)
+    if lost := len(images) - len(truth):
+        # Their places are not known, so no file would have its own answer.
+        raise UserError(
+            f"{lost:,} of {len(images):,} images of {data.name} have become unreadable just now: "
+            "give the same command again, which leaves them out from the start"
+        )
     bad = np.flatnonzero(~np.isfinite(logits).all(1))
     if len(bad):
         raise UserError(

@@ -59,7 +59,7 @@ def stages_of(options: Options) -> list[StageCost]:
     """Returns the stages of a run with their costs; arguments and errors as in `cost_of`."""
     choose("method", options.method, METHODS, parameter="method")
     method_arguments(options)
-    shape, classes, images = _facts(_division(options), named=bool(options.teacher))
+    shape, classes, images = _facts(division(options), named=bool(options.teacher))
     seen = images // options.batch_size * options.batch_size * options.epochs
     if not seen:
         raise UserError(
@@ -79,7 +79,7 @@ def _architecture(options: Options) -> Options:
     return Options(method=options.method, network=options.network, **own)
 
 
-def _division(options: Options) -> Options:
+def division(options: Options) -> Options:
     """Returns only the options on which the number of training images depends."""
     names = {"dataset", *OF_DATA} - {"seed"}
     return Options(**{name: getattr(options, name) for name in names})
@@ -90,7 +90,7 @@ def _facts(options: Options, named: bool) -> tuple[tuple[int, ...], tuple[str, .
     """Returns the shape of a run's images, its classes and its number of training images.
 
     Args:
-      options: what `_division` returns for the run's options.
+      options: what `division` returns for the run's options.
       named: whether the true names of the classes are needed.
     """
     name, held = options.dataset, options.validation_examples or 0
@@ -98,7 +98,8 @@ def _facts(options: Options, named: bool) -> tuple[tuple[int, ...], tuple[str, .
         images = 50_000 - round(held if held >= 1 else held * 50_000)
         classes = tuple(map(str, range(_OF_THE_PAPER[name])))
         return (32, 32, 3), classes, min(images, options.train_examples or images)
-    return look_at_data(options)
+    shape, looked = look_at_data(options)
+    return shape, tuple(looked.classes), len(looked.train)
 
 
 @functools.cache

@@ -1,5 +1,9 @@
 """Trains the runs of a grid, each in a process, and resumes where an earlier call stopped."""
 
+import contextlib
+import dataclasses
+import functools
+import io
 import os
 import shutil
 import sys
@@ -17,12 +21,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from tf_pcl.data import datasets
 from tf_pcl.errors import Stopped, UserError, choose
 from tf_pcl.options import Options
-from tf_pcl.study import process
+from tf_pcl.study import cost, process
 from tf_pcl.study.grid import Cell, shared_stages
 from tf_pcl.study.places import PLACES, Place
-from tf_pcl.training.report import ended, versions
+from tf_pcl.training.beside import drawn
+from tf_pcl.training.report import ended, facts_of_files, versions
+from tf_pcl.training.run import look_at_data
 from tf_pcl.training.workdir import Workdir, read_json, saved_model
 
 
@@ -62,6 +69,28 @@ def check(cells: Sequence[Cell], alone: bool = True) -> None:
             said = True
             time.sleep(process.SECONDS)
         workdir.check(cell.options, alone)
+        _check_data(workdir, cell.options)
+
+
+def _check_data(workdir: Workdir, options: Options) -> None:
+    """Checks that a run that is there has the images of these options, as far as headers tell.
+
+    A run that is done is not started again, and would not see that its folder has other images now.
+    """
+    if not os.path.exists(workdir.data) or not datasets.find(options.dataset).reads_files:
+        return
+    seed = options.seed if drawn(options) else 0
+    facts = _facts(dataclasses.replace(cost.division(options), seed=seed))
+    if options.on_bad_image == "skip":
+        # Only who decodes them knows which files are left out.
+        facts = {name: facts[name] for name in ("classes", "image_shape")}
+    workdir.check_data(facts, whole=False)
+
+
+@functools.cache
+def _facts(options: Options) -> dict[str, Any]:
+    with contextlib.redirect_stdout(io.StringIO()):  # The summary has been printed.
+        return facts_of_files(*look_at_data(options))
 
 
 def results_of(cell: Cell) -> Optional[dict[str, Any]]:

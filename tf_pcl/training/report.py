@@ -15,6 +15,7 @@ from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData
 from tf_pcl.data.class_names import escape
+from tf_pcl.data.splits import Loaded
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.distiller import Distiller, Stage
 from tf_pcl.options import Options
@@ -30,17 +31,32 @@ _DIVERSITY = "val_diversity"
 
 def facts_of(data: ImageData) -> dict[str, Any]:
     """Returns the facts that identify a data set, for data.json."""
+    images = Loaded(list(data.classes), data.train, data.test, data.validation)
     return {
-        "classes": list(data.classes),
-        "image_shape": list(data.image_shape),
-        "training images": len(data.train),
-        "test images": len(data.test),
-        **({} if data.validation is None else {"validation images": len(data.validation)}),
+        **facts_of_files(data.image_shape, images),
         **({"division": _fingerprint(data)} if data.lists else {}),
-        **_of_files(data),
         # Channel means identify the pixels. They are rounded, since machines may differ in the last
         # digits.
         "means": [round(float(m), 3) for m in data.mean],
+    }
+
+
+def facts_of_files(shape: Sequence[int], images: Loaded) -> dict[str, Any]:
+    """Returns those facts of data.json for which image files need not be decoded.
+
+    Args:
+      shape: (H, W, C) of the images.
+      images: the images, which have test images.
+    """
+    assert images.test is not None
+    validation = images.validation
+    return {
+        "classes": images.classes,
+        "image_shape": list(shape),
+        "training images": len(images.train),
+        "test images": len(images.test),
+        **({} if validation is None else {"validation images": len(validation)}),
+        **_of_files(images),
     }
 
 
@@ -54,9 +70,9 @@ def _fingerprint(data: ImageData) -> str:
     return f"{number:08x}"
 
 
-def _of_files(data: ImageData) -> dict[str, str]:
+def _of_files(images: Loaded) -> dict[str, str]:
     """Returns numbers that tell the image files of a data set apart, if it has any."""
-    parts = [part for part in (data.train, data.test, data.validation) if part is not None]
+    parts = [p for p in (images.train, images.test, images.validation) if p is not None]
     labelled = [
         (part.origin, part.all_labels().tolist()) for part in parts if part.origin is not None
     ]

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tf_pcl import networks, surgery
 from tf_pcl.data import datasets, storage
+from tf_pcl.data.splits import Loaded
 from tf_pcl.errors import choose
 from tf_pcl.methods import METHODS
 from tf_pcl.methods.cost import alone_flop, training_flop
@@ -155,7 +156,7 @@ def load_data(options: Options, began: Optional[Mapping[str, Any]] = None) -> da
     return datasets.load(**_data_asked(options), began=began)
 
 
-def look_at_data(options: Options) -> tuple[tuple[int, ...], tuple[str, ...], int]:
+def look_at_data(options: Options) -> tuple[tuple[int, ...], Loaded]:
     """Returns what `data.look` finds about the data set of a run; UserError as there."""
     return datasets.look(**_data_asked(options))
 

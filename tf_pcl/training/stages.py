@@ -189,6 +189,8 @@ class Trainer:
                 ) from e
         if selection is None:
             results = told(rows)
+            # The file of a run that was done before may be lost or damaged.
+            workdirs.write_json(workdir.results, results)
         else:
             results = self._test(model, workdir, checkpoints, selection, rows, told)
             exported = selection.exported(rows)

@@ -139,8 +139,12 @@ class Workdir:
                 "workdir or the same options"
             )
 
-    def check_data(self, facts: Mapping[str, Any]) -> None:
+    def check_data(self, facts: Mapping[str, Any], whole: bool = True) -> None:
         """Checks that a run in this folder, if there is one, has the data that `facts` describe.
+
+        Args:
+          facts: what data.json has of the data.
+          whole: whether these are all facts.
 
         Raises:
           UserError: if it has other data.
@@ -153,7 +157,7 @@ class Workdir:
         free |= set() if FILE_LABELS in old else {FILE_LABELS}
         differ = [
             f"{name} {_brief(facts.get(name))} here, {_brief(old.get(name))} there"
-            for name in dict.fromkeys([*facts, *old])
+            for name in dict.fromkeys([*facts, *(old if whole else ())])
             if facts.get(name) != old.get(name) and name not in free
         ]
         if differ:
