@@ -4,10 +4,11 @@
 class Shadow:
     """Keeps the trained weights of `shadow` at a moving average of those of `source`.
 
-    BatchNorm's moving statistics are averaged only if update() is asked to: by default the shadow
-    collects its own in its forward passes, as in Mean Teacher (Tarvainen and Valpola, 2017). The
-    shadow stays `trainable`, since a frozen BatchNorm layer would not use batch statistics; its
-    weights must be left out of the optimizer.
+    Frozen weights count, too, since they may be trained later. BatchNorm's moving statistics are
+    averaged only if update() is asked to: by default the shadow collects its own in its forward
+    passes, as in Mean Teacher (Tarvainen and Valpola, 2017). The shadow stays `trainable`, since a
+    frozen BatchNorm layer would not use batch statistics; its weights must be left out of the
+    optimizer.
 
     Args:
       source, shadow: two keras models built alike. The shadow starts as a copy of the source,
@@ -23,14 +24,11 @@ class Shadow:
                 "source and shadow have different weights: build both from the same network"
             )
         shadow.set_weights(source.get_weights())
-        self.trained = list(zip(source.trainable_weights, shadow.trainable_weights))
         # Weights that both hold, such as those of a layer in front of them, and counters are left
         # out.
-        self.statistics = [
-            (s, t)
-            for s, t in zip(source.non_trainable_weights, shadow.non_trainable_weights)
-            if s is not t and s.dtype.is_floating
-        ]
+        pairs = [(s, t) for s, t in pairs if s is not t and s.dtype.is_floating]
+        self.trained = [(s, t) for s, t in pairs if s.trainable]
+        self.statistics = [(s, t) for s, t in pairs if not s.trainable]
 
     def update(self, decay, statistics=False):
         """Computes θ^t ← φ θ^t + (1 − φ) θ.
