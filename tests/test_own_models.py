@@ -420,3 +420,21 @@ def test_a_teacher_of_preprocessed_images_is_refused_where_it_gets_raw_ones():
             else:
                 with pytest.raises(UserError, match="on what `preprocess` makes of them"):
                     model.fit(bright, Y, verbose=0)
+
+
+def test_parameters_of_a_method_that_are_out_of_range_are_refused():
+    model = methods.CL(network(), split_at="cut", peers=2, distill_share=1.5)
+    with pytest.raises(UserError, match="^`distill_share=1.5`: .* at least 0 and at most 1$"):
+        model.compile("sgd")
+    for name, value, allowed in (
+        ("temperature", 0.0, "more than 0"),
+        ("temperature", float("nan"), "more than 0"),
+        ("ema_decay", 1.5, "at least 0 and at most 1"),
+        ("rampup_epochs", -1, "at least 0"),
+        ("distill_weight", -0.5, "at least 0"),
+    ):
+        model.distill_share = None
+        setattr(model, name, value)
+        with pytest.raises(UserError, match=f"^`{name}={value}`: .* it must be {allowed}$"):
+            model.compile("sgd")
+        setattr(model, name, None)

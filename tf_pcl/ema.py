@@ -1,5 +1,9 @@
 """Exponential moving averages of weights."""
 
+import tensorflow as tf
+
+from tf_pcl.errors import UserError
+
 
 class Shadow:
     """Keeps the trained weights of `shadow` at a moving average of those of `source`.
@@ -15,6 +19,7 @@ class Shadow:
         statistics included.
     Raises:
       ValueError: if the weights do not pair up.
+      UserError: if they have 16 bits, in which small steps of an average are lost.
     """
 
     def __init__(self, source, shadow):
@@ -22,6 +27,12 @@ class Shadow:
         if len(source.weights) != len(shadow.weights) or any(s.shape != t.shape for s, t in pairs):
             raise ValueError(
                 "source and shadow have different weights: build both from the same network"
+            )
+        short = [w for w in source.weights if w.dtype.is_floating and w.dtype.size < 4]
+        if short:
+            raise UserError(
+                f"the weight {short[0].name!r} is {short[0].dtype.name}, too coarse for an average "
+                f"over training: give its layer the policy mixed_{short[0].dtype.name}"
             )
         shadow.set_weights(source.get_weights())
         # Weights that both hold, such as those of a layer in front of them, and counters are left
@@ -41,4 +52,4 @@ class Shadow:
         """
         share = 1.0 - decay
         for source, shadow in self.trained + (self.statistics if statistics else []):
-            shadow.assign_add(share * (source - shadow))
+            shadow.assign_add(tf.cast(share, source.dtype) * (source - shadow))

@@ -3,6 +3,7 @@
 import inspect
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -17,6 +18,16 @@ from tf_pcl.surgery.graph import sublayers
 
 # Types of images that a network of uint8 takes whatever their values.
 _RAW = (tf.uint8, tf.bool)
+# Of the parameters that several methods have: {name: (lowest value, highest value)}.
+_LEAST, _LARGEST = sys.float_info.min, sys.float_info.max
+_RANGES = {
+    "temperature": (_LEAST, _LARGEST),
+    "rampup_epochs": (0.0, _LARGEST),
+    "distill_weight": (0.0, _LARGEST),
+    "distill_share": (0.0, 1.0),
+    "hint_weight": (0.0, _LARGEST),
+    "ema_decay": (0.0, 1.0),
+}
 
 
 class Exit(NamedTuple):
@@ -255,13 +266,32 @@ class Distiller(Fitting):
         are those of the given network, or of the first peer, the others and the means follow.
 
         Raises:
-          UserError: as there, and if a weight that is to be trained is a teacher's, too, or is one
-            that Keras would not train.
+          UserError: as there, if a parameter of the method is out of range, and if a weight that is
+            to be trained is a teacher's, too, or is one that Keras would not train.
         """
-        still: set = set()
+        self._check_ranges()
         for target in self._targets:
             target.follow()
-            still |= {id(w) for w in target.first.non_trainable_weights}
+        self._check_trained()
+        super().compile(*args, **kwargs)
+
+    def _check_ranges(self) -> None:
+        """Raises UserError if a parameter is out of range."""
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not low <= value <= high:
+                allowed = "more than 0" if low == _LEAST else f"at least {low:g}"
+                allowed += f" and at most {high:g}" if high < _LARGEST else ""
+                raise UserError(
+                    f"out of range: it must be {allowed}",
+                    parameter=name,
+                    value=value,
+                    allowed=allowed,
+                )
+
+    def _check_trained(self) -> None:
+        """Raises UserError if other weights than those that the user means would be trained."""
+        still = {id(w) for one in self._targets for w in one.first.non_trainable_weights}
         frozen = {id(w): model for model in self.untrained for w in model.weights}
         for layer in self._students:
             for weight in layer.trainable_weights if layer.built else ():
@@ -277,7 +307,6 @@ class Distiller(Fitting):
                         f"the teacher {frozen[id(weight)].name!r} has it too: give each a network "
                         "of its own, and a preprocessing without weights that are trained"
                     )
-        super().compile(*args, **kwargs)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Takes one optimizer step on a batch and returns {name: mean over the epoch so far}."""
