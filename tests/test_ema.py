@@ -6,6 +6,7 @@ from helpers import assert_close
 from tensorflow import keras
 
 from tf_pcl.ema import Shadow
+from tf_pcl.errors import UserError
 from tf_pcl.networks import resnet8
 
 
@@ -44,3 +45,17 @@ def test_models_built_otherwise_are_refused():
     dense = lambda units: keras.Sequential([keras.Input((3,)), keras.layers.Dense(units)])
     with pytest.raises(ValueError, match="different weights"):
         Shadow(dense(4), dense(5))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_wide_weights_are_averaged_and_short_ones_refused(dtype):
+    made = lambda: keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, dtype=dtype)])
+    source, shadow = made(), made()
+    if dtype == "float64":
+        ema = Shadow(source, shadow)
+        source.weights[1].assign(tf.ones([4], dtype))
+        ema.update(tf.constant(0.75))
+        np.testing.assert_allclose(shadow.weights[1].numpy(), 0.25)
+    else:
+        with pytest.raises(UserError, match=f"the policy mixed_{dtype}"):
+            Shadow(source, shadow)

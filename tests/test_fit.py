@@ -607,3 +607,83 @@ def test_a_fit_that_was_broken_off_leaves_no_validation_data():
     seen = model.fit(IMAGES, LABELS, validation_data=(IMAGES, other), verbose=0).history
     want = oracle.ce(other, logits(model)["peer_1"])
     assert seen["val_loss"][0] == pytest.approx(want, rel=1e-5)
+
+
+def test_lists_of_results_have_the_names_that_the_model_tells():
+    model = still("baseline")
+    for run, count in ((model.evaluate, 2), (model.train_on_batch, 3), (model.test_on_batch, 2)):
+        values = run(IMAGES, LABELS)
+        named = dict(zip(model.metrics_names, values))
+        assert len(named) == len(values) == count
+        assert named == pytest.approx(run(IMAGES, LABELS, return_dict=True), rel=1e-5)
+    assert named["error/peer_1"] == pytest.approx(oracle.error(LABELS, logits(model)["peer_1"]))
+
+
+def test_the_recipe_follows_the_steps_where_the_optimizer_is_new(tmp_path):
+    fit = lambda model, rates, **given: model.fit(
+        IMAGES, LABELS, batch_size=25, callbacks=[rates], verbose=0, **given
+    )
+    model, rates = tiny(), Rates()
+    fit(model, rates, epochs=4)
+    model.compile()
+    fit(model, rates, epochs=4)
+    np.testing.assert_allclose(rates.rates, [0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+    # A file without the state of the optimizer.
+    model = tiny()
+    model.step.assign(8)
+    model.save_weights(str(tmp_path / "w.weights.h5"))
+    model = tiny(epochs=8)
+    model.load_weights(str(tmp_path / "w.weights.h5"))
+    fit(model, rates, epochs=8, initial_epoch=4)
+    np.testing.assert_allclose(rates.rates, [0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+
+
+def test_weights_of_another_method_are_refused(tmp_path):
+    kept = str(tmp_path / "kept")
+    tiny().save_weights(kept)
+    model = METHODS["one"](lambda: without_norm(SHAPE, CLASSES), peers=2)
+    before = model.get_weights()
+    with pytest.raises(UserError) as error:
+        model.load_weights(kept)
+    one_sentence(error, "lacks 15 of the 16 weights of this ONE")
+    for a, b in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(a, b)
+    # A file that cannot be read leaves no trace, either.
+    with pytest.raises(Exception, match="nothing"):
+        model.load_weights(str(tmp_path / "nothing"))
+    for a, b in zip(before, model.get_weights()):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_losses_are_scaled_where_the_network_computes_in_float16():
+    keras.mixed_precision.set_global_policy("mixed_float16")
+    network = without_norm(SHAPE, CLASSES)
+    keras.mixed_precision.set_global_policy("float32")
+    model = methods.Baseline(network)
+    for optimizer in ("sgd", CoupledSGD(0.1), None):
+        model.compile(optimizer)
+        assert isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer)
+    # A student in float32 needs none.
+    model = methods.KD(without_norm(SHAPE, CLASSES), teacher=network)
+    model.compile("sgd")
+    assert not isinstance(model.optimizer, keras.mixed_precision.LossScaleOptimizer)
+
+
+def test_a_methods_own_decay_holds_in_an_optimizer_that_scales_the_loss():
+    model = METHODS["ffl"](lambda: without_norm(SHAPE, CLASSES), peers=2)
+    scaling = keras.mixed_precision.LossScaleOptimizer(CoupledSGD(0.1))
+    model.compile(scaling)
+    model.build_optimizer()
+    inner = scaling.inner_optimizer
+    assert {inner._decay(w) for w in model.fusion.trainable_weights} == {1e-5}
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_images_of_floats_reach_the_preprocessing_as_they_are(method):
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    model = tiny(method, "sgd")
+    images = IMAGES + 0.37
+    model.preprocess.takes_floats = True
+    np.testing.assert_array_equal(
+        model.predict(images, verbose=0), model.deployed().predict(images, verbose=0)
+    )

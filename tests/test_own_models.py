@@ -289,3 +289,152 @@ def test_arrays_without_labels_or_numbers_are_refused():
         model.fit(X, Y, validation_data=X, verbose=0)
     with pytest.raises(UserError, match="Failed to convert a NumPy array"):
         model.fit(X.astype(object), Y, verbose=0)
+
+
+def frozen(*several):
+    """A network with BatchNorm before and behind its cut, and some layers that are not trained."""
+    images = keras.Input((8, 8, 3))
+    x = L.BatchNormalization(name="low_norm")(L.Conv2D(4, 3, name="low")(images))
+    x = L.BatchNormalization(name="high_norm")(L.Conv2D(4, 3, name="high")(L.ReLU(name="cut")(x)))
+    one = keras.Model(images, L.Dense(4, name="end")(L.GlobalAveragePooling2D()(x)))
+    for name in several:
+        one.get_layer(name).trainable = False
+    return one
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("method", [methods.PCL, methods.DML])
+def test_what_is_frozen_or_trained_after_the_construction_is_so_in_all_peers(method, changed):
+    names = ("low", "low_norm", "high_norm")
+    given = {"peers": 2, **({"split_at": "cut"} if method is methods.PCL else {})}
+    trained = lambda model: sorted(w.name for w in model.trainable_weights)
+    expected = trained(method(frozen(*(() if changed else names)), **given))
+    one = frozen(*(names if changed else ()))
+    model = method(one, **given)
+    model.compile("sgd")
+    for name in names:
+        one.get_layer(name).trainable = changed
+    model.compile(keras.optimizers.SGD(0.1))
+    assert trained(model) == expected
+    if method is methods.PCL:
+        model.fit(np.repeat((X / 255.0)[:, None], 2, 1), Y, batch_size=4, verbose=0)
+        # In so short a training β is 0, so that the means are the last weights.
+        for a, b in zip(model.student.weights, model.mean.weights):
+            assert not a.trainable or np.allclose(a, b, atol=1e-6)
+        moved = [np.ptp(w) > 0 for w in model.mean.weights if "moving_mean" in w.name]
+        assert len(moved) == 3 and all(moved) == any(moved) == changed
+
+
+def test_weights_of_copies_have_the_names_that_optimizers_go_by():
+    model = methods.DML(frozen(), peers=2)
+    one, other = ([w.name for w in peer.weights] for peer in model.networks.values())
+    assert one == other and one[0] == "low/kernel:0"
+
+
+def test_a_layer_that_keras_would_not_train_is_not_trained():
+    images = keras.Input((8, 8, 3))
+    x = L.Conv2D(4, 3, name="late")(L.ReLU(name="cut")(L.Conv2D(4, 3, name="early")(images)))
+    base = keras.Model(images, x)
+    base.trainable = False
+    base.get_layer("late").trainable = True
+    images = keras.Input((8, 8, 3))
+    model = pcl(keras.Model(images, L.Dense(4)(L.GlobalAveragePooling2D()(base(images)))))
+    with pytest.raises(UserError, match="'late/kernel:0' is trainable in a model that is frozen"):
+        model.compile("sgd")
+    base.trainable = True
+    base.get_layer("early").trainable = False
+    model.compile("sgd")
+    assert len(model.trainable_weights) == 2 * 4 + 2  # Two branches, and the ensemble.
+
+
+class Centred(L.Layer):
+    def call(self, x):
+        return (x - 128) / 64
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: L.Lambda(lambda x: (x - 128) / 64),
+        Centred,
+        lambda: L.Activation(lambda x: (x - 128) / 64),
+    ],
+    ids=["lambda", "own", "activation"],
+)
+def test_a_layer_in_front_computes_of_raw_images_what_it_computes_of_floats(layer):
+    one = network()
+    expected = one((X.astype("float32") - 128) / 64)
+    model = methods.Baseline(one, preprocess=layer())
+    model.compile("sgd", epochs=1, steps_per_epoch=1)
+    np.testing.assert_allclose(model.predict(X, verbose=0), expected, atol=1e-4)
+    np.testing.assert_allclose(model.deployed()(X), expected, atol=1e-4)
+    assert model.deployed().input.dtype == tf.uint8
+
+
+def test_the_penalty_of_what_stands_in_front_counts_once():
+    for method, given in (
+        (methods.Baseline, {}),
+        (methods.ONE, {"peers": 2, "split_at": "cut"}),
+        (methods.DML, {"peers": 2}),
+    ):
+        front = L.Conv2D(
+            3, 1, kernel_initializer="ones", kernel_regularizer=keras.regularizers.L2(1.0)
+        )
+        model = method(
+            network(), preprocess=keras.Sequential([L.Rescaling(1 / 255), front]), **given
+        )
+        model.compile(keras.optimizers.SGD(0.0), epochs=1, steps_per_epoch=1, run_eagerly=True)
+        assert model.fit(X, Y, verbose=0).history["loss/regularization"] == [9.0]
+
+
+def test_activations_of_one_name_are_those_of_the_network_in_its_copies():
+    several = [
+        L.Conv2D(4, 3, activation="relu"),
+        L.Conv2D(4, 3, activation=tf.nn.relu),
+        L.Activation(tf.nn.relu6),
+        L.Lambda(tf.nn.relu),
+    ]
+    model = pcl(network(*several))
+    first, second = model.student.branches
+    second.set_weights(first.get_weights())
+    low = tf.random.normal(first.input_shape[1:])[None]
+    np.testing.assert_allclose(first(low)["logits"], second(low)["logits"], rtol=1e-5)
+
+
+def test_a_teacher_of_preprocessed_images_is_refused_where_it_gets_raw_ones():
+    front = networks.standardise([128.0] * 3, [64.0] * 3)
+    means = np.array([-1.5, -0.5, 0.5, 1.5])
+    bright = np.tile((128 + 64 * means[Y]).astype(np.uint8)[:, None, None, None], (1, 8, 8, 3))
+    images = keras.Input((8, 8, 3))
+    teacher = keras.Model(images, L.Dense(4)(L.GlobalAveragePooling2D()(images)))
+    # Logits -10 (x - mean of the class)², but for what they have in common.
+    teacher.set_weights([np.tile(20 * means / 3, (3, 1)), -10 * means**2])
+    whole = keras.Sequential([keras.Input((8, 8, 3)), front, teacher])
+    for method, given in ((methods.KD, "teacher"), (methods.BAN, "ancestors")):
+        for one in (teacher, whole):
+            argument = {given: [one] if given == "ancestors" else one}
+            model = method(network(), preprocess=front, **argument)
+            model.compile("sgd", epochs=1, steps_per_epoch=1, run_eagerly=True)
+            if one is whole:
+                model.fit(bright, Y, verbose=0)
+            else:
+                with pytest.raises(UserError, match="on what `preprocess` makes of them"):
+                    model.fit(bright, Y, verbose=0)
+
+
+def test_parameters_of_a_method_that_are_out_of_range_are_refused():
+    model = methods.CL(network(), split_at="cut", peers=2, distill_share=1.5)
+    with pytest.raises(UserError, match="^`distill_share=1.5`: .* at least 0 and at most 1$"):
+        model.compile("sgd")
+    for name, value, allowed in (
+        ("temperature", 0.0, "more than 0"),
+        ("temperature", float("nan"), "more than 0"),
+        ("ema_decay", 1.5, "at least 0 and at most 1"),
+        ("rampup_epochs", -1, "at least 0"),
+        ("distill_weight", -0.5, "at least 0"),
+    ):
+        model.distill_share = None
+        setattr(model, name, value)
+        with pytest.raises(UserError, match=f"^`{name}={value}`: .* it must be {allowed}$"):
+            model.compile("sgd")
+        setattr(model, name, None)

@@ -74,5 +74,6 @@ def test_what_may_give_something_else_again_is_not_repeated():
     dropped = with_norm(SHAPE, CLASSES, [keras.layers.Dropout(0.5)])
     own = with_norm(SHAPE, CLASSES, [keras.layers.Lambda(tf.identity)])
     plain = with_norm(SHAPE, CLASSES)
-    for network, repeatable in (dropped, False), (own, False), (plain, True):
+    more = with_norm(SHAPE, CLASSES, [keras.layers.BatchNormalization(renorm=True)])
+    for network, repeatable in (dropped, False), (own, False), (more, False), (plain, True):
         assert all(part.repeatable for part in recompute.parts(network)) == repeatable

@@ -79,6 +79,10 @@ class BAN(Distiller):
     def untrained(self):
         return self.ancestors
 
+    @property
+    def given_teachers(self):
+        return dict(zip(self.ancestor_names, self.ancestors))
+
     def students(self, views, training):
         return {
             self.deployed_exit: Exit(

@@ -21,7 +21,6 @@ import tensorflow as tf
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.methods.peers import Peers, peer_names
-from tf_pcl.surgery import Target
 
 
 class CL(Distiller):
@@ -55,7 +54,7 @@ class CL(Distiller):
         self.temperature, self.distill_share = temperature, distill_share
         self.exits = self.peer_exits = peer_names(peers)
         self.peers = Peers(
-            Target.of(network), self.exits, split_at=split_at, preprocess=self.preprocess
+            self.target_of(network), self.exits, split_at=split_at, preprocess=self.preprocess
         )
 
     def students(self, views, training):

@@ -39,7 +39,7 @@ from tf_pcl.losses import (
 from tf_pcl.methods.baseline import Baseline
 from tf_pcl.methods.distiller import Distiller, Exit, Stage
 from tf_pcl.methods.peers import check_ends, check_peers, peer_names
-from tf_pcl.surgery import Target, deployable, proof, with_features
+from tf_pcl.surgery import deployable, proof, with_features
 
 
 class CTSLMKT(Distiller):
@@ -76,7 +76,7 @@ class CTSLMKT(Distiller):
         self.temperature = temperature
         self.alpha, self.beta, self.gamma = ce_weight, collaboration_weight, self_weight
         self.beta_1, self.beta_2 = angle_weight, mutual_weight
-        targets = dict(zip(peer_names(len(network)), map(Target.of, network)))
+        targets = dict(zip(peer_names(len(network)), map(self.target_of, network)))
         trained = {name: target.first for name, target in targets.items()}
         proof.apart(trained.values())
         # The copies are trained. Their Dropout layers have drawn nothing yet, whether this process

@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
@@ -12,9 +14,20 @@ from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.methods import batches
 from tf_pcl.methods.fitting import Fitting
+from tf_pcl.surgery.graph import sublayers
 
 # Types of images that a network of uint8 takes whatever their values.
 _RAW = (tf.uint8, tf.bool)
+# Of the parameters that several methods have: {name: (lowest value, highest value)}.
+_LEAST, _LARGEST = sys.float_info.min, sys.float_info.max
+_RANGES = {
+    "temperature": (_LEAST, _LARGEST),
+    "rampup_epochs": (0.0, _LARGEST),
+    "distill_weight": (0.0, _LARGEST),
+    "distill_share": (0.0, 1.0),
+    "hint_weight": (0.0, _LARGEST),
+    "ema_decay": (0.0, 1.0),
+}
 
 
 class Exit(NamedTuple):
@@ -98,6 +111,8 @@ class Distiller(Fitting):
         # On each replica, a metric's result is already the mean over all replicas. Keras would add
         # up the workers' values.
         self.distribute_reduction_method = "first"
+        # Not through Keras's __setattr__, which would make it a part of checkpoints.
+        self.__dict__["_targets"] = []
         self._takes_raw = preprocess is None
         self.preprocess = _layer(preprocess)
         self.step = tf.Variable(
@@ -135,6 +150,11 @@ class Distiller(Fitting):
     def untrained(self) -> list[keras.Model]:
         """The models that the method holds and never trains by gradient."""
         return []
+
+    @property
+    def given_teachers(self) -> dict[str, keras.Model]:
+        """{exit name: model} of the trained networks that teach and that the user has given."""
+        return {}
 
     @property
     def decay_exceptions(self) -> list[tuple]:
@@ -206,6 +226,12 @@ class Distiller(Fitting):
 
     # What methods use.
 
+    def target_of(self, network: Any) -> surgery.Target:
+        """Returns Target.of(network), whose instances stay frozen where the first one is."""
+        target = surgery.Target.of(network)
+        self._targets.append(target)
+        return target
+
     def prepared_view(self, views: tf.Tensor, training: bool) -> tf.Tensor:
         """Returns the first view of each image, preprocessed, float32 [B, H, W, C]."""
         return surgery.prepared(self.preprocess, views[:, 0], training)
@@ -244,19 +270,51 @@ class Distiller(Fitting):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Configures training; see Fitting.
 
+        As in Keras, this takes note of layers that were frozen or made trainable before. Where they
+        are those of the given network, or of the first peer, the others and the means follow.
+
         Raises:
-          UserError: as there, and if a weight that is to be trained is a teacher's, too.
+          UserError: as there, if a parameter of the method is out of range, and if a weight that is
+            to be trained is a teacher's, too, or is one that Keras would not train.
         """
+        self._check_ranges()
+        for target in self._targets:
+            target.follow()
+        self._check_trained()
+        super().compile(*args, **kwargs)
+
+    def _check_ranges(self) -> None:
+        """Raises UserError if a parameter is out of range."""
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name, None)
+            if value is not None and not low <= value <= high:
+                allowed = "more than 0" if low == _LEAST else f"at least {low:g}"
+                allowed += f" and at most {high:g}" if high < _LARGEST else ""
+                raise UserError(
+                    f"out of range: it must be {allowed}",
+                    parameter=name,
+                    value=value,
+                    allowed=allowed,
+                )
+
+    def _check_trained(self) -> None:
+        """Raises UserError if other weights than those that the user means would be trained."""
+        still = {id(w) for one in self._targets for w in one.first.non_trainable_weights}
         frozen = {id(w): model for model in self.untrained for w in model.weights}
-        for layer in self.layers:
+        for layer in self._students:
             for weight in layer.trainable_weights if layer.built else ():
-                if id(weight) in frozen and not any(layer is one for one in self.untrained):
+                if id(weight) in still:
+                    raise UserError(
+                        f"the layer of the weight {weight.name!r} is trainable in a model that is "
+                        "frozen, so Keras would not train it, and this method would: make the "
+                        "model trainable, and freeze the layers in it that are to stay"
+                    )
+                if id(weight) in frozen:
                     raise UserError(
                         f"the weight {weight.name!r} of {layer.name!r} would not be trained, since "
                         f"the teacher {frozen[id(weight)].name!r} has it too: give each a network "
                         "of its own, and a preprocessing without weights that are trained"
                     )
-        super().compile(*args, **kwargs)
 
     def train_step(self, data: Any) -> dict[str, tf.Tensor]:
         """Takes one optimizer step on a batch and returns {name: mean over the epoch so far}."""
@@ -281,6 +339,7 @@ class Distiller(Fitting):
             # teacher's weights before they are read.
             before = [e.logits for e in teacher.values()]
             before += self._check_first_batch(views, labels, [e.logits for e in student.values()])
+            before += self._check_teachers(views, labels, teacher)
             with tf.control_dependencies(before):
                 replicas = tf.identity(float(self.distribute_strategy.num_replicas_in_sync))
             scaled = total / replicas
@@ -333,13 +392,51 @@ class Distiller(Fitting):
         ]
         return batches.as_whole(images) if raw and images.dtype not in _RAW else images
 
+    def _check_teachers(
+        self, views: tf.Tensor, labels: tf.Tensor, teacher: Mapping[str, Exit]
+    ) -> list:
+        """Checks in the first step that no teacher was trained on what `preprocess` makes.
+
+        Teachers get the images as they are. Arguments and result as in _check_first_batch.
+        """
+        named = {name: model for name, model in self.given_teachers.items() if name in teacher}
+        if self._takes_raw or self._jit_compile or not named:
+            return []
+        images, guess = self.prepared_view(views, False), math.log(_classes(teacher))
+
+        def look():
+            checks = []
+            for name, model in named.items():
+                of = lambda logits: tf.reduce_mean(losses.cross_entropies(labels, logits))
+                raw, prepared = (
+                    of(teacher[name].logits),
+                    of(model(images, training=False)["logits"]),
+                )
+                right = tf.logical_or(raw <= guess, prepared >= tf.minimum(guess, raw / 2))
+                words = f"the teacher {model.name!r} has a cross-entropy of"
+                checks.append(
+                    batches.demand(
+                        right,
+                        words,
+                        raw,
+                        "on the images, where a guess has",
+                        f"{guess:.2g}, and of",
+                        prepared,
+                        "on what `preprocess` makes of them, and teachers get images as they are: "
+                        "give it as keras.Sequential with keras.Input(…), the layer `preprocess` "
+                        "and the teacher",
+                    )
+                )
+            return batches.after(checks, tf.constant(True))
+
+        return [tf.cond(tf.equal(self.step, 0), look, lambda: tf.constant(True))]
+
     def _regularization(self) -> dict[str, tf.Tensor]:
         """Returns the sum of the layers' own penalties, except those of teachers."""
+        # Peers hold the layer in front of them, too.
+        inside = {id(sub) for layer in self._students for sub in list(sublayers(layer))[1:]}
         penalties = [
-            loss
-            for layer in self.layers
-            if not any(layer is t for t in self.untrained)
-            for loss in layer.losses
+            loss for layer in self._students if id(layer) not in inside for loss in layer.losses
         ]
         return {"regularization": sum(penalties)} if penalties else {}
 
@@ -374,7 +471,10 @@ def _layer(preprocess: Any) -> keras.layers.Layer:
     if preprocess is None:  # They are only cast.
         return keras.layers.Activation("linear", dtype="float32", name="as_they_are")
     if isinstance(preprocess, keras.layers.Layer):
-        return preprocess
+        if _casts(preprocess):
+            return preprocess
+        # Otherwise x − 128 would be computed of uint8, modulo 256.
+        return keras.Sequential([keras.layers.Rescaling(1.0, dtype="float32"), preprocess])
     if foreign := compat.foreign_keras(preprocess):
         raise UserError(foreign)
     if not callable(preprocess):
@@ -386,6 +486,13 @@ def _layer(preprocess: Any) -> keras.layers.Layer:
     return keras.layers.Lambda(
         lambda images: preprocess(tf.cast(images, tf.float32)), name="preprocess"
     )
+
+
+def _casts(layer: keras.layers.Layer) -> bool:
+    """Says whether a layer computes of integers what it computes of floats."""
+    if isinstance(layer, keras.layers.Activation):
+        return layer.activation is keras.activations.linear
+    return compat.is_of_keras(type(layer)) and not isinstance(layer, keras.layers.Lambda)
 
 
 def _classes(exits: Mapping[str, Exit]) -> int:

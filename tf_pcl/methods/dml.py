@@ -36,7 +36,8 @@ class DML(Distiller):
         super().__init__(preprocess)
         self.temperature = temperature
         self.networks = {
-            name: with_logits(one) for name, one in whole_networks(network, peers).items()
+            name: with_logits(one)
+            for name, one in whole_networks(network, peers, self.target_of).items()
         }
         self.exits = self.peer_exits = list(self.networks)
         check_ends(self.networks["peer_1"], self.networks)

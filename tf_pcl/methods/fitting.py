@@ -19,6 +19,8 @@ from tf_pcl import optimizer as optimizers
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.methods import batches
+from tf_pcl.surgery.graph import sublayers
+from tf_pcl.surgery.weights import assign_pairs
 
 STANDARDISE = (
     "if these are raw images, 0–255, build the method with "
@@ -48,7 +50,8 @@ class Fitting(keras.Model):
     _label_smoothing = 0.0
 
     def __init__(self, name: Optional[str] = None):
-        super().__init__(name=name)
+        # What stands in front of the networks gets images as they are, also in mixed precision.
+        super().__init__(name=name, autocast=False)
         # Not through Keras's __setattr__, which would make them a part of checkpoints.
         self.__dict__["_forms"] = {}
         self.__dict__["_recomputed"] = []
@@ -99,11 +102,18 @@ class Fitting(keras.Model):
         self._given_length = self._length = (epochs, steps_per_epoch)
         self._own_recipe = not optimizer
         optimizer = optimizer or optimizers.recipe(epochs or 1, steps_per_epoch or 1)
-        if isinstance(optimizer, optimizers.OwnDecays):
+        scaled = isinstance(optimizer, keras.mixed_precision.LossScaleOptimizer)
+        inner = optimizer.inner_optimizer if scaled else optimizer
+        if isinstance(inner, optimizers.OwnDecays):
             for weights, decay in self.decay_exceptions:
-                optimizer.set_decay(weights, decay)
+                inner.set_decay(weights, decay)
+        layers = (sub for layer in self._students for sub in sublayers(layer))
+        if not scaled and any(layer.compute_dtype == "float16" for layer in layers):
+            # Keras goes by the global policy, which may have changed since the network was built.
+            optimizer = keras.mixed_precision.LossScaleOptimizer(keras.optimizers.get(optimizer))
         super().compile(optimizer=optimizer, **kwargs)
         self.mean_of = {name: keras.metrics.Mean(name) for name in self.reported}
+        self.__dict__.pop("_returned", None)
 
     def build_optimizer(self) -> None:
         """Makes the optimizer's variables, unless they are there."""
@@ -112,6 +122,12 @@ class Fitting(keras.Model):
         # An optimizer of Keras's legacy kind makes its variables in the first step alone.
         if build and not getattr(inner, "_built", False):
             build(self.trainable_weights)
+
+    @property
+    def metrics_names(self) -> list[str]:
+        """The names of what the last `evaluate`, `train_on_batch` or `test_on_batch` returned."""
+        returned = self.__dict__.get("_returned")
+        return super().metrics_names if returned is None else list(returned)
 
     def make_train_function(self, force: bool = False) -> Any:
         """Returns Keras's function of a step, an iterator of batches -> {name: mean}."""
@@ -165,9 +181,7 @@ class Fitting(keras.Model):
         Raises:
           UserError: as `fit`.
         """
-        given = _bound(super().evaluate, x, y, *args, **kwargs)
-        with batches.in_one_sentence():
-            return super().evaluate(**self._checked(given, "test_function"))
+        return self._returning(super().evaluate, "test_function", x, y, *args, **kwargs)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> np.ndarray:
         """Returns the deployed exit's logits [N, C]; UserError for images of another size."""
@@ -177,13 +191,41 @@ class Fitting(keras.Model):
 
     def train_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Trains on a batch; UserError as in `fit`, and for an unknown length of training."""
-        with batches.in_one_sentence():
-            return super().train_on_batch(*args, **kwargs)
+        return self._returning(super().train_on_batch, "", *args, **kwargs)
 
     def test_on_batch(self, *args: Any, **kwargs: Any) -> Any:
         """Measures on a batch what `evaluate` measures; UserError as there."""
-        with batches.in_one_sentence():
-            return super().test_on_batch(*args, **kwargs)
+        return self._returning(super().test_on_batch, "", *args, **kwargs)
+
+    def load_weights(self, filepath: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loads weights as Keras does, and refuses a file that lacks some of them.
+
+        Raises:
+          UserError: if it is of another method, network or number of peers. With Keras's
+            `skip_mismatch` or `by_name`, the weights that it lacks stay as they are.
+        """
+        given = _bound(super().load_weights, filepath, *args, **kwargs)
+        of_metrics = {id(w) for metric in self.metrics for w in metric.weights}
+        before = [(w, w.numpy()) for w in self.weights if id(w) not in of_metrics]
+        marked = [(w, value) for w, value in before if w.dtype.is_floating and value.size]
+        for weight, value in marked:
+            weight.assign(np.full_like(value, np.nan))
+        lost = before
+        try:
+            status = super().load_weights(**given)
+            lost = [(w, value) for w, value in marked if np.isnan(w.numpy()).all()]
+            if lost and not (given.get("skip_mismatch") or given.get("by_name")):
+                names, lost = [w.name for w, _ in lost], before
+                if status is not None:
+                    status.expect_partial()  # Otherwise TensorFlow prints a line for each.
+                raise UserError(
+                    f"{filepath} lacks {len(names)} of the {len(before)} weights of this "
+                    f"{type(self).__name__}, such as {names[0]!r}: give one that the same method "
+                    "has saved, with the same networks and peers"
+                )
+        finally:
+            assign_pairs((value, weight) for weight, value in lost)
+        return status
 
     def save(self, filepath: Any, *args: Any, **kwargs: Any) -> None:
         """Raises UserError: only a method's weights and its deployed network can be saved."""
@@ -191,6 +233,27 @@ class Fitting(keras.Model):
             "a method cannot be saved as a model: use save_weights (a ModelCheckpoint with "
             "`save_weights_only=True`), or save the network that deployed() returns"
         )
+
+    def _returning(self, function: Callable, step: str, *args: Any, **kwargs: Any) -> Any:
+        """Calls Keras's function and returns what it measures, a dict or a list.
+
+        Args:
+          function: a method of keras.Model that has the parameter `return_dict`.
+          step: as `function` in `_checked`; "" for a function of one batch, whose step checks it.
+          *args, **kwargs: what the user gave.
+        """
+        given = _bound(function, *args, **kwargs)
+        as_dict = given.pop("return_dict", False)
+        with batches.in_one_sentence():
+            given = self._checked(given, step) if step else given
+            values = function(**given, return_dict=True)
+        self.__dict__["_returned"] = [name for name in self.reported if name in values]
+        return values if as_dict else [values[name] for name in self._returned]
+
+    @property
+    def _students(self) -> list[keras.layers.Layer]:
+        """All layers but the teachers."""
+        return [layer for layer in self.layers if not any(layer is t for t in self.untrained)]
 
     @functools.cached_property
     def _ends(self) -> tuple:
@@ -334,6 +397,10 @@ class _Begin(keras.callbacks.Callback):
             done = self.model.step.numpy() / steps
             epochs += int(done) if done == int(done) else done
         self.model._set_length(epochs, steps)
+        if self.model._own_recipe:
+            # Its rate follows the same steps as the method's own schedules, also where the model
+            # was compiled again or its weights were loaded without the optimizer's.
+            self.model._inner_optimizer.iterations.assign(self.model.step)
 
     def on_epoch_end(self, epoch, logs=None):
         if not self.model._takes_raw or "loss/ce" not in (logs or {}):

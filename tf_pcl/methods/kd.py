@@ -82,6 +82,10 @@ class KD(Distiller):
     def untrained(self):
         return [self.teacher]
 
+    @property
+    def given_teachers(self):
+        return {"teacher": self.teacher}
+
     def students(self, views, training):
         return {
             "student": Exit(**self.network(self.prepared_view(views, training), training=training))

@@ -23,7 +23,6 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller
 from tf_pcl.methods.peers import Peers, peer_names
-from tf_pcl.surgery import Target
 
 
 class OKDDip(Distiller):
@@ -62,7 +61,7 @@ class OKDDip(Distiller):
         self.peer_exits = peer_names(peers)
         self.exits = (*self.peer_exits, "leader")
         self.peers = Peers(
-            Target.of(network), self.exits, split_at=split_at, preprocess=self.preprocess
+            self.target_of(network), self.exits, split_at=split_at, preprocess=self.preprocess
         )
         d = self.peers.branches[0].output_shape["features"][-1]
         self.query, self.key = (

@@ -22,7 +22,6 @@ from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
 from tf_pcl.methods.peers import Peers, peer_names
 from tf_pcl.networks.blocks import norm
-from tf_pcl.surgery import Target
 
 
 class ONE(Distiller):
@@ -61,7 +60,7 @@ class ONE(Distiller):
         self.peer_exits = peer_names(peers)
         self.exits = (*self.peer_exits, "ensemble")
         self.peers = Peers(
-            Target.of(network), self.peer_exits, split_at=split_at, preprocess=self.preprocess
+            self.target_of(network), self.peer_exits, split_at=split_at, preprocess=self.preprocess
         )
         self.gate = gate(self.peers.trunk, peers)
 

@@ -38,7 +38,6 @@ from tf_pcl.errors import UserError, choose
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.distiller import Distiller, Exit
 from tf_pcl.methods.peers import Peers, peer_names
-from tf_pcl.surgery import Target
 from tf_pcl.surgery.slices import raw_images, renamed, with_logits_output
 
 
@@ -107,10 +106,9 @@ class PCL(Distiller):
         self.num_views = peers if one_of("views", views, "own", "shared") == "own" else 1
         one_of("trunk_batch", trunk_batch, "together", "apart")
 
-        target = Target.of(network)
         collaborators = functools.partial(
             Collaborators,
-            target,
+            self.target_of(network),
             self.peer_exits,
             preprocess=self.preprocess,
             trunk_batch=trunk_batch,

@@ -1,6 +1,6 @@
 """Peers: branches on a shared trunk, or whole networks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 import tensorflow as tf
@@ -42,7 +42,7 @@ class Peers(keras.Model):
         split_at: Any = None,
         trunk_batch: str = "together",
     ):
-        super().__init__(name="peers")
+        super().__init__(name="peers", autocast=False)
         self.preprocess, self.names, self.trunk_batch = preprocess, tuple(names), trunk_batch
         branches: list = []
         for _ in names:
@@ -123,12 +123,13 @@ def _prove(network, whole, trunk, branch, training, known):
     )
 
 
-def whole_networks(networks: Any, peers: Optional[int] = None) -> dict:
+def whole_networks(networks: Any, peers: Optional[int], target_of: Callable[[Any], Target]) -> dict:
     """Returns {peer's name: keras.Model} of peers that share nothing.
 
     Args:
       networks: a target network, of which every peer is an instance; or a list of different ones.
-      peers: m ≥ 2; by default 3, or as many as the list has.
+      peers: m ≥ 2; None for 3, or for as many as the list has.
+      target_of: the function that makes their Targets.
 
     Returns:
       Models with the outputs of the target networks, without with_logits or with_features.
@@ -138,9 +139,9 @@ def whole_networks(networks: Any, peers: Optional[int] = None) -> dict:
     """
     if isinstance(networks, (list, tuple)):
         check_peers(networks, peers)
-        targets = [Target.of(network) for network in networks]
+        targets = [target_of(network) for network in networks]
     else:
-        targets = [Target.of(networks)] * (3 if peers is None else peers)
+        targets = [target_of(networks)] * (3 if peers is None else peers)
     made: dict = {}
     for name, target in zip(peer_names(len(targets)), targets):
         one = target.new()

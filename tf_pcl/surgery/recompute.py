@@ -145,7 +145,9 @@ def _is_repeatable(layer: keras.layers.Layer) -> bool:
 
 
 def _is_norm(layer: keras.layers.Layer) -> bool:
-    return type(layer) is keras.layers.BatchNormalization
+    # With renorm=True it has further statistics.
+    norm = keras.layers.BatchNormalization
+    return type(layer) is norm and not getattr(layer, "renorm", False)
 
 
 def _call(

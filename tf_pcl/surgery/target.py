@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_pcl import compat
-from tf_pcl.compat import keras
+from tf_pcl.compat import is_of_keras, keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import proof, twins
 from tf_pcl.surgery.convert import functional
@@ -60,6 +60,7 @@ class Target:
         self._loaded = getattr(network, "loaded_weights", False)
         self.proven: set = set()
         self._held: dict = {}
+        self._twins: list = []
         self._copies = 0
         self._made: Optional[keras.Model] = None
         self._given = False
@@ -131,7 +132,24 @@ class Target:
         finalize(made)
         _draw_anew(made, salt=len(self._held))
         self._hold(made)
+        self._twins.append([(a, b, a.trainable) for a, b in zip(sublayers(first), sublayers(made))])
         return made
+
+    def follow(self) -> None:
+        """Freezes in all instances what was frozen in the first, and trains what is trained there.
+
+        What is changed in another instance alone stays.
+        """
+        for i, layers in enumerate(self._twins):
+            now = [
+                (other, (one if one.trainable != before else other).trainable)
+                for one, other, before in layers
+            ]
+            for other, trainable in now:
+                # This sets all layers inside, too; they come later.
+                if other.trainable != trainable:
+                    other.trainable = trainable
+            self._twins[i] = [(one, other, one.trainable) for one, other, _ in layers]
 
     def _begin(self):
         made = self._instance if self._instance is not None else self._called()
@@ -171,6 +189,9 @@ class Target:
                     b.trainable = a.trainable
                 # The configurations of most of Keras's layers leave it out.
                 b._activity_regularizer = a._activity_regularizer
+                # They name functions, and tf.nn.relu and Keras's have one name.
+                if is_of_keras(type(a)) and inspect.isfunction(vars(a).get("activation")):
+                    b.activation = a.activation
         return self._proven(functional(made, self._shape))
 
     def _proven(self, made):
@@ -287,7 +308,9 @@ def _readable(config):
             "registered_name": name,
             "config": own,
         }
-    read = {key: _readable(value) for key, value in config.items()}
+    # Layers are built when they are called. Built before, they would call their weights "kernel",
+    # not "NAME/kernel", and optimizers go by these names.
+    read = {key: _readable(value) for key, value in config.items() if key != "build_config"}
     module, of_class = config.get("module"), config.get("class_name")
     if isinstance(module, str) and isinstance(of_class, str) and module.startswith("keras."):
         public = functools.reduce(lambda a, b: getattr(a, b, None), module.split(".")[1:], keras)
