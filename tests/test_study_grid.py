@@ -318,3 +318,28 @@ def test_runs_on_other_images_are_refused_though_they_are_done(make_folder, tmp_
         UserError, match=r"seed0`: the folder holds a run on other data \((cla|lab)"
     ):
         runner.check(planned(other))
+
+
+def test_a_run_that_is_done_knows_other_images_of_the_same_names(make_folder, tmp_path):
+    of = lambda seed: {"a": [noise(8, 8, 3, seed=seed)] * 3, "b": [noise(8, 8, 3)] * 3}
+    folder = make_folder({"train": of(1), "test": of(2)})
+    (cell,) = grid.plan(
+        [Line(["baseline"], ["resnet8"], ["image_folder"], [0])],
+        str(tmp_path / "grid"),
+        {"epochs": 1, "batch_size": 2, "data_dir": folder},
+    )
+    Workdir(cell.path).begin(cell.options, report.facts_of(run.load_data(cell.options)), {})
+    exec(TRAIN, dict(path=cell.path, epochs=1, error=7.5))
+    runner.check([cell])
+    for split in ("train", "test"):
+        path = pathlib.Path(folder, split, "a/0.png")
+        before = path.read_bytes()
+        path.write_bytes(pathlib.Path(folder, split, "b/0.png").read_bytes())
+        runner._facts.cache_clear()
+        with pytest.raises(UserError, match="seed0`: the run there is done, and had other images"):
+            runner.check([cell])
+        if split == "train":
+            path.write_bytes(before)
+    # One that is not done sees it by itself, or goes on as the pages say.
+    os.remove(Workdir(cell.path).results)
+    runner.check([cell])

@@ -27,7 +27,7 @@ from tf_pcl.options import Options
 from tf_pcl.study import cost, process
 from tf_pcl.study.grid import Cell, shared_stages
 from tf_pcl.study.places import PLACES, Place
-from tf_pcl.training.beside import drawn
+from tf_pcl.training.beside import drawn, same_test, same_training
 from tf_pcl.training.report import ended, facts_of_files, versions
 from tf_pcl.training.run import look_at_data
 from tf_pcl.training.workdir import Workdir, read_json, saved_model
@@ -69,14 +69,15 @@ def check(cells: Sequence[Cell], alone: bool = True) -> None:
             said = True
             time.sleep(process.SECONDS)
         workdir.check(cell.options, alone)
-        _check_data(workdir, cell.options)
+        _check_data(workdir, cell)
 
 
-def _check_data(workdir: Workdir, options: Options) -> None:
+def _check_data(workdir: Workdir, cell: Cell) -> None:
     """Checks that a run that is there has the images of these options, as far as headers tell.
 
     A run that is done is not started again, and would not see that its folder has other images now.
     """
+    options = cell.options
     if not os.path.exists(workdir.data) or not datasets.find(options.dataset).reads_files:
         return
     seed = options.seed if drawn(options) else 0
@@ -85,6 +86,15 @@ def _check_data(workdir: Workdir, options: Options) -> None:
         # Only who decodes them knows which files are left out.
         facts = {name: facts[name] for name in ("classes", "image_shape")}
     workdir.check_data(facts, whole=False)
+    old = workdir.read_data()
+    # Facts that are not compared count as those of the run.
+    if results_of(cell) and not (same_training(old, facts) and same_test(old, {**old, **facts})):
+        raise UserError(
+            "the run there is done, and had other images than the folder has now: give another "
+            "workdir or the same data",
+            parameter="workdir",
+            value=workdir.path,
+        )
 
 
 @functools.cache
