@@ -399,7 +399,12 @@ class Distiller(Fitting):
 
         Teachers get the images as they are. Arguments and result as in _check_first_batch.
         """
-        named = {name: model for name, model in self.given_teachers.items() if name in teacher}
+        named = {
+            name: model
+            for name, model in self.given_teachers.items()
+            # A network of uint8 was made for images as they are.
+            if name in teacher and model.inputs[0].dtype not in _RAW
+        }
         if self._takes_raw or self._jit_compile or not named:
             return []
         images, guess = self.prepared_view(views, False), math.log(_classes(teacher))
