@@ -116,8 +116,9 @@ def _baselines(given: Options, workdir: Workdir) -> Iterator[tuple[str, dict[str
             if results["method"] != BASELINE:
                 continue
             its = options.from_file(other.flags)
-            same = same_test(other.read_data(), data) and (
-                drawn(its) != drawn(given) or same_training(other.read_data(), data)
+            theirs = other.read_data()
+            same = same_test(theirs, data) and (
+                drawn(its) != drawn(given) or same_training(theirs, data)
             )
             if same and _common(its) == _common(given) and ended(results, its):
                 yield other.path, {**results, "deployed_error": float(results["deployed_error"])}
