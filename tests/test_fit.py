@@ -683,7 +683,25 @@ def test_images_of_floats_reach_the_preprocessing_as_they_are(method):
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     model = tiny(method, "sgd")
     images = IMAGES + 0.37
-    model.preprocess.takes_floats = True
     np.testing.assert_array_equal(
         model.predict(images, verbose=0), model.deployed().predict(images, verbose=0)
     )
+
+
+def test_an_optimizer_that_finds_weights_by_name_trains_each_of_them_once():
+    def compiled(*layers):
+        # As tensorflow-addons' MultiOptimizer has it.
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.optimizer_specs = [
+            {"optimizer": optimizer, "weights": [w.name for w in layer.weights]} for layer in layers
+        ]
+        model.compile(optimizer, epochs=1, steps_per_epoch=1)
+
+    model = METHODS["pcl"](lambda: without_norm(SHAPE, CLASSES), peers=2)
+    student = model.student
+    with pytest.raises(UserError, match="'kernel:0' 0 times a step, and 2 of the weights"):
+        compiled(student.trunk, student.branches[0], student.branches[1].layers[-1])
+    with pytest.raises(UserError, match="'stage_1/kernel:0' 3 times"):
+        compiled(student.trunk, model)
+    first, second = student.branches
+    compiled(student.trunk, first, second.layers[-1], student.ensemble_classifier)

@@ -241,6 +241,11 @@ def test_workdirs(tmp_path):
         workdir.check(dataclasses.replace(options, label_smoothing=0.1))
     with pytest.raises(UserError, match="holds a run: give another"):
         workdir.check(dataclasses.replace(options, resume="never"))
+    (tmp_path / "export" / "saved_model" / "1").mkdir(parents=True)
+    with pytest.raises(UserError, match="its checkpoints were removed"):
+        workdir.check(options)
+    (tmp_path / "checkpoints").mkdir()
+    workdir.check(options)
 
 
 @pytest.mark.parametrize(

@@ -200,8 +200,8 @@ class Distiller(Fitting):
     def deployed(self) -> keras.Model:
         """Returns the network to deploy, which shares its weights with this model.
 
-        It is a functional keras.Model from raw images uint8 [B, H, W, C] to logits float32 [B, C].
-        After a training on images of another type it takes float32.
+        It is a functional keras.Model from images [B, H, W, C] to logits float32 [B, C]. It takes
+        uint8 if `fit` has trained it on nothing but raw images of that type, else float32.
         """
         raise NotImplementedError
 
@@ -320,8 +320,10 @@ class Distiller(Fitting):
         """Takes one optimizer step on a batch and returns {name: mean over the epoch so far}."""
         images, labels, weights = batches.parts(data)
         views = self._taught(batches.as_views(images, self.num_views, self._image_shape))
-        if views.dtype not in _RAW:
-            self.preprocess.takes_floats = True  # So will the network that is deployed.
+        # So will the network that is deployed.
+        self.preprocess.takes_raw = views.dtype in _RAW and getattr(
+            self.preprocess, "takes_raw", True
+        )
         if self._own_recipe:
             _ = self.epochs, self.steps_per_epoch  # They must be known: its schedule uses them.
         teacher = self.teachers(views, True)

@@ -4,6 +4,7 @@ They take what Keras's users pass and refuse in one sentence what cannot be trai
 has the steps.
 """
 
+import collections
 import functools
 import inspect
 import math
@@ -107,6 +108,7 @@ class Fitting(keras.Model):
         if isinstance(inner, optimizers.OwnDecays):
             for weights, decay in self.decay_exceptions:
                 inner.set_decay(weights, decay)
+        self._check_specs(getattr(inner, "optimizer_specs", ()))
         layers = (sub for layer in self._students for sub in sublayers(layer))
         if not scaled and any(layer.compute_dtype == "float16" for layer in layers):
             # Keras goes by the global policy, which may have changed since the network was built.
@@ -114,6 +116,26 @@ class Fitting(keras.Model):
         super().compile(optimizer=optimizer, **kwargs)
         self.mean_of = {name: keras.metrics.Mean(name) for name in self.reported}
         self.__dict__.pop("_returned", None)
+
+    def _check_specs(self, specs: Sequence[dict[str, Any]]) -> None:
+        """Raises UserError if a MultiOptimizer of tensorflow-addons would not train each weight.
+
+        It knows weights by their names alone, leaves out the others, and trains a weight twice if
+        its name is given twice.
+
+        Args:
+          specs: its optimizers with the names of their weights.
+        """
+        times = collections.Counter(name for spec in specs for name in spec["weights"])
+        wrong = [w.name for w in self.trainable_weights if times[w.name] != 1] if specs else []
+        if wrong:
+            raise UserError(
+                f"it finds weights by their names, would train {wrong[0]!r} {times[wrong[0]]} "
+                f"times a step, and {len(wrong)} of the weights not once: give it every layer of "
+                "the method once, and of peers' layers of the same name only one peer's",
+                parameter="optimizer",
+                value="MultiOptimizer",
+            )
 
     def build_optimizer(self) -> None:
         """Makes the optimizer's variables, unless they are there."""

@@ -110,14 +110,14 @@ def deployable(preprocess: keras.layers.Layer, *parts: keras.Model) -> keras.Mod
 
 
 def raw_images(preprocess: keras.layers.Layer, first: keras.Model) -> Any:
-    """Returns a deployed network's input, uint8 or, if it was trained on another type, float32.
+    """Returns a deployed network's input, uint8 if it was trained on that type, else float32.
 
     Args:
       preprocess: the layer in front of it.
       first: its first part.
     """
     # Keras cuts floats to the type of an input, and images from 0 to 1 would all be black.
-    dtype = tf.float32 if getattr(preprocess, "takes_floats", False) else tf.uint8
+    dtype = tf.uint8 if getattr(preprocess, "takes_raw", False) else tf.float32
     return keras.Input(first.input_shape[1:], dtype=dtype, name="images")
 
 

@@ -83,7 +83,9 @@ class Assembly:
         # Every method names the arguments of its own constructor.
         construct: Callable[..., Distiller] = cls
         target = targets if several is network else targets[0]
-        return construct(target, preprocess=preprocess, **arguments)
+        model = construct(target, preprocess=preprocess, **arguments)
+        model.preprocess.takes_raw = True  # Whether it is trained or loaded.
+        return model
 
     def trained(self, path: str) -> keras.Model:
         """Loads the network that an earlier run deployed.
