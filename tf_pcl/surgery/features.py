@@ -203,6 +203,7 @@ def _free(network, name):
     return free_name(f"tf_pcl_{name}", {layer.name for layer in sublayers(network)})
 
 
+@keras.utils.register_keras_serializable("tf_pcl")
 class WithoutActivation(layers.Layer):
     """Applies a Dense or convolutional layer, with its own weights, without its activation."""
 
@@ -435,6 +436,7 @@ def _by_values(network):
     return made
 
 
+@keras.utils.register_keras_serializable("tf_pcl")
 class LogOfProbabilities(layers.Layer):
     """Logits float32 [B, C] whose softmax is the given probabilities [B, C]."""
 

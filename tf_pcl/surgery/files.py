@@ -25,8 +25,13 @@ from tf_pcl.surgery.features import LogOfProbabilities, WithoutActivation
 from tf_pcl.surgery.graph import finalize, leaves
 
 _MODELS = {"Functional", "Model", "Sequential"}
-# Layers that this package puts into networks.
-_OWN = {cls.__name__: cls for cls in (LogOfProbabilities, WithoutActivation)}
+# Layers that this package puts into networks, by the names that files have for them. Runs of earlier
+# versions have the class alone.
+_OWN = {
+    name: cls
+    for cls in (LogOfProbabilities, WithoutActivation)
+    for name in (cls.__name__, keras.utils.get_registered_name(cls))
+}
 _HARMLESS = {*_MODELS, *_OWN, "Policy", "__tuple__", "__ellipsis__"}
 # Layers that run code, or that open files which their configuration names.
 _HARMFUL = {"Lambda", "TFSMLayer", "StringLookup", "IntegerLookup", "TextVectorization"}
