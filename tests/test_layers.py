@@ -8,6 +8,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "tf_pcl"
 # A module imports only from layers before its own; modules of one layer stand side by side.
 LAYERS = [
     {"errors", "compat", "console"},
+    {"ranges"},
     {"losses", "schedules", "ema", "optimizer", "data", "surgery"},
     {"networks"},
     {"methods"},

@@ -441,6 +441,11 @@ def test_parameters_of_a_method_that_are_out_of_range_are_refused():
     ):
         model.distill_share = None
         setattr(model, name, value)
-        with pytest.raises(UserError, match=f"^`{name}={value}`: .* it must be {allowed}$"):
+        with pytest.raises(UserError, match=f"^`{name}={value}`: .* {allowed}$"):
             model.compile("sgd")
         setattr(model, name, None)
+    weights = ("ce_weight", "collaboration_weight", "self_weight", "angle_weight", "mutual_weight")
+    for name in weights:
+        together = methods.CTSLMKT([network(), network()], **{name: -1.0})
+        with pytest.raises(UserError, match=f"^`{name}=-1.0`: .* at least 0$"):
+            together.compile("sgd")

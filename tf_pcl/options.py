@@ -5,7 +5,6 @@ method, the network or the data set.
 """
 
 import dataclasses
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,14 +12,13 @@ from typing import Any, NamedTuple, Optional, Union
 
 from absl import flags
 
+from tf_pcl import ranges
 from tf_pcl.errors import UserError, choose
 
 Kind = Union[type, tuple[str, ...]]
 
 # Options in which a leading "~" means the home folder; no shell expands it within a flag.
 PATHS = ("workdir", "data_dir", "labels", "weights", "teacher")
-# The largest number of float32.
-_LARGEST = 3.4e38
 
 
 def _flag(
@@ -40,7 +38,8 @@ def _flag(
       help_text: what it is, with its unit.
       kind: int, float, bool, str, list (of floats) or a tuple of the allowed words; by default the
         type of `default`.
-      low, high, above: a number must lie in [low, high] and be larger than `above`.
+      low, high, above: the range of a number, see ranges.Range; that of a method's parameter
+        stands in ranges.OF_PARAMETERS.
       run_only: whether it does not affect the result, so that it may differ between the calls of a
         run.
     """
@@ -49,9 +48,7 @@ def _flag(
         metadata=dict(
             help=help_text,
             kind=kind or type(default),
-            low=low,
-            high=high,
-            above=above,
+            range=ranges.Range(low, high, above),
             run_only=run_only,
         ),
     )
@@ -279,42 +276,37 @@ class Options:
         high=1,
     )
     temperature: Optional[float] = _flag(
-        None, "softens teachers' and students' probabilities", float, above=0
+        None, "softens teachers' and students' probabilities", float
     )
     rampup_epochs: Optional[float] = _flag(
         None,
         "epochs until distillation has its full weight, 0: from the start; default: 80 of 300, "
         "scaled to --epochs",
         float,
-        low=0,
     )
-    distill_weight: Optional[float] = _flag(None, "full weight of distillation", float, low=0)
+    distill_weight: Optional[float] = _flag(None, "full weight of distillation", float)
     distill_share: Optional[float] = _flag(
         None,
         "share of distillation in a student's loss, the rest is cross-entropy",
         float,
-        low=0,
-        high=1,
     )
     hint_weight: Optional[float] = _flag(
-        None, "weight of the squared distance between features", float, low=0
+        None, "weight of the squared distance between features", float
     )
-    ce_weight: Optional[float] = _flag(None, "weight α of cross-entropy", float, low=0)
+    ce_weight: Optional[float] = _flag(None, "weight α of cross-entropy", float)
     collaboration_weight: Optional[float] = _flag(
-        None, "weight β of what comes from the other peers", float, low=0
+        None, "weight β of what comes from the other peers", float
     )
-    self_weight: Optional[float] = _flag(None, "weight γ of self-distillation", float, low=0)
-    angle_weight: Optional[float] = _flag(None, "weight β_1 of the angles, times β", float, low=0)
+    self_weight: Optional[float] = _flag(None, "weight γ of self-distillation", float)
+    angle_weight: Optional[float] = _flag(None, "weight β_1 of the angles, times β", float)
     mutual_weight: Optional[float] = _flag(
-        None, "weight β_2 of the other peers' logits, times β", float, low=0
+        None, "weight β_2 of the other peers' logits, times β", float
     )
     ema_decay: Optional[float] = _flag(
         None,
         "largest decay of the mean teacher; default: 0.999, with --ema_every=step capped so that "
         "the average spans at most 1 % of training",
         float,
-        low=0,
-        high=1,
     )
     ema_every: Optional[str] = _flag(None, "when the mean teacher is updated", ("step", "epoch"))
     ensemble_teacher: Optional[str] = _flag(
@@ -526,23 +518,8 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
             value=value.encode("unicode_escape", "backslashreplace").decode(),
         )
     elif kind in (int, float):
-        low, high, above = limits["low"], limits["high"], limits["above"]
-        fits = (
-            (kind is int or math.isfinite(value) and abs(value) <= _LARGEST)
-            and (low is None or value >= low)
-            and (high is None or value <= high)
-            and (above is None or value > above)
-        )
-        if not fits:
-            bounds = (("at least", low), ("at most", high), ("more than", above))
-            allowed = ["finite"] * (kind is float)
-            allowed += [f"{text} {limit}" for text, limit in bounds if limit is not None]
-            raise UserError(
-                f"out of range: it must be {' and '.join(allowed)}",
-                parameter=name,
-                value=value,
-                allowed=" and ".join(allowed),
-            )
+        allowed = ranges.OF_PARAMETERS.get(name, limits["range"])
+        allowed.check(name, value, whole=kind is int)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

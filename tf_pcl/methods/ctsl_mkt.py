@@ -74,8 +74,9 @@ class CTSLMKT(Distiller):
                 "ctsl_mkt takes a list of networks that were trained before, one for each peer"
             )
         self.temperature = temperature
-        self.alpha, self.beta, self.gamma = ce_weight, collaboration_weight, self_weight
-        self.beta_1, self.beta_2 = angle_weight, mutual_weight
+        self.ce_weight, self.collaboration_weight = ce_weight, collaboration_weight
+        self.self_weight, self.angle_weight = self_weight, angle_weight
+        self.mutual_weight = mutual_weight
         targets = dict(zip(peer_names(len(network)), map(self.target_of, network)))
         trained = {name: target.first for name, target in targets.items()}
         proof.apart(trained.values())
@@ -142,21 +143,21 @@ class CTSLMKT(Distiller):
         z_alone = [teacher[f"alone_{name}"].logits for name in self.networks]
         features = [of_all_replicas(student[name].features) for name in self.networks]
         d, a = [pairwise_distances(f) for f in features], [triplet_angles(f) for f in features]
-        m = len(z)
+        m, beta = len(z), self.collaboration_weight
         return {
-            "ce": self.alpha * sum(cross_entropy(labels, z_k) for z_k in z),
-            "mutual": self.beta
-            * self.beta_2
+            "ce": self.ce_weight * sum(cross_entropy(labels, z_k) for z_k in z),
+            "mutual": beta
+            * self.mutual_weight
             / (m - 1)
             * sum(distillation(z[j], z[k]) for k in range(m) for j in range(m) if j != k),
-            "self": self.gamma
+            "self": self.self_weight
             * sum(distillation(own, z_k, self.temperature) for own, z_k in zip(z_alone, z)),
             # Each pair counts once, with the losses of both directions.
-            "distance": self.beta
+            "distance": beta
             / (m - 1)
             * sum(itertools.starmap(mutual_huber, itertools.combinations(d, 2))),
-            "angle": self.beta
-            * self.beta_1
+            "angle": beta
+            * self.angle_weight
             / (m - 1)
             * sum(itertools.starmap(mutual_huber, itertools.combinations(a, 2))),
         }

@@ -3,13 +3,12 @@
 import inspect
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
-from tf_pcl import compat, losses, schedules, surgery
+from tf_pcl import compat, losses, ranges, schedules, surgery
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.methods import batches
@@ -18,16 +17,6 @@ from tf_pcl.surgery.graph import sublayers
 
 # Types of images that a network of uint8 takes whatever their values.
 _RAW = (tf.uint8, tf.bool)
-# Of the parameters that several methods have: {name: (lowest value, highest value)}.
-_LEAST, _LARGEST = sys.float_info.min, sys.float_info.max
-_RANGES = {
-    "temperature": (_LEAST, _LARGEST),
-    "rampup_epochs": (0.0, _LARGEST),
-    "distill_weight": (0.0, _LARGEST),
-    "distill_share": (0.0, 1.0),
-    "hint_weight": (0.0, _LARGEST),
-    "ema_decay": (0.0, 1.0),
-}
 
 
 class Exit(NamedTuple):
@@ -277,25 +266,13 @@ class Distiller(Fitting):
           UserError: as there, if a parameter of the method is out of range, and if a weight that is
             to be trained is a teacher's, too, or is one that Keras would not train.
         """
-        self._check_ranges()
+        for name, allowed in ranges.OF_PARAMETERS.items():
+            if (value := getattr(self, name, None)) is not None:
+                allowed.check(name, value)
         for target in self._targets:
             target.follow()
         self._check_trained()
         super().compile(*args, **kwargs)
-
-    def _check_ranges(self) -> None:
-        """Raises UserError if a parameter is out of range."""
-        for name, (low, high) in _RANGES.items():
-            value = getattr(self, name, None)
-            if value is not None and not low <= value <= high:
-                allowed = "more than 0" if low == _LEAST else f"at least {low:g}"
-                allowed += f" and at most {high:g}" if high < _LARGEST else ""
-                raise UserError(
-                    f"out of range: it must be {allowed}",
-                    parameter=name,
-                    value=value,
-                    allowed=allowed,
-                )
 
     def _check_trained(self) -> None:
         """Raises UserError if other weights than those that the user means would be trained."""

@@ -25,8 +25,8 @@ from tf_pcl.surgery.features import LogOfProbabilities, WithoutActivation
 from tf_pcl.surgery.graph import finalize, leaves
 
 _MODELS = {"Functional", "Model", "Sequential"}
-# Layers that this package puts into networks, by the names that files have for them. Runs of earlier
-# versions have the class alone.
+# Layers that this package puts into networks, by the names that files have for them. Files of
+# earlier versions have the name of the class.
 _OWN = {
     name: cls
     for cls in (LogOfProbabilities, WithoutActivation)
