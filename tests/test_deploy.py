@@ -495,12 +495,19 @@ def test_the_folder_of_a_run_has_what_is_its_own(make_folder, tmp_path, monkeypa
         "run/1-teacher": "run/evaluation-1-teacher",
     }.items():
         assert written(path, given) == to
+    deep = "run/export/mean_ensemble/folded/saved_model/1"
+    for path in "run", "run/1-teacher/export/saved_model/1", deep:
+        assert verb._workdir(path) == str(tmp_path / "run")
     # They are divided already, which a run on an undivided folder need not stop at.
     others = dataclasses.replace(given, data_dir="other")
     with pytest.raises(UserError, match="has 8 test images of its own"):
         verb._load(others)
     asked.data_dir = "other"
     assert written("run", others) == "run/evaluation-other"
+    # Images that only a file of labels names are no others, and without it nothing else counts.
+    labelled = dataclasses.replace(given, data_dir=str(folder / "a"), labels="lost.csv")
+    with pytest.raises(UserError, match="`labels=lost.csv`: it cannot be read"):
+        verb._load(dataclasses.replace(labelled, test_examples=None))
 
 
 def called(*arguments, cwd):

@@ -103,6 +103,44 @@ def test_names_are_those_of_the_nearest_file_that_fits(made, tmp_path, caplog):
     assert "has 3 outputs, and the file beside it has 2 names" in caplog.text
 
 
+def test_names_come_from_a_list(made, tmp_path, caplog):
+    """In an object, as other programs write it, the numbers of the classes may be the values."""
+    model, folder, _ = made
+    path = tmp_path / "network.tflite"
+    path.write_bytes(pathlib.Path(tflite(model, folder)).read_bytes())
+    (tmp_path / "classes.json").write_text('{"dog": 1, "cat": 0, "rat": 2}', encoding="utf-8")
+    assert runtimes.load(str(path)).classes == ("0", "1", "2")
+    assert "classes.json: ValueError: it is no list" in caplog.text
+    (tmp_path / "labels.txt").write_text("cat\ndog\nrat\n", encoding="utf-8")
+    assert runtimes.load(str(path)).classes == ("cat", "dog", "rat")
+
+
+@pytest.mark.parametrize("form", ["saved_model", "float", "int8"])
+def test_networks_that_give_probabilities_alone(form, tmp_path):
+    """The softmax of what is taken for logits is what the network says."""
+    keras.utils.set_random_seed(0)
+    images = keras.Input(SHAPE)
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 99)(images))
+    # Most of so many rounded probabilities are 0.
+    model = keras.Model(images, keras.layers.Dense(600, activation="softmax")(x))
+    expected = model.predict(IMAGES.astype(np.float32), verbose=0)
+    path, atol = str(tmp_path / "network.tflite"), 1e-6
+    if form == "saved_model":
+        path = str(tmp_path / "network")
+        model.save(path, save_format="tf")
+    else:
+        converter = tf.lite.TFLiteConverter.from_keras_model(model)
+        if form == "int8":
+            converter.optimizations, atol = [tf.lite.Optimize.DEFAULT], 1 / 100
+            converter.representative_dataset = lambda: ([x[None].astype("f")] for x in IMAGES)
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.inference_input_type = converter.inference_output_type = tf.int8
+        pathlib.Path(path).write_bytes(converter.convert())
+    found = np.exp(runtimes.load(path).logits(IMAGES))
+    np.testing.assert_allclose(found, expected, atol=atol)
+    assert 0.01 < found.max() < 0.9
+
+
 def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypatch):
     _, _, saved_model = made
     for name in ("a.tflite", "b.onnx", "c.bin", "d/saved_model.pb"):

@@ -56,6 +56,7 @@ def write(
         parameters=int(sum(np.prod(w.shape) for w in network.trainable_weights)),
         multiply_adds=sum(flops(network).values()) // 2,
         command=_command(options),
+        also=_also(options),
         machine=f"{platform.machine()}, {os.cpu_count()} CPU cores",
         served=os.path.exists(os.path.join(folder, workdirs.SAVED_MODEL)),
         dataset=_dataset(options),
@@ -93,6 +94,14 @@ def _command(options: Options) -> str:
     given = {n: v for n, v in options.told().items() if n not in options.run_only()}
     flags = [f"--{name}={shlex.quote(value)}" for name, value in given.items()]
     return " \\\n    ".join(["tf-pcl train", *flags])
+
+
+def _also(options: Options) -> str:
+    """Returns a sentence about what the command lacks, since it differs between machines; or ""."""
+    files = {"data_dir": "the folder of the data", "labels": "the file of their labels"}
+    lacking = [f"`--{name}`, {what}" for name, what in files.items() if getattr(options, name)]
+    have = "have" if len(lacking) > 1 else "has"
+    return f" {', and '.join(lacking)}, {have} to be given too." if lacking else ""
 
 
 def _plain(name: str) -> str:

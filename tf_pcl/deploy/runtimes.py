@@ -47,6 +47,8 @@ class Runtime:
     """
 
     kind = ""
+    # Whether the format tells so; otherwise the sum of the outputs does.
+    _ends_in_softmax = False
 
     def __init__(
         self,
@@ -103,6 +105,19 @@ class Runtime:
             padded = np.pad(part, [(0, missing), *[(0, 0)] * 3]) if missing else part
             parts.append(np.asarray(self._run(padded), np.float32)[: len(part)])
         return np.concatenate(parts)
+
+    def take_logarithms(self) -> None:
+        """Makes `logits` return logarithms of the outputs if these are probabilities.
+
+        Networks of other programs often end in a softmax. The softmax of its logarithm is what they
+        say; that of the probabilities themselves would be another one.
+        """
+        noise = np.random.RandomState(0).randint(0, 256, (4, *self.image_shape)).astype(np.uint8)
+        found = self.logits(noise)
+        if self._ends_in_softmax or found.min() >= 0 and np.allclose(found.sum(1), 1, atol=0.01):
+            logarithm = lambda run: lambda given: np.log(np.maximum(run(given), np.float32(1e-37)))
+            self._run = logarithm(self._run)
+            self.logits_of_bytes = self.logits_of_bytes and logarithm(self.logits_of_bytes)
 
 
 class SavedModel(Runtime):
@@ -170,6 +185,9 @@ class TFLite(Runtime):
         elif len(made) > 1:
             names = [detail["name"] for detail in made]
             self._output = made[names.index(_choose_logits(path, names))]
+        # Rounded probabilities of many classes may all be 0. TFLite fixes the scale of a softmax.
+        lowest = {np.uint8: 0, np.int8: -128}.get(self._output["dtype"])
+        self._ends_in_softmax = self._output["quantization"] == (1 / 256, lowest)
         super().__init__(
             path, self._input["shape_signature"].tolist(), int(self._output["shape"][-1]), self._of
         )
@@ -255,13 +273,19 @@ def find(path: str) -> Callable[[], Runtime]:
                 f"the network {path} holds no SavedModel: give the workdir of a run that has "
                 f"ended, or {forms}"
             )
-        return functools.partial(SavedModel, folder)
+        return functools.partial(_loaded, SavedModel, folder)
     if not os.path.isfile(path):
         raise UserError(f"the network {path} is not there: give {forms}")
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in FILES:
         raise UserError(f"the network {path} has no suffix of a known format: give {forms}")
-    return functools.partial(FILES[suffix], path)
+    return functools.partial(_loaded, FILES[suffix], path)
+
+
+def _loaded(form: Callable[[str], Runtime], path: str) -> Runtime:
+    runtime = form(path)
+    runtime.take_logarithms()
+    return runtime
 
 
 def _is_count(number: Any) -> bool:
@@ -299,16 +323,25 @@ def _names(path: str) -> Optional[list[str]]:
     """Returns the names of the classes from the folder of a network or the two above it."""
     folder = os.path.abspath(path)
     for _ in range(3):
-        as_json, as_lines = (os.path.join(folder, n) for n in (workdirs.NAMES, workdirs.LABELS))
-        try:
-            if os.path.isfile(as_json):
-                with open(as_json, encoding="utf-8") as f:
-                    return [str(name) for name in json.load(f)]
-            if os.path.isfile(as_lines):
-                with open(as_lines, encoding="utf-8") as f:
-                    lines = f.read().rstrip("\n").split("\n")
-                return [class_names.unescape(line) for line in lines]
-        except (OSError, ValueError, TypeError) as e:
-            logging.warning("names of classes cannot be read from %s: %s", folder, one_line(e))
+        for name, names_in in ((workdirs.NAMES, _json_list), (workdirs.LABELS, _lines)):
+            file = os.path.join(folder, name)
+            try:
+                if os.path.isfile(file):
+                    with open(file, encoding="utf-8") as f:
+                        return names_in(f.read())
+            except (OSError, ValueError) as e:
+                logging.warning("names of classes cannot be read from %s: %s", file, one_line(e))
         folder = os.path.dirname(folder)
     return None
+
+
+def _json_list(text: str) -> list[str]:
+    names = json.loads(text)
+    # The order of an object need not be that of the outputs.
+    if not isinstance(names, list):
+        raise ValueError("it is no list")
+    return [str(name) for name in names]
+
+
+def _lines(text: str) -> list[str]:
+    return [class_names.unescape(line) for line in text.rstrip("\n").split("\n")]

@@ -85,8 +85,8 @@ def _evaluate(rest: list[str]) -> None:
 def _workdir(path: str) -> Optional[str]:
     """Returns the workdir in which a network lies, if it lies in one."""
     folder = os.path.abspath(os.path.expanduser(path))
-    # WORKDIR/export/saved_model/1 is the deepest place.
-    for _ in range(4):
+    # WORKDIR/export/EXIT/folded/saved_model/1 is the deepest place.
+    for _ in range(6):
         if os.path.isfile(os.path.join(folder, "flags.txt")):
             return folder
         folder = os.path.dirname(folder)
@@ -125,7 +125,11 @@ def _load(chosen: "Options") -> "ImageData":
         if e.parameter not in division or not flags.FLAGS.data_dir:
             raise
         undivided: dict[str, Any] = dict.fromkeys([*division, "labels_columns"])
-        return run.load_data(dataclasses.replace(chosen, **undivided))
+        try:
+            return run.load_data(dataclasses.replace(chosen, **undivided))
+        except UserError as other:
+            # What a folder lacks that needs a file of labels would mislead.
+            raise (e if e.parameter == "labels" else other) from None
 
 
 def _beside(path: str, workdir: Optional[str], chosen: "Options", data: "ImageData") -> str:
