@@ -590,6 +590,20 @@ CMYK = base64.b64decode(
 GIF = base64.b64decode("R0lGODdhAgADAIAAAP8AAAAAACwAAAAAAgADAAACAoRfADs=")
 
 
+def test_photos_of_all_kinds_become_grey():
+    """A level is the rounding of what is not grey in the file."""
+    pixels = np.repeat(np.repeat(noise(3, 3, 3), 8, 0), 8, 1)
+    kinds = ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "L"), ("JPEG", "RGB"), ("JPEG", "L")
+    for kind, mode in kinds:
+        file, image = io.BytesIO(), Image.fromarray(pixels).convert(mode)
+        image.save(file, kind, quality=100, subsampling=0)
+        expected = np.asarray(Image.open(file).convert("RGB").convert("L")).astype(int)
+        found = image_files.decode(tf.constant(file.getvalue()), 1).numpy()[..., 0]
+        assert np.abs(found - expected).max() <= (mode != "L")
+    red = image_files.decode(tf.constant(CMYK), 1).numpy()
+    assert red.shape == (8, 8, 1) and np.abs(red - 76.0).max() <= 1
+
+
 def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):
     jpeg = tf.io.encode_jpeg(noise(8, 12, 3), quality=100).numpy()
     plain = noise(8, 8, 3, seed=3)

@@ -162,6 +162,10 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypat
     for name in "c.bin", "empty", "absent":
         with pytest.raises(UserError, match=f"the network {tmp_path / name} "):
             runtimes.find(str(tmp_path / name))
+    # Of two classes with one output, that would be the first for any image.
+    for outputs, text in {1: "a single logit", None: "no fixed number of logits"}.items():
+        with pytest.raises(UserError, match=f"gives {text}: give a classifier of at least two"):
+            runtimes.Runtime("a", [None, *SHAPE], outputs, lambda images: images)
     for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, 1:]):
         with pytest.raises(UserError, match="it takes uint8"):
             runtimes.load(saved_model).logits(images)

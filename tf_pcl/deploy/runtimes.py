@@ -63,8 +63,9 @@ class Runtime:
                 f"{path} takes an input of the shape {list(shape)}: a network of images takes "
                 "[N, H, W, C] with a fixed height H and width W and 1 or 3 channels C"
             )
-        if not _is_count(outputs):
-            raise UserError(f"{path} gives no fixed number of logits: give a classifier of images")
+        if not _is_count(outputs) or outputs < 2:
+            given = "a single logit" if outputs == 1 else "no fixed number of logits"
+            raise UserError(f"{path} gives {given}: give a classifier of at least two classes")
         self.path, self._run, self.logits_of_bytes = path, run, run_bytes
         self.image_shape = tuple(int(n) for n in shape[1:] if n)
         self._fixed = int(shape[0]) if _is_count(shape[0]) and shape[0] else None
