@@ -361,3 +361,5 @@ def test_class_names_are_no_markup_in_a_model_card():
     assert shown.getvalue().strip() == name
     # GitHub shows what is between two dollar signs as mathematics.
     assert "\\$x\\$" in model_card._plain(name)
+    # A folder's name may hold bytes that are not UTF-8, and a file of text may not.
+    assert model_card._plain("caf\udce9") == r"caf\\xe9"

@@ -581,6 +581,15 @@ def test_gif_and_bmp_are_those_of_pillow():
         image_files.header(old)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_a_header_that_ends_early_is_named(kind):
+    file = io.BytesIO()
+    Image.fromarray(noise(9, 9, 3)).save(file, kind)
+    for length in (8, 30) if kind == "JPEG" else (8,):
+        with pytest.raises(ValueError, match="the file ends within its header"):
+            image_files.header(file.getvalue()[:length])
+
+
 # 8×8, cyan 0, magenta and yellow 255, black 0: red.
 CMYK = base64.b64decode(
     "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUVFQwPFxgWFBgSFBUU"

@@ -141,6 +141,25 @@ def test_networks_that_give_probabilities_alone(form, tmp_path):
     assert 0.01 < found.max() < 0.9
 
 
+def test_outputs_of_saved_models(tmp_path):
+    def made(**outputs):
+        module = tf.Module()
+        spec = tf.TensorSpec([None, *SHAPE], tf.float32, name="images")
+        answer = lambda x: {name: of(tf.reshape(x, [-1, 72])) for name, of in outputs.items()}
+        serve = tf.function(answer, input_signature=[spec])
+        folder = str(tmp_path / "_".join(outputs))
+        tf.saved_model.save(module, folder, {"serving_default": serve})
+        return folder
+
+    path = made(aux_logits=lambda x: -x[:, :3], logits=lambda x: x[:, :3])
+    np.testing.assert_array_equal(runtimes.load(path).logits(IMAGES), IMAGES[:, 0, 0])
+    with pytest.raises(UserError, match="one of several must be named logits"):
+        runtimes.load(made(first=lambda x: x[:, :3], second=lambda x: x[:, :3]))
+    for path in (made(sum=tf.reduce_sum), made(pixels=lambda x: tf.reshape(x, [-1, *SHAPE]))):
+        with pytest.raises(UserError, match="no fixed number of logits"):
+            runtimes.load(path)
+
+
 def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypatch):
     _, _, saved_model = made
     for name in ("a.tflite", "b.onnx", "c.bin", "d/saved_model.pb"):

@@ -147,7 +147,9 @@ def _png(data: bytes) -> Header:
 def _jpeg(data: bytes) -> Header:
     turn, at = None, 2
     while True:
-        at = data.index(b"\xff", at)
+        at = data.find(b"\xff", at)
+        if at < 0:
+            raise ValueError("the file ends within its header")
         marker, size = struct.unpack_from(">xBH", data, at)
         if marker == 0xFF:  # Any number of these may precede a marker.
             at += 1

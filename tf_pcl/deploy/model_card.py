@@ -14,6 +14,7 @@ import numpy as np
 
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData, datasets
+from tf_pcl.data.class_names import escape
 from tf_pcl.deploy.finished import Finished, errors_by_exit
 from tf_pcl.options import Options
 from tf_pcl.surgery.observe import flops
@@ -105,5 +106,5 @@ def _also(options: Options) -> str:
 
 
 def _plain(name: str) -> str:
-    """Returns a name, escaped for a line of Markdown."""
-    return re.sub(r"([\\`*_|<>&$\[\]])", r"\\\1", " ".join(name.split()))
+    """Returns a name as labels.txt has it, escaped for a line of Markdown."""
+    return re.sub(r"([\\`*_|<>&$\[\]])", r"\\\1", " ".join(escape(name).split()))

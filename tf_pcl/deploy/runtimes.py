@@ -149,7 +149,7 @@ class SavedModel(Runtime):
         super().__init__(
             path,
             spec.shape.as_list() if spec.shape.rank else [],
-            outputs[logits].shape[-1],
+            _width(outputs[logits].shape),
             lambda images: serve(**{name: tf.cast(images, spec.dtype)})[logits].numpy(),
             encoded and (lambda files: encoded(image_bytes=tf.constant(files))[logits].numpy()),
         )
@@ -189,9 +189,8 @@ class TFLite(Runtime):
         # Rounded probabilities of many classes may all be 0. TFLite fixes the scale of a softmax.
         lowest = {np.uint8: 0, np.int8: -128}.get(self._output["dtype"])
         self._ends_in_softmax = self._output["quantization"] == (1 / 256, lowest)
-        super().__init__(
-            path, self._input["shape_signature"].tolist(), int(self._output["shape"][-1]), self._of
-        )
+        shape = self._input["shape_signature"].tolist()
+        super().__init__(path, shape, _width(self._output["shape"].tolist()), self._of)
 
     def _of(self, images: np.ndarray) -> np.ndarray:
         place = self._input["index"]
@@ -237,7 +236,7 @@ class ONNX(Runtime):
             path,
             # A size that is not fixed has a name.
             [n if isinstance(n, int) else None for n in inputs[0].shape],
-            shape[-1],
+            _width(shape),
             lambda images: self._session.run([logits], {name: images.astype(dtype)})[0],
         )
 
@@ -289,12 +288,19 @@ def _loaded(form: Callable[[str], Runtime], path: str) -> Runtime:
     return runtime
 
 
+def _width(shape: Any) -> Any:
+    """Returns K of the shape [N, K] of outputs, None for one of another rank."""
+    return shape[1] if len(shape or ()) == 2 else None
+
+
 def _is_count(number: Any) -> bool:
     return isinstance(number, int) and number > 0
 
 
 def _choose_logits(path: str, names: list[str]) -> str:
     """Returns the name of the output that has the logits."""
+    if "logits" in names:
+        return "logits"
     if len(names) == 1:
         return names[0]
     found = [name for name in names if "logits" in name]
