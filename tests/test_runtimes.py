@@ -153,6 +153,9 @@ def test_outputs_of_saved_models(tmp_path):
 
     path = made(aux_logits=lambda x: -x[:, :3], logits=lambda x: x[:, :3])
     np.testing.assert_array_equal(runtimes.load(path).logits(IMAGES), IMAGES[:, 0, 0])
+    # What is called so is so, whatever it sums to.
+    path = made(logits=lambda x: tf.nn.softmax(x[:, :3] / 255))
+    assert runtimes.load(path).logits(IMAGES).min() >= 0
     with pytest.raises(UserError, match="one of several must be named logits"):
         runtimes.load(made(first=lambda x: x[:, :3], second=lambda x: x[:, :3]))
     for path in (made(sum=tf.reduce_sum), made(pixels=lambda x: tf.reshape(x, [-1, *SHAPE]))):

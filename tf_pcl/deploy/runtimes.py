@@ -47,8 +47,8 @@ class Runtime:
     """
 
     kind = ""
-    # Whether the format tells so; otherwise the sum of the outputs does.
-    _ends_in_softmax = False
+    # What the outputs are, "logits" or "probabilities", if their name or format tells it.
+    _gives: Optional[str] = None
 
     def __init__(
         self,
@@ -111,11 +111,16 @@ class Runtime:
         """Makes `logits` return logarithms of the outputs if these are probabilities.
 
         Networks of other programs often end in a softmax. The softmax of its logarithm is what they
-        say; that of the probabilities themselves would be another one.
+        say; that of the probabilities themselves would be another one. If neither name nor format
+        tells, images that differ much do: probabilities sum to 1.
         """
-        noise = np.random.RandomState(0).randint(0, 256, (4, *self.image_shape)).astype(np.uint8)
-        found = self.logits(noise)
-        if self._ends_in_softmax or found.min() >= 0 and np.allclose(found.sum(1), 1, atol=0.01):
+        if self._gives == "logits":
+            return
+        images = np.random.RandomState(0).randint(0, 256, (4, *self.image_shape)).astype(np.uint8)
+        images[0], images[1] = 0, 255
+        found = self.logits(images)
+        likely = found.min() >= 0 and np.allclose(found.sum(1), 1, atol=0.01)
+        if likely or self._gives == "probabilities":
             logarithm = lambda run: lambda given: np.log(np.maximum(run(given), np.float32(1e-37)))
             self._run = logarithm(self._run)
             self.logits_of_bytes = self.logits_of_bytes and logarithm(self.logits_of_bytes)
@@ -145,6 +150,7 @@ class SavedModel(Runtime):
             )
         ((name, spec),) = inputs.items()
         logits = _choose_logits(path, list(outputs))
+        self._gives = _told_by(logits)
         encoded = signatures.get("serve_bytes")
         super().__init__(
             path,
@@ -178,17 +184,18 @@ class TFLite(Runtime):
             raise UserError(
                 f"{path} has {len(given)} inputs: a network of images has one, the images"
             )
-        self._input, self._output = given[0], made[0]
+        self._input = given[0]
         if "serving_default" in signatures:
             runner = self._interpreter.get_signature_runner("serving_default")
             outputs = runner.get_output_details()
-            self._output = outputs[_choose_logits(path, list(outputs))]
-        elif len(made) > 1:
-            names = [detail["name"] for detail in made]
-            self._output = made[names.index(_choose_logits(path, names))]
+        else:
+            outputs = {detail["name"]: detail for detail in made}
+        logits = _choose_logits(path, list(outputs))
+        self._output, self._gives = outputs[logits], _told_by(logits)
         # Rounded probabilities of many classes may all be 0. TFLite fixes the scale of a softmax.
         lowest = {np.uint8: 0, np.int8: -128}.get(self._output["dtype"])
-        self._ends_in_softmax = self._output["quantization"] == (1 / 256, lowest)
+        if self._output["quantization"] == (1 / 256, lowest):
+            self._gives = "probabilities"
         shape = self._input["shape_signature"].tolist()
         super().__init__(path, shape, _width(self._output["shape"].tolist()), self._of)
 
@@ -232,6 +239,7 @@ class ONNX(Runtime):
         name, dtype = inputs[0].name, types[inputs[0].type]
         logits = _choose_logits(path, [one.name for one in outputs])
         (shape,) = (one.shape for one in outputs if one.name == logits)
+        self._gives = _told_by(logits)
         super().__init__(
             path,
             # A size that is not fixed has a name.
@@ -309,6 +317,11 @@ def _choose_logits(path: str, names: list[str]) -> str:
             f"{path} has the outputs {', '.join(names)}: one of several must be named logits"
         )
     return found[0]
+
+
+def _told_by(name: str) -> Optional[str]:
+    """Returns what the name of an output tells of it."""
+    return "logits" if "logits" in name else None
 
 
 def _quantised(images: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
