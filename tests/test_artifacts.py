@@ -130,7 +130,8 @@ def fake_run(folder, seed, error=10.0, **changes):
     workdir = Workdir(str(folder / f"{options.epochs}-seed{seed}"))
     workdir.begin(options, {"classes": ["a"], "means": [seed]}, {})
     errors = {"peer_1": error + 1, "mean_peer_1": error, "mean_ensemble": error - 1}
-    write_json(workdir.results, {"error": errors, "deployed": "mean_peer_1", "epochs": 3})
+    results = {"error": errors, "deployed": "mean_peer_1", "epochs": options.epochs}
+    write_json(workdir.results, results)
     os.makedirs(os.path.join(workdir.export, "saved_model", "1"))
     open(os.path.join(workdir.export, "saved_model", "1", "saved_model.pb"), "w").close()
     return workdir.path
@@ -145,6 +146,7 @@ def fake_run(folder, seed, error=10.0, **changes):
         ({"path": "nowhere"}, "nowhere is not a workdir: it has no flags.txt; give that of a run"),
         ({"path": "begun"}, "the run in begun has not ended, since it has no SavedModel yet"),
         ({"path": "odd"}, "odd/results.json is damaged"),
+        ({"path": "again"}, "the run in again trains anew and has not ended"),
         ({"folder": "done/export", "exit_name": "peer_1"}, "`folder=done/export`: it has"),
         ({"folder": "done/export", "fold_batch_norm": True}, "`folder=done/export`: it has"),
         ({"folder": "done/flags.txt"}, "`folder=done/flags.txt`: the folder cannot be written"),
@@ -152,10 +154,13 @@ def fake_run(folder, seed, error=10.0, **changes):
 )
 def test_what_cannot_be_done_is_refused(arguments, text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("done", "begun", "odd"):
+    for name in ("done", "begun", "odd", "again"):
         os.rename(fake_run(tmp_path, 0), name)
     os.remove("begun/results.json")
     write_json("odd/results.json", {"epochs": 3})
+    # It has the SavedModel of the training before.
+    results = json.loads((tmp_path / "again" / "results.json").read_text())
+    write_json("again/results.json", {**results, "epochs": 1})
     monkeypatch.setattr(Finished, "load_data", lambda *_: data.load("digits"))
     monkeypatch.setattr(Finished, "network", lambda *_: None)
     with pytest.raises(UserError, match=text) as refused:
@@ -204,6 +209,41 @@ def test_the_card_repeats_the_flags_that_were_given():
         "--lr_decay_epochs=1,2",
         *(f"--{name}={value}" for name, value in SETTINGS.items()),
     }
+
+
+def test_the_card_names_what_its_command_lacks():
+    folder, file = "`--data_dir`, the folder of the data", "`--labels`, the file of their labels"
+    photos = Options(dataset="image_folder", data_dir="photos")
+    assert model_card._also(Options(**SETTINGS)) == ""
+    assert model_card._also(photos) == f" {folder}, has to be given too."
+    labelled = dataclasses.replace(photos, labels="of.csv")
+    assert model_card._also(labelled) == f" {folder}, and {file}, have to be given too."
+
+
+class Doubled(tf.keras.layers.Layer):
+    def call(self, x):
+        return 2 * x
+
+
+def own_layers(input_shape, num_classes):
+    images = tf.keras.Input(input_shape)
+    x = tf.keras.layers.Flatten()(Doubled()(images))
+    return tf.keras.Model(images, tf.keras.layers.Dense(num_classes)(x))
+
+
+@pytest.mark.slow
+def test_a_network_with_own_layers_is_exported(tmp_path):
+    """No code of the SavedModel is run for that."""
+    path = str(tmp_path / "run")
+    own = {**SETTINGS, "network": "test_artifacts:own_layers", "epochs": 1}
+    results = run.run(Options(**own, method="baseline", workdir=path))
+    table = artifacts.export_run(path, ["saved_model", "tflite"])
+    assert table["original"]["error"] == pytest.approx(results["deployed_error"], abs=0.01)
+    # The SavedModel is that of the run.
+    assert [row["same_class"] for row in table["artifacts"].values()] == [100, 100]
+    shutil.rmtree(Workdir(path).checkpoints)
+    with pytest.raises(UserError, match="no checkpoint of epoch 1, .* train again$"):
+        artifacts.export_run(path, ["tflite"])
 
 
 @pytest.mark.slow
@@ -321,3 +361,5 @@ def test_class_names_are_no_markup_in_a_model_card():
     assert shown.getvalue().strip() == name
     # GitHub shows what is between two dollar signs as mathematics.
     assert "\\$x\\$" in model_card._plain(name)
+    # A folder's name may hold bytes that are not UTF-8, and a file of text may not.
+    assert model_card._plain("caf\udce9") == r"caf\\xe9"

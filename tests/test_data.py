@@ -581,6 +581,15 @@ def test_gif_and_bmp_are_those_of_pillow():
         image_files.header(old)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP"])
+def test_a_header_that_ends_early_is_named(kind):
+    file = io.BytesIO()
+    Image.fromarray(noise(9, 9, 3)).save(file, kind)
+    for length in (8, 30) if kind == "JPEG" else (8,):
+        with pytest.raises(ValueError, match="the file ends within its header"):
+            image_files.header(file.getvalue()[:length])
+
+
 # 8×8, cyan 0, magenta and yellow 255, black 0: red.
 CMYK = base64.b64decode(
     "/9j/7gAOQWRvYmUAZAAAAAAA/9sAQwADAgIDAgIDAwMDBAMDBAUIBQUEBAUKBwcGCAwKDAwLCgsLDQ4SEA0OEQ4LCxAWEBETFBUVFQwPFxgWFBgSFBUU"
@@ -588,6 +597,20 @@ CMYK = base64.b64decode(
     "//Z"
 )
 GIF = base64.b64decode("R0lGODdhAgADAIAAAP8AAAAAACwAAAAAAgADAAACAoRfADs=")
+
+
+def test_photos_of_all_kinds_become_grey():
+    """A level is the rounding of what is not grey in the file."""
+    pixels = np.repeat(np.repeat(noise(3, 3, 3), 8, 0), 8, 1)
+    kinds = ("PNG", "RGB"), ("PNG", "RGBA"), ("PNG", "L"), ("JPEG", "RGB"), ("JPEG", "L")
+    for kind, mode in kinds:
+        file, image = io.BytesIO(), Image.fromarray(pixels).convert(mode)
+        image.save(file, kind, quality=100, subsampling=0)
+        expected = np.asarray(Image.open(file).convert("RGB").convert("L")).astype(int)
+        found = image_files.decode(tf.constant(file.getvalue()), 1).numpy()[..., 0]
+        assert np.abs(found - expected).max() <= (mode != "L")
+    red = image_files.decode(tf.constant(CMYK), 1).numpy()
+    assert red.shape == (8, 8, 1) and np.abs(red - 76.0).max() <= 1
 
 
 def test_photos_of_all_kinds(make_folder, capsys, monkeypatch):

@@ -495,12 +495,46 @@ def test_the_folder_of_a_run_has_what_is_its_own(make_folder, tmp_path, monkeypa
         "run/1-teacher": "run/evaluation-1-teacher",
     }.items():
         assert written(path, given) == to
+    deep = "run/export/mean_ensemble/folded/saved_model/1"
+    for path in "run", "run/1-teacher/export/saved_model/1", deep:
+        assert verb._workdir(path) == str(tmp_path / "run")
     # They are divided already, which a run on an undivided folder need not stop at.
     others = dataclasses.replace(given, data_dir="other")
     with pytest.raises(UserError, match="has 8 test images of its own"):
         verb._load(others)
     asked.data_dir = "other"
     assert written("run", others) == "run/evaluation-other"
+    # Images that only a file of labels names are no others, and without it nothing else counts.
+    labelled = dataclasses.replace(given, data_dir=str(folder / "a"), labels="lost.csv")
+    with pytest.raises(UserError, match="`labels=lost.csv`: it cannot be read"):
+        verb._load(dataclasses.replace(labelled, test_examples=None))
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_images_that_a_run_was_trained_on_do_not_test_it(make_folder, tmp_path, lost, monkeypatch):
+    """With an image more or less in a folder, its division is another one."""
+    several = [noise(8, 8, 3, seed=i) for i in range(20)]
+    folder = pathlib.Path(make_folder({"a": {"": several}, "b": {"": several[::-1]}}))
+    given = Options(dataset="image_folder", data_dir=str(folder), test_examples=0.4)
+    given = dataclasses.replace(given, validation_examples=0.2, on_bad_image="skip")
+    asked = SimpleNamespace(data_dir=None)
+    monkeypatch.setattr(verb, "flags", SimpleNamespace(FLAGS=asked))
+    workdir = Workdir(str(tmp_path / "run"))
+    workdir.begin(given, {}, {})
+    data = verb._load(given)
+    verb._refuse_trained(workdir.path, data, "test")
+    workdir.write_lists(data.lists)
+    for split in ("train", "validation", "test"):
+        verb._refuse_trained(workdir.path, data, split)
+    (folder / "a" / ("3.png" if lost else "new.png")).write_bytes(b"x" if lost else png(several[0]))
+    data = verb._load(given)
+    trained = {*data.lists["test"]} & workdir.read_list("train")
+    assert trained
+    text = f"{len(trained)} of {len(data.test)} test images have the names .*, such as [ab]/"
+    with pytest.raises(UserError, match=text):
+        verb._refuse_trained(workdir.path, data, "test")
+    verb._refuse_trained(workdir.path, data, "train")
+    verb._refuse_trained(None, data, "test")
 
 
 def called(*arguments, cwd):

@@ -148,7 +148,7 @@ def test_runs_that_are_missing_unfinished_twice_or_damaged_are_named(folder):
     notes = "\n".join(study.notes)
     assert f"{half} is not finished: 7 of 12 epochs" in notes
     assert f"{begun} is not finished: no test of its last stage has been made" in notes
-    assert f"{twice} is left out: {folder / 'b0'} is the same run" in notes
+    assert f"{twice} is left out: {folder / 'b0'} has the same options and seed" in notes
     assert f"{folder / 'damaged'} cannot be read and is left out" in notes
     assert re.search(rf"{folder / 'older'} cannot be read .*no_such_flag", notes)
     assert "seed 2 of pcl is missing (digits, resnet8)" in study.notes
@@ -253,6 +253,51 @@ def test_where_there_is_no_finished_run_an_error_says_so(what, tmp_path):
     with pytest.raises(UserError, match=text):
         report.report([str(path)], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["epochs", "folder"])
+def test_a_run_that_cannot_be_read_leaves_the_others(damage, folder):
+    results = folder / "b1" / "results.json"
+    if damage == "epochs":
+        change(results, epochs="12")
+    else:
+        results.unlink()
+        results.mkdir()
+    _, text, rows, _ = written(folder)
+    assert "b1 cannot be read and is left out" in text
+    assert [row["seeds"] for row in rows if row["epochs"] == "12"][:2] == ["0 2", "0 1 2"]
+
+
+def test_each_test_of_images_stands_at_its_seed(folder):
+    """Where the predictions of a seed are missing, those of the next do not take its place."""
+    whole = written(folder)[3][0]
+    (folder / "b1" / "evaluation" / "predictions.npz").unlink()
+    _, text, _, differences = written(folder)
+    p = whole["mcnemar_p"].split()
+    assert len({*p}) == 3 and differences[0]["mcnemar_p"].split() == [p[0], "nan", p[2]]
+    assert differences[0]["mcnemar_first_only"].split()[1] == "nan"
+    assert f"| {float(p[0]):.2g}, –, {float(p[2]):.2g} |" in text
+
+
+def test_names_of_folders_that_are_not_utf_8(folder):
+    odd = pathlib.Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9"))
+    make_run(odd / "b3", "baseline", 3, 5.0, epochs_done=3)
+    page, text, _, _ = written(folder)
+    assert all("/caf\\xe9/b3 is not finished: 3 of 12 epochs" in one for one in (page, text))
+
+
+def test_a_tilde_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    made = report.report(["~/b0"], "~/out")
+    assert made.files[0] == str(folder / "out" / "report.html")
+
+
+def test_values_that_are_not_finite_are_not_drawn(folder):
+    path = folder / "p0" / "metrics.csv"
+    lines = path.read_text().splitlines()
+    lines[-1] = lines[-1].rpartition(",")[0] + ",nan"
+    path.write_text("\n".join(lines))
+    assert "Diversity of the peers" in written(folder)[0]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(folder):

@@ -103,6 +103,66 @@ def test_names_are_those_of_the_nearest_file_that_fits(made, tmp_path, caplog):
     assert "has 3 outputs, and the file beside it has 2 names" in caplog.text
 
 
+def test_names_come_from_a_list(made, tmp_path, caplog):
+    """In an object, as other programs write it, the numbers of the classes may be the values."""
+    model, folder, _ = made
+    path = tmp_path / "network.tflite"
+    path.write_bytes(pathlib.Path(tflite(model, folder)).read_bytes())
+    (tmp_path / "classes.json").write_text('{"dog": 1, "cat": 0, "rat": 2}', encoding="utf-8")
+    assert runtimes.load(str(path)).classes == ("0", "1", "2")
+    assert "classes.json: ValueError: it is no list" in caplog.text
+    (tmp_path / "labels.txt").write_text("cat\ndog\nrat\n", encoding="utf-8")
+    assert runtimes.load(str(path)).classes == ("cat", "dog", "rat")
+
+
+@pytest.mark.parametrize("form", ["saved_model", "float", "int8"])
+def test_networks_that_give_probabilities_alone(form, tmp_path):
+    """The softmax of what is taken for logits is what the network says."""
+    keras.utils.set_random_seed(0)
+    images = keras.Input(SHAPE)
+    x = keras.layers.Flatten()(keras.layers.Rescaling(1 / 99)(images))
+    # Most of so many rounded probabilities are 0.
+    model = keras.Model(images, keras.layers.Dense(600, activation="softmax")(x))
+    expected = model.predict(IMAGES.astype(np.float32), verbose=0)
+    path, atol = str(tmp_path / "network.tflite"), 1e-6
+    if form == "saved_model":
+        path = str(tmp_path / "network")
+        model.save(path, save_format="tf")
+    else:
+        converter = tf.lite.TFLiteConverter.from_keras_model(model)
+        if form == "int8":
+            converter.optimizations, atol = [tf.lite.Optimize.DEFAULT], 1 / 100
+            converter.representative_dataset = lambda: ([x[None].astype("f")] for x in IMAGES)
+            converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+            converter.inference_input_type = converter.inference_output_type = tf.int8
+        pathlib.Path(path).write_bytes(converter.convert())
+    found = np.exp(runtimes.load(path).logits(IMAGES))
+    np.testing.assert_allclose(found, expected, atol=atol)
+    assert 0.01 < found.max() < 0.9
+
+
+def test_outputs_of_saved_models(tmp_path):
+    def made(**outputs):
+        module = tf.Module()
+        spec = tf.TensorSpec([None, *SHAPE], tf.float32, name="images")
+        answer = lambda x: {name: of(tf.reshape(x, [-1, 72])) for name, of in outputs.items()}
+        serve = tf.function(answer, input_signature=[spec])
+        folder = str(tmp_path / "_".join(outputs))
+        tf.saved_model.save(module, folder, {"serving_default": serve})
+        return folder
+
+    path = made(aux_logits=lambda x: -x[:, :3], logits=lambda x: x[:, :3])
+    np.testing.assert_array_equal(runtimes.load(path).logits(IMAGES), IMAGES[:, 0, 0])
+    # What is called so is so, whatever it sums to.
+    path = made(logits=lambda x: tf.nn.softmax(x[:, :3] / 255))
+    assert runtimes.load(path).logits(IMAGES).min() >= 0
+    with pytest.raises(UserError, match="one of several must be named logits"):
+        runtimes.load(made(first=lambda x: x[:, :3], second=lambda x: x[:, :3]))
+    for path in (made(sum=tf.reduce_sum), made(pixels=lambda x: tf.reshape(x, [-1, *SHAPE]))):
+        with pytest.raises(UserError, match="no fixed number of logits"):
+            runtimes.load(path)
+
+
 def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypatch):
     _, _, saved_model = made
     for name in ("a.tflite", "b.onnx", "c.bin", "d/saved_model.pb"):
@@ -124,6 +184,10 @@ def test_what_cannot_be_loaded_is_said_in_one_sentence(made, tmp_path, monkeypat
     for name in "c.bin", "empty", "absent":
         with pytest.raises(UserError, match=f"the network {tmp_path / name} "):
             runtimes.find(str(tmp_path / name))
+    # Of two classes with one output, that would be the first for any image.
+    for outputs, text in {1: "a single logit", None: "no fixed number of logits"}.items():
+        with pytest.raises(UserError, match=f"gives {text}: give a classifier of at least two"):
+            runtimes.Runtime("a", [None, *SHAPE], outputs, lambda images: images)
     for images in (IMAGES[0], IMAGES.astype(np.float32), IMAGES[:, 1:]):
         with pytest.raises(UserError, match="it takes uint8"):
             runtimes.load(saved_model).logits(images)

@@ -47,6 +47,17 @@ def test_one_seed_or_equal_differences_say_nothing(first):
     assert found.clear is None and found.verdict == "not known"
 
 
+def test_rounding_makes_equal_differences_no_others():
+    """One image of 360 in each pair, as results.json has it: 0.8333 − 0.5556 is not 0.2778."""
+    wrong = {0: (3, 2), 1: (19, 18), 2: (20, 19)}
+    first, second = ({s: round(100 * w[k] / 360, 4) for s, w in wrong.items()} for k in (0, 1))
+    assert len({round(first[s] - second[s], 6) for s in wrong}) == 2
+    found = statistics.paired(first, second)
+    assert found.low is None and found.verdict == "not known"
+    # One image of 100,000 is a difference.
+    assert statistics.paired({0: 5.001, 1: 5.0}, {0: 4.0, 1: 4.0}).verdict == "more than noise"
+
+
 @pytest.mark.parametrize(("a", "b"), [(1, 5), (12, 3), (4, 4), (0, 3), (0, 0)])
 def test_mcnemar_is_a_coin_thrown_for_each_image_that_differs(a, b):
     first = np.array([True] * a + [False] * b + [True] * 20 + [False] * 7)

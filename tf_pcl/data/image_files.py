@@ -147,7 +147,9 @@ def _png(data: bytes) -> Header:
 def _jpeg(data: bytes) -> Header:
     turn, at = None, 2
     while True:
-        at = data.index(b"\xff", at)
+        at = data.find(b"\xff", at)
+        if at < 0:
+            raise ValueError("the file ends within its header")
         marker, size = struct.unpack_from(">xBH", data, at)
         if marker == 0xFF:  # Any number of these may precede a marker.
             at += 1
@@ -309,21 +311,26 @@ def upright(image: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
 def decode(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     """Decodes the bytes of an image file, uint8 [H, W, channels]; an animation's first frame."""
     # TensorFlow's default for JPEG is wrong by up to 6 levels, and differently if the photo is
-    # stored turned. Most other programs use the accurate method.
+    # stored turned. Most other programs use the accurate method. It cannot make CMYK grey.
     image = tf.cond(
         tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.io.decode_jpeg(encoded, 3, dct_method="INTEGER_ACCURATE"),
         lambda: tf.cond(
             tf.strings.substr(encoded, 0, 4) == b"\x89PNG",
-            lambda: tf.io.decode_png(encoded, channels),
-            lambda: _gif_or_bmp(encoded, channels),
+            lambda: tf.io.decode_png(encoded, 3),
+            lambda: _gif_or_bmp(encoded),
         ),
     )
-    image.set_shape([None, None, channels])
-    return image
+    return _of_channels(image, channels)
 
 
-def _gif_or_bmp(encoded: tf.Tensor, channels: int) -> tf.Tensor:
+def _of_channels(image: tf.Tensor, channels: int) -> tf.Tensor:
+    """Returns an image uint8 [H, W, 3] as uint8 [H, W, channels]."""
+    image.set_shape([None, None, 3])
+    return tf.image.rgb_to_grayscale(image) if channels == 1 else image
+
+
+def _gif_or_bmp(encoded: tf.Tensor) -> tf.Tensor:
     image = tf.io.decode_image(encoded, 3, expand_animations=False)
     image.set_shape([None, None, 3])
     data, little = _Bytes(encoded), True
@@ -334,10 +341,9 @@ def _gif_or_bmp(encoded: tf.Tensor, channels: int) -> tf.Tensor:
     start = 14 + data.number(tf.constant(14, tf.int64), 4, little)
     colours = start + 4 * tf.range(256, dtype=tf.int64)[:, None] + [2, 1, 0]
     palette = tf.gather(data.bytes, tf.minimum(colours, data.size))
-    image = tf.cond(
+    return tf.cond(
         numbered, lambda: tf.gather(palette, tf.cast(image[..., 0], tf.int32)), lambda: image
     )
-    return tf.image.rgb_to_grayscale(image) if channels == 1 else image
 
 
 def decode_any(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
@@ -352,9 +358,7 @@ def decode_any(encoded: tf.Tensor, channels: int = 3) -> tf.Tensor:
     """
 
     def by_pillow() -> tf.Tensor:
-        image = tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8)
-        image.set_shape([None, None, 3])
-        return image if channels == 3 else tf.image.rgb_to_grayscale(image)
+        return _of_channels(tf.numpy_function(_decode_by_pillow, [encoded], tf.uint8), channels)
 
     start = tf.strings.substr(encoded, 0, 4)
     image = tf.cond(

@@ -58,11 +58,17 @@ class Finished:
         try:
             results = workdirs.read_json(workdir.results)
             results["error"][results["deployed"]], results["epochs"]
+            done = report.ended(results, chosen)
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(
                 f"{workdir.results} is damaged ({one_line(e)}): give the command of the run again "
                 "to write it"
             ) from e
+        if not done:
+            raise UserError(
+                f"the run in {path} trains anew and has not ended: give its command again to "
+                "resume it"
+            )
         return cls(path, chosen, results)
 
     def exit_name(self, wanted: str) -> str:
@@ -99,8 +105,9 @@ class Finished:
     def network(self, exit_name: str, data: ImageData) -> keras.Model:
         """Returns the network of an exit.
 
-        For the deployed exit, it is the SavedModel of the run. Other networks, and those that were
-        trained in mixed precision, are built again in float32 with the weights of the checkpoint.
+        For the deployed exit, it is the SavedModel of the run. Other networks, those that were
+        trained in mixed precision, and those with layers of the user's own are built again in
+        float32 with the weights of the checkpoint.
 
         Args:
           exit_name: its name in results.json.
@@ -113,7 +120,12 @@ class Finished:
           UserError: if the method has no network for this exit, or the checkpoint cannot be read.
         """
         if exit_name == self.results["deployed"] and self.options.precision == "float32":
-            return export.load(Workdir(self.path).export, data.classes)
+            try:
+                return export.load(Workdir(self.path).export, data.classes)
+            except UserError:
+                # No code of a file is run, but the function that builds the network is known.
+                if ":" not in self.options.network:
+                    raise
         plain = dataclasses.replace(self.options, precision="float32", deterministic=False)
         strategies.prepare(plain)
         model = build_all(run.assemble(plain, data)[1])[-1]
@@ -134,9 +146,12 @@ class Finished:
                 return
             except Exception as e:  # A damaged file raises anything.
                 problem = f"a damaged checkpoint ({one_line(e)})"
+        other = exit_name != self.results["deployed"]
         raise UserError(
             f"{self.path} has {problem} of epoch {exported}, which the network of "
-            f"`exit={exit_name}` needs: train again with `deploy`, or export the deployed exit"
+            f"`exit={exit_name}` needs: train again"
+            + " with `deploy`, or export the deployed exit"
+            * other
         )
 
     def siblings(self) -> list["Finished"]:

@@ -14,6 +14,7 @@ import numpy as np
 
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData, datasets
+from tf_pcl.data.class_names import escape
 from tf_pcl.deploy.finished import Finished, errors_by_exit
 from tf_pcl.options import Options
 from tf_pcl.surgery.observe import flops
@@ -56,6 +57,7 @@ def write(
         parameters=int(sum(np.prod(w.shape) for w in network.trainable_weights)),
         multiply_adds=sum(flops(network).values()) // 2,
         command=_command(options),
+        also=_also(options),
         machine=f"{platform.machine()}, {os.cpu_count()} CPU cores",
         served=os.path.exists(os.path.join(folder, workdirs.SAVED_MODEL)),
         dataset=_dataset(options),
@@ -95,6 +97,14 @@ def _command(options: Options) -> str:
     return " \\\n    ".join(["tf-pcl train", *flags])
 
 
+def _also(options: Options) -> str:
+    """Returns a sentence about what the command lacks, since it differs between machines; or ""."""
+    files = {"data_dir": "the folder of the data", "labels": "the file of their labels"}
+    lacking = [f"`--{name}`, {what}" for name, what in files.items() if getattr(options, name)]
+    have = "have" if len(lacking) > 1 else "has"
+    return f" {', and '.join(lacking)}, {have} to be given too." if lacking else ""
+
+
 def _plain(name: str) -> str:
-    """Returns a name, escaped for a line of Markdown."""
-    return re.sub(r"([\\`*_|<>&$\[\]])", r"\\\1", " ".join(name.split()))
+    """Returns a name as labels.txt has it, escaped for a line of Markdown."""
+    return re.sub(r"([\\`*_|<>&$\[\]])", r"\\\1", " ".join(escape(name).split()))

@@ -47,6 +47,8 @@ class Runtime:
     """
 
     kind = ""
+    # What the outputs are, "logits" or "probabilities", if their name or format tells it.
+    _gives: Optional[str] = None
 
     def __init__(
         self,
@@ -61,8 +63,9 @@ class Runtime:
                 f"{path} takes an input of the shape {list(shape)}: a network of images takes "
                 "[N, H, W, C] with a fixed height H and width W and 1 or 3 channels C"
             )
-        if not _is_count(outputs):
-            raise UserError(f"{path} gives no fixed number of logits: give a classifier of images")
+        if not _is_count(outputs) or outputs < 2:
+            given = "a single logit" if outputs == 1 else "no fixed number of logits"
+            raise UserError(f"{path} gives {given}: give a classifier of at least two classes")
         self.path, self._run, self.logits_of_bytes = path, run, run_bytes
         self.image_shape = tuple(int(n) for n in shape[1:] if n)
         self._fixed = int(shape[0]) if _is_count(shape[0]) and shape[0] else None
@@ -104,6 +107,24 @@ class Runtime:
             parts.append(np.asarray(self._run(padded), np.float32)[: len(part)])
         return np.concatenate(parts)
 
+    def take_logarithms(self) -> None:
+        """Makes `logits` return logarithms of the outputs if these are probabilities.
+
+        Networks of other programs often end in a softmax. The softmax of its logarithm is what they
+        say; that of the probabilities themselves would be another one. If neither name nor format
+        tells, images that differ much do: probabilities sum to 1.
+        """
+        if self._gives == "logits":
+            return
+        images = np.random.RandomState(0).randint(0, 256, (4, *self.image_shape)).astype(np.uint8)
+        images[0], images[1] = 0, 255
+        found = self.logits(images)
+        likely = found.min() >= 0 and np.allclose(found.sum(1), 1, atol=0.01)
+        if likely or self._gives == "probabilities":
+            logarithm = lambda run: lambda given: np.log(np.maximum(run(given), np.float32(1e-37)))
+            self._run = logarithm(self._run)
+            self.logits_of_bytes = self.logits_of_bytes and logarithm(self.logits_of_bytes)
+
 
 class SavedModel(Runtime):
     """A SavedModel, run by TensorFlow through its signatures."""
@@ -129,11 +150,12 @@ class SavedModel(Runtime):
             )
         ((name, spec),) = inputs.items()
         logits = _choose_logits(path, list(outputs))
+        self._gives = _told_by(logits)
         encoded = signatures.get("serve_bytes")
         super().__init__(
             path,
             spec.shape.as_list() if spec.shape.rank else [],
-            outputs[logits].shape[-1],
+            _width(outputs[logits].shape),
             lambda images: serve(**{name: tf.cast(images, spec.dtype)})[logits].numpy(),
             encoded and (lambda files: encoded(image_bytes=tf.constant(files))[logits].numpy()),
         )
@@ -162,17 +184,20 @@ class TFLite(Runtime):
             raise UserError(
                 f"{path} has {len(given)} inputs: a network of images has one, the images"
             )
-        self._input, self._output = given[0], made[0]
+        self._input = given[0]
         if "serving_default" in signatures:
             runner = self._interpreter.get_signature_runner("serving_default")
             outputs = runner.get_output_details()
-            self._output = outputs[_choose_logits(path, list(outputs))]
-        elif len(made) > 1:
-            names = [detail["name"] for detail in made]
-            self._output = made[names.index(_choose_logits(path, names))]
-        super().__init__(
-            path, self._input["shape_signature"].tolist(), int(self._output["shape"][-1]), self._of
-        )
+        else:
+            outputs = {detail["name"]: detail for detail in made}
+        logits = _choose_logits(path, list(outputs))
+        self._output, self._gives = outputs[logits], _told_by(logits)
+        # Rounded probabilities of many classes may all be 0. TFLite fixes the scale of a softmax.
+        lowest = {np.uint8: 0, np.int8: -128}.get(self._output["dtype"])
+        if self._output["quantization"] == (1 / 256, lowest):
+            self._gives = "probabilities"
+        shape = self._input["shape_signature"].tolist()
+        super().__init__(path, shape, _width(self._output["shape"].tolist()), self._of)
 
     def _of(self, images: np.ndarray) -> np.ndarray:
         place = self._input["index"]
@@ -214,11 +239,12 @@ class ONNX(Runtime):
         name, dtype = inputs[0].name, types[inputs[0].type]
         logits = _choose_logits(path, [one.name for one in outputs])
         (shape,) = (one.shape for one in outputs if one.name == logits)
+        self._gives = _told_by(logits)
         super().__init__(
             path,
             # A size that is not fixed has a name.
             [n if isinstance(n, int) else None for n in inputs[0].shape],
-            shape[-1],
+            _width(shape),
             lambda images: self._session.run([logits], {name: images.astype(dtype)})[0],
         )
 
@@ -255,13 +281,24 @@ def find(path: str) -> Callable[[], Runtime]:
                 f"the network {path} holds no SavedModel: give the workdir of a run that has "
                 f"ended, or {forms}"
             )
-        return functools.partial(SavedModel, folder)
+        return functools.partial(_loaded, SavedModel, folder)
     if not os.path.isfile(path):
         raise UserError(f"the network {path} is not there: give {forms}")
     suffix = os.path.splitext(path)[1].lower()
     if suffix not in FILES:
         raise UserError(f"the network {path} has no suffix of a known format: give {forms}")
-    return functools.partial(FILES[suffix], path)
+    return functools.partial(_loaded, FILES[suffix], path)
+
+
+def _loaded(form: Callable[[str], Runtime], path: str) -> Runtime:
+    runtime = form(path)
+    runtime.take_logarithms()
+    return runtime
+
+
+def _width(shape: Any) -> Any:
+    """Returns K of the shape [N, K] of outputs, None for one of another rank."""
+    return shape[1] if len(shape or ()) == 2 else None
 
 
 def _is_count(number: Any) -> bool:
@@ -270,6 +307,8 @@ def _is_count(number: Any) -> bool:
 
 def _choose_logits(path: str, names: list[str]) -> str:
     """Returns the name of the output that has the logits."""
+    if "logits" in names:
+        return "logits"
     if len(names) == 1:
         return names[0]
     found = [name for name in names if "logits" in name]
@@ -278,6 +317,11 @@ def _choose_logits(path: str, names: list[str]) -> str:
             f"{path} has the outputs {', '.join(names)}: one of several must be named logits"
         )
     return found[0]
+
+
+def _told_by(name: str) -> Optional[str]:
+    """Returns what the name of an output tells of it."""
+    return "logits" if "logits" in name else None
 
 
 def _quantised(images: np.ndarray, detail: dict[str, Any]) -> np.ndarray:
@@ -299,16 +343,25 @@ def _names(path: str) -> Optional[list[str]]:
     """Returns the names of the classes from the folder of a network or the two above it."""
     folder = os.path.abspath(path)
     for _ in range(3):
-        as_json, as_lines = (os.path.join(folder, n) for n in (workdirs.NAMES, workdirs.LABELS))
-        try:
-            if os.path.isfile(as_json):
-                with open(as_json, encoding="utf-8") as f:
-                    return [str(name) for name in json.load(f)]
-            if os.path.isfile(as_lines):
-                with open(as_lines, encoding="utf-8") as f:
-                    lines = f.read().rstrip("\n").split("\n")
-                return [class_names.unescape(line) for line in lines]
-        except (OSError, ValueError, TypeError) as e:
-            logging.warning("names of classes cannot be read from %s: %s", folder, one_line(e))
+        for name, names_in in ((workdirs.NAMES, _json_list), (workdirs.LABELS, _lines)):
+            file = os.path.join(folder, name)
+            try:
+                if os.path.isfile(file):
+                    with open(file, encoding="utf-8") as f:
+                        return names_in(f.read())
+            except (OSError, ValueError) as e:
+                logging.warning("names of classes cannot be read from %s: %s", file, one_line(e))
         folder = os.path.dirname(folder)
     return None
+
+
+def _json_list(text: str) -> list[str]:
+    names = json.loads(text)
+    # The order of an object need not be that of the outputs.
+    if not isinstance(names, list):
+        raise ValueError("it is no list")
+    return [str(name) for name in names]
+
+
+def _lines(text: str) -> list[str]:
+    return [class_names.unescape(line) for line in text.rstrip("\n").split("\n")]

@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 
 import tf_pcl
+from tf_pcl.data.class_names import escape
 from tf_pcl.errors import UserError
 from tf_pcl.study import comparisons, cost, figures, paper, runs, statistics, tables
 from tf_pcl.study.comparisons import Comparison
@@ -64,8 +65,9 @@ def report(paths: Sequence[str], output: str) -> Report:
     Raises:
       UserError: if no finished run is found, or the folder cannot be written.
     """
-    study = runs.read(paths)
-    notes = list(study.notes)
+    study, output = runs.read(paths), os.path.expanduser(output)
+    # Paths may hold bytes that are not UTF-8.
+    notes = [escape(note) for note in study.notes]
     chapters = [_chapter(section, notes) for section in study.sections]
     warnings = _alike(study.sections)
     markdown = _markdown(chapters, warnings, notes)

@@ -39,6 +39,7 @@ class Run:
       results: the contents of results.json; None before the first test of the last stage.
       rows: the rows of metrics.csv of the last stage.
       data: the contents of data.json, {} if there is none.
+      done: whether its training has come to its end.
     """
 
     path: str
@@ -46,11 +47,7 @@ class Run:
     results: Optional[dict[str, Any]]
     rows: Sequence[Mapping[str, float]]
     data: Mapping[str, Any]
-
-    @property
-    def done(self) -> bool:
-        """Whether its training has come to its end."""
-        return self.results is not None and ended(self.results, self.options)
+    done: bool
 
     def predictions(self) -> Optional[tuple[np.ndarray, np.ndarray]]:
         """Returns labels int64 [N] and logits float32 [N, K] of the test images, if stored."""
@@ -130,10 +127,10 @@ class Group:
     def curve(self, column: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns epochs [E] and values [seeds, E] of a column of metrics.csv.
 
-        Epochs that are not in all runs are left out; E may be 0.
+        Epochs without a finite value in each run are left out; E may be 0.
         """
         found = [
-            {row["epoch"]: row[column] for row in run.rows if column in row}
+            {row["epoch"]: row[column] for row in run.rows if np.isfinite(row.get(column, np.nan))}
             for run in self.runs.values()
         ]
         epochs = sorted(set.intersection(*(set(one) for one in found)))
@@ -186,7 +183,7 @@ def read(paths: Iterable[str]) -> Study:
     for path in dict.fromkeys(os.path.realpath(p) for given in paths for p in _workdirs(given)):
         try:
             found.append(_read(path))
-        except (UserError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             notes.append(f"{path} cannot be read and is left out: {e}")
     if not any(run.done for run in found):
         raise UserError(
@@ -201,6 +198,7 @@ def read(paths: Iterable[str]) -> Study:
 
 def _workdirs(path: str) -> Iterator[str]:
     """Yields the workdirs at and below a path, except for those of earlier stages."""
+    path = os.path.expanduser(path)
     if not os.path.isdir(path):
         raise UserError(f"{path} is no folder: give workdirs of runs, or folders that hold them")
     for folder, names, files in os.walk(path):
@@ -231,7 +229,8 @@ def _read(path: str) -> Run:
         errors = [*results["error"].values(), results["deployed_error"]]
         if not np.isfinite(errors).all() or results["deployed"] not in results["error"]:
             raise UserError("the errors in its results.json are not finite, or not those of a run")
-    return Run(path, given, results, rows, data or {})
+    done = results is not None and ended(results, given)
+    return Run(path, given, results, rows, data or {}, done)
 
 
 def _results(run: Run) -> dict[str, Any]:
@@ -254,7 +253,8 @@ def _sections(found: Sequence[Run], notes: list[str]) -> list[Section]:
         for seed, runs in sorted(seeds.items()):
             first, *others = sorted(runs, key=lambda run: not run.done)
             (done if first.done else unfinished)[seed] = first
-            notes += [f"{run.path} is left out: {first.path} is the same run" for run in others]
+            same = f"is left out: {first.path} has the same options and seed"
+            notes += [f"{run.path} {same}" for run in others]
         settings = dict(key)
         notes += [_unfinished(run) for run in unfinished.values()]
         if done:

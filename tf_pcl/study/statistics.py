@@ -9,6 +9,8 @@ from scipy import stats
 CONFIDENCE = 0.95
 # The bootstrap's samples. The ends of its interval vary by about 1 % of its width then.
 _SAMPLES = 10_000
+# How far equal differences of errors may lie apart, since these are rounded to four digits.
+_EQUAL = 2.001e-4
 
 
 class Summary(NamedTuple):
@@ -90,7 +92,7 @@ def paired(first: Mapping[int, float], second: Mapping[int, float]) -> Optional[
     if not len(differences):
         return None
     mean = float(np.mean(differences))
-    if len(differences) < 2 or np.ptp(differences) < 1e-9:
+    if len(differences) < 2 or np.ptp(differences) < _EQUAL:
         return Difference(len(differences), mean)
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1) * stats.sem(differences)
     return Difference(len(differences), mean, float(mean - half), float(mean + half))

@@ -4,6 +4,7 @@ import csv
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from math import nan
 from typing import Any, NamedTuple, Optional
 
 from tf_pcl.study import paper, statistics
@@ -83,7 +84,7 @@ def differences(comparisons: Sequence[Comparison]) -> Table:
                 _interval(seeds),
                 "no seed in common" if seeds is None else seeds.verdict,
                 _interval(c.images),
-                ", ".join(f"{m.p:.2g}" for m in c.mcnemar.values()) or NONE,
+                ", ".join(f"{m.p:.2g}" if m else NONE for m in _tests(c)) or NONE,
             ]
         )
     columns = [
@@ -138,7 +139,7 @@ def differences_csv(found: Iterable[tuple[Section, Sequence[Comparison]]]) -> st
     rows: list[dict[str, Any]] = []
     for section, comparisons in found:
         for c in comparisons:
-            seeds, images, tests = c.seeds, c.images, list(c.mcnemar.values())
+            seeds, images, tests = c.seeds, c.images, _tests(c)
             rows.append(
                 {
                     "data": section.data,
@@ -155,7 +156,7 @@ def differences_csv(found: Iterable[tuple[Section, Sequence[Comparison]]]) -> st
                     "images_low": images and images.low,
                     "images_high": images and images.high,
                     **{
-                        f"mcnemar_{name}": " ".join(f"{getattr(m, name):.4g}" for m in tests)
+                        f"mcnemar_{name}": " ".join(f"{getattr(m, name, nan):.4g}" for m in tests)
                         for name in McNemar._fields
                     },
                 }
@@ -191,6 +192,12 @@ _HEADS = {
     "higher cost": "against baseline, higher cost",
     "": "against the first",
 }
+
+
+def _tests(c: Comparison) -> list[Optional[McNemar]]:
+    """Returns McNemar's test of each common seed, None without predictions; [] if all lack them."""
+    seeds = sorted({*c.group.runs} & {*c.against.runs})
+    return [c.mcnemar.get(seed) for seed in seeds] if c.mcnemar else []
 
 
 def _others(group: Group) -> str:

@@ -263,6 +263,14 @@ class Workdir:
             lines = "".join(f"{class_names.escape(path)}\n" for path in paths)
             write(os.path.join(self.path, f"{split}_images.txt"), lines)
 
+    def read_list(self, split: str) -> set[str]:
+        """Returns the escaped paths that `write_lists` wrote for a split, if it wrote any."""
+        try:
+            with open(os.path.join(self.path, f"{split}_images.txt"), encoding="utf-8") as f:
+                return set(f.read().split("\n")[:-1])
+        except FileNotFoundError:
+            return set()
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keeps other processes out of this folder, which is made if it does not exist.

@@ -61,6 +61,7 @@ def _evaluate(rest: list[str]) -> None:
     of_run = _options_of_run(workdir)
     chosen = _options(of_run, runtime.image_shape)
     data = _load(chosen)
+    _refuse_trained(workdir, data, values.split)
     found = evaluate.evaluate(
         runtime,
         data,
@@ -85,8 +86,8 @@ def _evaluate(rest: list[str]) -> None:
 def _workdir(path: str) -> Optional[str]:
     """Returns the workdir in which a network lies, if it lies in one."""
     folder = os.path.abspath(os.path.expanduser(path))
-    # WORKDIR/export/saved_model/1 is the deepest place.
-    for _ in range(4):
+    # WORKDIR/export/EXIT/folded/saved_model/1 is the deepest place.
+    for _ in range(6):
         if os.path.isfile(os.path.join(folder, "flags.txt")):
             return folder
         folder = os.path.dirname(folder)
@@ -125,7 +126,32 @@ def _load(chosen: "Options") -> "ImageData":
         if e.parameter not in division or not flags.FLAGS.data_dir:
             raise
         undivided: dict[str, Any] = dict.fromkeys([*division, "labels_columns"])
-        return run.load_data(dataclasses.replace(chosen, **undivided))
+        try:
+            return run.load_data(dataclasses.replace(chosen, **undivided))
+        except UserError as other:
+            # What a folder lacks that needs a file of labels would mislead.
+            raise (e if e.parameter == "labels" else other) from None
+
+
+def _refuse_trained(workdir: Optional[str], data: "ImageData", split: str) -> None:
+    """Refuses images of a split if the run was trained on some, by the names of their files.
+
+    A folder that has lost or gained an image since is divided otherwise.
+    """
+    from tf_pcl.data.class_names import escape
+    from tf_pcl.training.workdir import Workdir
+
+    if workdir is None or split == "train":
+        return
+    names = {escape(path) for path in data.lists.get(split, ())}
+    both = sorted(names & Workdir(workdir).read_list("train"))
+    if both:
+        raise UserError(
+            f"{len(both):,} of {len(names):,} {split} images have the names of images that the run "
+            f"was trained on, such as {both[0]}: the folder has other images than it had then, so "
+            "its division is another one. Give the images that it had, or others as "
+            "SPLIT/CLASS/IMAGE with `data_dir`"
+        )
 
 
 def _beside(path: str, workdir: Optional[str], chosen: "Options", data: "ImageData") -> str:
