@@ -101,5 +101,7 @@ def test_what_may_give_something_else_again_is_not_repeated():
     own = with_norm(SHAPE, CLASSES, [keras.layers.Lambda(tf.identity)])
     plain = with_norm(SHAPE, CLASSES)
     more = with_norm(SHAPE, CLASSES, [keras.layers.BatchNormalization(renorm=True)])
-    for network, repeatable in (dropped, False), (own, False), (more, False), (plain, True):
+    waits = with_norm(SHAPE, CLASSES, [keras.layers.BatchNormalization(synchronized=True)])
+    others = (dropped, False), (own, False), (more, False), (waits, False)
+    for network, repeatable in (*others, (plain, True)):
         assert all(part.repeatable for part in recompute.parts(network)) == repeatable

@@ -145,9 +145,10 @@ def _is_repeatable(layer: keras.layers.Layer) -> bool:
 
 
 def _is_norm(layer: keras.layers.Layer) -> bool:
-    # With renorm=True it has further statistics.
-    norm = keras.layers.BatchNormalization
-    return type(layer) is norm and not getattr(layer, "renorm", False)
+    # With renorm=True it has further statistics. With synchronized=True, replicas wait within it
+    # for others that may be in another pass; see replicas._moments.
+    special = getattr(layer, "renorm", False) or getattr(layer, "synchronized", False)
+    return type(layer) is keras.layers.BatchNormalization and not special
 
 
 def _call(
