@@ -10,7 +10,7 @@ from tensorflow import keras
 from tf_pcl import methods, networks
 from tf_pcl.errors import UserError
 from tf_pcl.methods import METHODS
-from tf_pcl.optimizer import CoupledSGD
+from tf_pcl.optimizer import CoupledSGD, current_rate
 
 rng = np.random.RandomState(0)
 N, SHAPE, CLASSES = 50, (8, 8, 1), 10
@@ -628,6 +628,9 @@ def test_the_recipe_follows_the_steps_where_the_optimizer_is_new(tmp_path):
     model.compile()
     fit(model, rates, epochs=4)
     np.testing.assert_allclose(rates.rates, [0.01, 0.01, 0.001, 0.001], rtol=1e-5)
+    model.compile(epochs=8, steps_per_epoch=2)
+    model.train_on_batch(IMAGES[:25], LABELS[:25])
+    np.testing.assert_allclose(current_rate(model.optimizer), 0.001, rtol=1e-5)
     # A file without the state of the optimizer.
     model = tiny()
     model.step.assign(8)

@@ -6,7 +6,7 @@ import tensorflow as tf
 from helpers import CLASSES, SHAPE, assert_close, batch, build, noise, slow_but, with_norm
 from tensorflow import keras
 
-from tf_pcl import networks
+from tf_pcl import networks, surgery
 from tf_pcl.methods import METHODS
 from tf_pcl.surgery import recompute
 
@@ -59,6 +59,32 @@ def test_on_two_replicas(digits, two_replicas):
     np.testing.assert_allclose(*losses, rtol=1e-6)
 
 
+@pytest.mark.parametrize("method", slow_but(["baseline", "pcl"], "baseline"))
+def test_statistics_of_two_replicas_are_collected_once(method, digits, two_replicas):
+    """Within a part, a replica waits for the others, which go on to the next pass or part."""
+
+    def network(input_shape, num_classes):
+        made = with_norm(input_shape, num_classes)
+        made.get_layer("n2").fused = False
+        return made
+
+    usual = build(method, network)
+    images = batch(usual, digits)
+    usual.train_step(images)
+    with two_replicas.scope():
+        model = build(method, network, recompute=True)
+    assert surgery.synchronize(model) == []
+    model.fit(tf.data.Dataset.from_tensors(images), verbose=0)
+    norms = [layer for layer in surgery.graph.sublayers(model) if hasattr(layer, "momentum")]
+    assert norms and all(layer.momentum == 0.99 for layer in norms)
+    assert_close(
+        [w.numpy() for w in model.non_trainable_weights],
+        [w.numpy() for w in usual.non_trainable_weights],
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
 @pytest.mark.parametrize("name", ["resnet14", "vgg16", "densenet40_12"])
 def test_parts_together_are_the_network(name):
     network = networks.build(name, (32, 32, 3), 10)
@@ -75,5 +101,7 @@ def test_what_may_give_something_else_again_is_not_repeated():
     own = with_norm(SHAPE, CLASSES, [keras.layers.Lambda(tf.identity)])
     plain = with_norm(SHAPE, CLASSES)
     more = with_norm(SHAPE, CLASSES, [keras.layers.BatchNormalization(renorm=True)])
-    for network, repeatable in (dropped, False), (own, False), (more, False), (plain, True):
+    waits = with_norm(SHAPE, CLASSES, [keras.layers.BatchNormalization(synchronized=True)])
+    others = (dropped, False), (own, False), (more, False), (waits, False)
+    for network, repeatable in (*others, (plain, True)):
         assert all(part.repeatable for part in recompute.parts(network)) == repeatable

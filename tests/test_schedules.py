@@ -35,6 +35,11 @@ def test_learning_rate_drops_on_the_first_step_after_the_epoch():
     np.testing.assert_allclose(got, [0.1] * 15 + [0.01] * 5 + [0.001] * 5, rtol=1e-6)
 
 
+def test_epochs_of_drops_keep_their_digits_in_flags():
+    given = Options(epochs=20000, lr_decay_epochs=(150.0, 466.66666666666663, 12345.678))
+    assert given.as_flags()["lr_decay_epochs"] == "150,466.666666666667,12345.678"
+
+
 def test_checkpoint_every_counts_steps_or_epochs():
     assert Options(checkpoint_every="500steps").checkpoint_steps(39) == 500
     assert Options(checkpoint_every="2epochs").checkpoint_steps(39) == 78

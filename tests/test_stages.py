@@ -13,9 +13,10 @@ from tensorflow import keras
 from tf_pcl import losses as losses_module
 from tf_pcl import methods, networks
 from tf_pcl.errors import UserError
-from tf_pcl.methods.distiller import Exit
+from tf_pcl.methods.distiller import Exit, build_all
 from tf_pcl.options import Options
 from tf_pcl.training import export, run
+from tf_pcl.training.assemble import Assembly
 from tf_pcl.training.stages import Trainer
 from tf_pcl.training.workdir import Workdir
 
@@ -221,6 +222,13 @@ def test_kd_refuses_a_teacher_of_other_classes():
 def test_ctsl_mkt_refuses_a_single_network():
     with pytest.raises(UserError, match="list of networks"):
         methods.CTSLMKT(without_norm(SHAPE, CLASSES))
+
+
+def test_ctsl_mkt_refuses_networks_that_see_different_images(digits):
+    """Alone, each sees what it needs; together, they see the same."""
+    stages = methods.CTSLMKT.stages(Assembly(digits), ["helpers:other", "helpers:rescaled"])
+    with pytest.raises(UserError, match="some of the networks scale raw images themselves"):
+        build_all(stages)
 
 
 def test_ctsl_mkt_goes_on_from_the_networks_trained_alone():

@@ -1,5 +1,6 @@
 """Checkpoints, records, export, workdirs and refusals, within this process."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import weakref
 import numpy as np
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, assert_close, events, noise, without_norm
+from helpers import CLASSES, SHAPE, assert_close, events, noise, with_norm, without_norm
 from tensorflow import keras
 
 from tf_pcl import console, networks
@@ -25,8 +26,8 @@ from tf_pcl.training.workdir import Workdir
 QUICK = dict(dataset="digits", network="resnet8", epochs=2, batch_size=256, train_examples=512)
 
 
-def small_model():
-    model = METHODS["pcl"](lambda: without_norm(SHAPE, CLASSES), peers=2)
+def small_model(network=without_norm):
+    model = METHODS["pcl"](lambda: network(SHAPE, CLASSES), peers=2)
     model.compile(epochs=4, steps_per_epoch=3)
     model.build_optimizer()
     return model
@@ -71,6 +72,17 @@ def test_the_whole_state_is_in_a_checkpoint(tmp_path):
     }
 
 
+def test_dropout_goes_on_where_a_checkpoint_was_saved(tmp_path):
+    drawing = lambda *shape: with_norm(*shape, [keras.layers.Dropout(0.5, rng_type="stateful")])
+    model, other = small_model(drawing), small_model(drawing)
+    data = tf.constant(noise(8, 2, *SHAPE)), tf.constant(np.arange(8))
+    model.train_step(data)
+    Checkpoints(model, str(tmp_path)).save(1)
+    Checkpoints(other, str(tmp_path)).restore()
+    losses = [float(one.train_step(data)["loss"]) for one in (model, other)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_signal_that_python_drops_before_the_training_ends_it(tmp_path, monkeypatch):
     monkeypatch.setattr(console, "_noted", [])
@@ -90,6 +102,18 @@ def test_a_signal_that_python_drops_before_the_training_ends_it(tmp_path, monkey
     with pytest.raises(callbacks.Stopped, match="stopped by SIGTERM at step 1 of 10; saved"):
         save.on_train_batch_end(0, {"loss": 1.0})
     assert (tmp_path / "ckpt-1.index").exists()
+
+
+def test_a_signal_in_the_last_step_of_a_stage_keeps_the_next_from_beginning(tmp_path):
+    model = small_model()
+    for last in (True, False):
+        save = callbacks.Save(Checkpoints(model, str(tmp_path)), 3, 9, 10, last=last)
+        save.set_model(model)
+        save.on_train_batch_end(0)
+        save.signal = "SIGTERM"
+        stopped = pytest.raises(callbacks.Stopped, match="stopped by SIGTERM at step 10 of 10")
+        with contextlib.nullcontext() if last else stopped:
+            save.on_epoch_end(0)
 
 
 def test_a_loss_that_is_no_number_is_not_saved(tmp_path):

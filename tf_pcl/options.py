@@ -489,7 +489,7 @@ def names() -> list[str]:
 
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(f"{e:g}" for e in value)
+        return ",".join(f"{e:.15g}" for e in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -156,6 +156,10 @@ class Fitting(keras.Model):
         # TensorFlow traces a step a second time if the first trace has made variables.
         with self.distribute_strategy.scope():
             self.build_optimizer()
+        if self._own_recipe:
+            # Its rate follows the same steps as the method's own schedules, also where the model
+            # was compiled again or its weights were loaded without the optimizer's.
+            self._inner_optimizer.iterations.assign(self.step)
         return super().make_train_function(force)
 
     @property
@@ -419,10 +423,6 @@ class _Begin(keras.callbacks.Callback):
             done = self.model.step.numpy() / steps
             epochs += int(done) if done == int(done) else done
         self.model._set_length(epochs, steps)
-        if self.model._own_recipe:
-            # Its rate follows the same steps as the method's own schedules, also where the model
-            # was compiled again or its weights were loaded without the optimizer's.
-            self.model._inner_optimizer.iterations.assign(self.model.step)
 
     def on_epoch_end(self, epoch, logs=None):
         if not self.model._takes_raw or "loss/ce" not in (logs or {}):

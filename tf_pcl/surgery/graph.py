@@ -123,6 +123,15 @@ def sublayers(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:
     yield from model._flatten_layers(recursive=True, include_self=True)
 
 
+def generators(model: keras.layers.Layer) -> list[tf.random.Generator]:
+    """Returns the generators of random numbers that the layers of a model hold, such as Dropout."""
+    held: list = []
+    for layer in sublayers(model):
+        own = getattr(layer, "_random_generator", None)
+        held += [getattr(own, "_generator", None), *vars(layer).values()]
+    return list({id(g): g for g in held if isinstance(g, tf.random.Generator)}.values())
+
+
 def finalize(model: keras.Model) -> None:
     """Lets layers that hold statistics of data (Normalization) work with their present values."""
     for layer in sublayers(model):

@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
-from tf_pcl.surgery.graph import sublayers
+from tf_pcl.surgery.graph import generators
 from tf_pcl.surgery.trial import trials
 
 TOLERANCE = 1e-3  # Of the largest output; convolutions may sum in another order.
@@ -46,11 +46,7 @@ def images_for(model: keras.Model) -> tf.Tensor:
 
 def states(model: keras.Model) -> list:
     """Returns the variables that a pass may change: statistics, and states of random generators."""
-    found = list(model.non_trainable_weights)
-    for layer in sublayers(model):
-        own = getattr(layer, "_random_generator", None)
-        generators = [getattr(own, "_generator", None), *vars(layer).values()]
-        found += [g.state for g in generators if isinstance(g, tf.random.Generator)]
+    found = [*model.non_trainable_weights, *(g.state for g in generators(model))]
     return list({id(v): v for v in found}.values())
 
 

@@ -145,9 +145,10 @@ def _is_repeatable(layer: keras.layers.Layer) -> bool:
 
 
 def _is_norm(layer: keras.layers.Layer) -> bool:
-    # With renorm=True it has further statistics.
-    norm = keras.layers.BatchNormalization
-    return type(layer) is norm and not getattr(layer, "renorm", False)
+    # With renorm=True it has further statistics. With synchronized=True, replicas wait within it
+    # for others that may be in another pass; see replicas._moments.
+    special = getattr(layer, "renorm", False) or getattr(layer, "synchronized", False)
+    return type(layer) is keras.layers.BatchNormalization and not special
 
 
 def _call(
@@ -171,19 +172,20 @@ def _call(
 def _twice(part: keras.Model) -> Callable[[tf.Tensor], Any]:
     """Returns a part that is computed again for its gradient."""
     passes: list[None] = []
+    # Looked up in the first pass: in the second, another replica may have changed them already.
+    norms = [(layer, layer.momentum) for layer in sublayers(part) if _is_norm(layer)]
 
     def forward(x: tf.Tensor) -> list[tf.Tensor]:
         passes.append(None)
-        with _still(part) if len(passes) > 1 else contextlib.nullcontext():
+        with _still(norms) if len(passes) > 1 else contextlib.nullcontext():
             return tf.nest.flatten(part(x, training=True))
 
     return tf.recompute_grad(forward)
 
 
 @contextlib.contextmanager
-def _still(part: keras.Model) -> Iterator[None]:
-    """Keeps a part's BatchNorm layers from updating their moving statistics."""
-    norms = [(layer, layer.momentum) for layer in sublayers(part) if _is_norm(layer)]
+def _still(norms: Sequence[tuple[keras.layers.Layer, float]]) -> Iterator[None]:
+    """Keeps BatchNorm layers, given with their momentum, from updating their statistics."""
     try:
         for layer, _ in norms:
             layer.momentum = 1.0

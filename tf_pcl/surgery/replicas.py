@@ -122,6 +122,9 @@ def _moments(layer, usual, inputs, axes, keep_dims, mask=None):
         context.replica_id_in_sync_group, context.num_replicas_in_sync, dtype=own.dtype
     )
     place = tf.reshape(place, [-1, *[1] * own.shape.rank])
+    momentum = layer.momentum
     means, variances = tf.unstack(context.all_reduce("sum", place * own), axis=1)
+    # The threads of other replicas have run meanwhile, in which `recompute` may have changed it.
+    layer.momentum = momentum
     mean = tf.reduce_mean(means, axis=0)
     return mean, tf.reduce_mean(variances + tf.square(means - mean), axis=0)

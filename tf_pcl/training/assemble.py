@@ -76,8 +76,9 @@ class Assembly:
         """
         several = network if isinstance(network, (list, tuple)) else [network]
         targets = [self._target(one, cls) for one in several]
+        as_they_are = self._sees_raw([target.first for target in targets])
         if preprocess is None:
-            preprocess = self._preprocess(several[0], [target.first for target in targets])
+            preprocess = self._preprocess(several[0], as_they_are)
         if "split_at" in cls.parameters() and not arguments.get("split_at"):
             arguments["split_at"] = self._cut(targets[0].first)
         # Every method names the arguments of its own constructor.
@@ -125,21 +126,23 @@ class Assembly:
         line += "; peers' own classifiers start afresh" if "peers" in cls.parameters() else ""
         self._say(line)
 
-    def _preprocess(
-        self, network: Network, several: list[keras.Model]
-    ) -> Optional[keras.layers.Layer]:
-        standard = networks.standardise(self.data.mean, self.data.std)
-        if self.preprocess == "auto":
-            sample = self.data.train.first(64)
-            raw = {networks.scales_raw_images(one, sample, standard) for one in several}
-            if len(raw) > 1:
-                raise UserError(
-                    "some of the networks scale raw images themselves and some do not, so they "
-                    "cannot see the same images: give networks of one kind"
-                )
-            as_they_are = raw.pop()
-        else:
-            as_they_are = self.preprocess == "none"
+    def _sees_raw(self, several: list[keras.Model]) -> bool:
+        """Says whether the networks see raw images; UserError if only some of them should."""
+        if self.preprocess != "auto":
+            return self.preprocess == "none"
+        sample, standard = self.data.train.first(64), self._standard()
+        raw = {networks.scales_raw_images(one, sample, standard) for one in several}
+        if len(raw) > 1:
+            raise UserError(
+                "some of the networks scale raw images themselves and some do not, so they "
+                "cannot see the same images: give networks of one kind"
+            )
+        return raw.pop()
+
+    def _standard(self) -> keras.layers.Layer:
+        return networks.standardise(self.data.mean, self.data.std)
+
+    def _preprocess(self, network: Network, as_they_are: bool) -> Optional[keras.layers.Layer]:
         if as_they_are:
             self._say(
                 "images: raw, 0–255"
@@ -152,7 +155,7 @@ class Assembly:
                 self._say(f"images: through the preprocess_input of {network}")
                 return published
         self._say("images: standardised by the mean and deviation of the training images")
-        return standard
+        return self._standard()
 
     def _cut(self, network: keras.Model) -> Cut:
         """Returns where the peers' networks are cut, and says so where their author did not."""

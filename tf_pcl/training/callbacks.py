@@ -152,6 +152,7 @@ class Save(keras.callbacks.Callback):
       title: which stage of the run this is, for people; "" if there is one stage.
       of_all: a function that gathers a number of all processes, if there are several. All of them
         stop at the same step, whichever got the signal.
+      last: whether no stage follows: a signal in the last step then ends the run as planned.
     """
 
     def __init__(
@@ -162,9 +163,10 @@ class Save(keras.callbacks.Callback):
         total: int,
         title: str = "",
         of_all: Optional[Callable[[int], set[int]]] = None,
+        last: bool = True,
     ):
         super().__init__()
-        self.of_all = of_all
+        self.of_all, self.last = of_all, last
         self.of = f"{total} ({title})" if title else str(total)
         self.checkpoints, self.every, self.step, self.total = checkpoints, every, step, total
         self.signal = noted_signal()
@@ -228,7 +230,7 @@ class Save(keras.callbacks.Callback):
             )
         path = self.checkpoints.save(self.step)
         self.saved = self.step
-        if stops and not ends:
+        if stops and not (ends and self.last):
             by = self.signal or "a signal to another worker"
             raise Stopped(
                 f"stopped by {by} at step {self.step} of {self.of}; saved {path}. The same command "

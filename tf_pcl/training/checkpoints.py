@@ -1,4 +1,4 @@
-"""Checkpoints of the whole state: model, teachers, optimizer, step, metrics."""
+"""Checkpoints of the whole state: model, teachers, optimizer, random numbers, step, metrics."""
 
 import os
 import re
@@ -12,6 +12,7 @@ from absl import logging
 
 from tf_pcl import optimizer as optimizers
 from tf_pcl.errors import UserError, one_line
+from tf_pcl.surgery.graph import generators
 from tf_pcl.training import workdir as workdirs
 
 
@@ -33,8 +34,12 @@ class Checkpoints:
         keep: int = 3,
         needed: Callable[[int], Optional[int]] = lambda step: None,
     ):
-        optimizer = getattr(model, "optimizer", None)
-        state = {"optimizer": optimizer} if optimizer else {}
+        state = {}
+        if optimizer := getattr(model, "optimizer", None):
+            state["optimizer"] = optimizer
+            # Keras leaves those of its layers out.
+            if random := generators(model):
+                state["random"] = random
         self.checkpoint = tf.train.Checkpoint(model=model, **state)
         self.model, self.folder, self.keep, self.needed = model, folder, keep, needed
 

@@ -173,7 +173,8 @@ class Trainer:
         tracked = unfinished and self.strategy.extended.should_save_summary
         asked = [name for name in trackers.TRACKERS if tracked and getattr(self.options, name)]
         tracking = trackers.tracked(asked, workdir, rows, settings)
-        with Save(checkpoints, every, start, total, title, of_all) as save, tracking as further:
+        saving = Save(checkpoints, every, start, total, title, of_all, last=not later)
+        with saving as save, tracking as further:
             try:
                 feeding, stop = Feeding(self.data), StopEarly(ends, rows)
                 with self._progress(model, start, rows, title, later) as shown:
