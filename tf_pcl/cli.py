@@ -129,7 +129,7 @@ def _help(row: Verb, program: str, modules: set[str]) -> str:
         f"usage: {' '.join(filter(None, [program, row.arguments]))} [flags]\n\n"
         f"{row.summary}\n{lists}\n\n"
         "--flagfile=NAME reads flags from a file, or from the recipe of this name.\n"
-        "--helpfull lists those of absl too."
+        "--helpfull lists the flags of absl too."
     )
 
 

@@ -120,7 +120,8 @@ class Options:
     )
     peers: Optional[int] = _flag(
         None,
-        "number of peers, a leader not counted; default for several networks: theirs",
+        "number of peers, a leader not counted; default of dml and ctsl_mkt: as many as --network "
+        "names, or 3 and 2 if it names one",
         int,
         low=1,
         high=1000,
@@ -367,7 +368,7 @@ class Options:
         "memory, a slower step, the same numbers",
         run_only=True,
     )
-    jit_compile: bool = _flag(False, "compile the step with XLA; for one GPU")
+    jit_compile: bool = _flag(False, "compile the step with XLA; for one device")
     deterministic: bool = _flag(
         False, "bit for bit the same result at each run on one device; slower"
     )
@@ -394,7 +395,7 @@ class Options:
     test_every: int = _flag(1, "epochs between tests; the last epoch is always tested", low=1)
     resume: str = _flag(
         "auto",
-        "auto: go on from the workdir's checkpoint; never: refuse a workdir that has one",
+        "auto: resume the run in the workdir, if it holds one; never: refuse such a workdir",
         ("auto", "never"),
         run_only=True,
     )

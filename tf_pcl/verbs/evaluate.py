@@ -37,8 +37,15 @@ def _define_flags() -> None:
         "also measure the error on images with noise, blur, other contrast, other brightness and "
         "JPEG artifacts, each at five strengths",
     )
-    flags.DEFINE_integer("seed", 0, "seed of the noise", lower_bound=0, upper_bound=2**31 - 1)
-    flags.DEFINE_integer("worst", 24, "how many wrong images to show", lower_bound=1)
+    flags.DEFINE_integer(
+        "seed", 0, "seed of the noise of --corruptions", lower_bound=0, upper_bound=2**31 - 1
+    )
+    flags.DEFINE_integer(
+        "worst",
+        24,
+        "how many wrong images worst.csv and worst.png have, those of the highest confidence",
+        lower_bound=1,
+    )
     flags.DEFINE_string(
         "output",
         None,
