@@ -669,6 +669,8 @@ def test_trained_networks_go_on_with_the_images_they_know(digits, tmp_path, monk
     make = Assembly(digits, weights={network: path})
     models = build_all(methods.CTSLMKT.stages(make, network))
     assert [model.preprocess.name for model in models] == ["published"] * 3
+    make = Assembly(digits, weights={network: path}, preprocess="standardise")
+    assert make(methods.Baseline, network).preprocess.name == "standardise"
 
 
 def test_names(tmp_path, monkeypatch):

@@ -109,7 +109,7 @@ class Options:
     )
     initializer: Optional[str] = _flag(
         None,
-        "draw the convolutions' kernels of --network with variance 2 / fan_in or 2 / fan_out; "
+        "draw the convolutions' kernels of all networks with variance 2 / fan_in or 2 / fan_out; "
         "default: as the network does, fan_in for the networks of the table",
         ("fan_in", "fan_out"),
     )

@@ -149,7 +149,8 @@ class Assembly:
                 + (", since the network scales them itself" if self.preprocess == "auto" else "")
             )
             return None
-        if isinstance(network, str) and network in self.weights:
+        asked = self.preprocess != "auto"
+        if not asked and isinstance(network, str) and network in self.weights:
             published = networks.preprocessing(network, self.data.image_shape)
             if published is not None:
                 self._say(f"images: through the preprocess_input of {network}")

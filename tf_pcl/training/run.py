@@ -107,6 +107,7 @@ def _workdir(options: Options, worker: int) -> Workdir:
     """Returns the workdir of this process, after checking it."""
     first = Workdir.of_run(options)
     first.check(options, alone=not worker)
+    first.check_checkpoints()
     if not worker:
         return first
     workdir = Workdir.of_run(options, worker)

@@ -106,8 +106,8 @@ class Workdir:
 
         Raises:
           UserError: if the folder cannot be written, another process works in it, it holds a run
-            with other options, one of a run's earlier stages, one that is done and whose
-            checkpoints were removed, or any run where `options.resume` is "never".
+            with other options or one of a run's earlier stages, or any run where `options.resume`
+            is "never".
         """
         self._check_name()
         self._check_writable()
@@ -124,13 +124,6 @@ class Workdir:
             raise self._refused(
                 "the folder holds a run: give another workdir, or `resume=auto` to resume the run"
             )
-        if os.path.exists(os.path.join(self.export, SAVED_MODEL)) and not os.path.exists(
-            self.checkpoints
-        ):
-            raise self._refused(
-                "the run in it is done, but its checkpoints were removed, so it would be trained "
-                "again: use its results and export as they are, or give another workdir"
-            )
         # Files that have broken since then may be left out for the rest of the run.
         given, free = options.as_flags(), {*options.run_only(), "on_bad_image"}
         # An option that is newer than the run had its default there.
@@ -144,6 +137,15 @@ class Workdir:
             raise self._refused(
                 f"the folder holds a run with other options ({'; '.join(differ)}): give another "
                 "workdir or the same options"
+            )
+
+    def check_checkpoints(self) -> None:
+        """Raises UserError if a run in this folder is done and its checkpoints were removed."""
+        done = os.path.exists(os.path.join(self.export, SAVED_MODEL))
+        if done and not os.path.exists(self.checkpoints):
+            raise self._refused(
+                "the run in it is done, but its checkpoints were removed, so it would be trained "
+                "again: use its results and export as they are, or give another workdir"
             )
 
     def check_data(self, facts: Mapping[str, Any], whole: bool = True) -> None:
