@@ -123,10 +123,10 @@ def planned(values: flags.FlagValues, rest: Sequence[str] = ()) -> list[Any]:
 def _compare(rest: list[str]) -> None:
     values = flags.FLAGS
     cells = planned(values, rest)
-    from tf_pcl.study import grid, listing, report, runner
+    from tf_pcl.study import listing, report, runner
 
     if values.print_commands:
-        print(*map(grid.in_a_shell, cells), sep="\n")
+        print(*(shlex.join(cell.command()) for cell in cells), sep="\n")
         return
     runner.check(cells, alone=not values.dry_run)
     if values.dry_run:
