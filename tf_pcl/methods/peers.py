@@ -51,14 +51,9 @@ class Peers(keras.Model):
             if not branches:
                 self.cut = split_at if isinstance(split_at, Cut) else find_cut(whole, split_at)
             trunk, branch = slice_at(whole, self.cut.path)
-            _prove(
-                network,
-                whole,
-                trunk,
-                branch,
-                training=network is target.first,
-                known=_case(target, network, self.cut),
-            )
+            text = described(network)
+            known = (target.proven, ("cut", self.cut.path, text)) if text else None
+            _prove(network, whole, trunk, branch, training=network is target.first, known=known)
             if branches:
                 start_apart(branches, branch)
             else:
@@ -98,12 +93,6 @@ class Peers(keras.Model):
     def target(self, j: int = 0) -> keras.Model:
         """Returns the peer names[j] to deploy: the trunk and its branch."""
         return deployable(self.preprocess, self.trunk, self.branches[j])
-
-
-def _case(target, network, cut):
-    """Returns what proof.same takes as `known` for a network that is cut."""
-    text = described(network)
-    return None if text is None else (target.proven, ("cut", cut.path, text))
 
 
 def _prove(network, whole, trunk, branch, training, known):
