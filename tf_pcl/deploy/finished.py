@@ -161,7 +161,8 @@ class Finished:
         """
         found, mine = {self.options.seed: self}, _settings(self)
         data = Workdir(self.path).read_data()
-        for flags in sorted(glob.glob(os.path.join(glob.escape(self._beside), "*", "flags.txt"))):
+        beside = glob.escape(os.path.dirname(os.path.abspath(self.path)))
+        for flags in sorted(glob.glob(os.path.join(beside, "*", "flags.txt"))):
             try:
                 other = Finished.of(os.path.dirname(flags))
             except UserError:
@@ -172,10 +173,6 @@ class Finished:
             if same and _settings(other) == mine:
                 found.setdefault(other.options.seed, other)
         return [found[seed] for seed in sorted(found)]
-
-    @property
-    def _beside(self) -> str:
-        return os.path.dirname(os.path.abspath(self.path))
 
 
 def errors_by_exit(runs: Sequence[Finished]) -> dict[str, list[float]]:
