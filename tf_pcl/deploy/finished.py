@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import os
-from collections.abc import Sequence
 from typing import Any, Optional
 
 from tf_pcl import options
@@ -173,11 +172,6 @@ class Finished:
             if same and _settings(other) == mine:
                 found.setdefault(other.options.seed, other)
         return [found[seed] for seed in sorted(found)]
-
-
-def errors_by_exit(runs: Sequence[Finished]) -> dict[str, list[float]]:
-    """Returns {exit: test errors in percent of the exported epoch, one of each run}."""
-    return {name: [one.results["error"][name] for one in runs] for name in runs[0].results["error"]}
 
 
 def _settings(finished: Finished) -> dict[str, str]:

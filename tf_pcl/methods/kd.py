@@ -52,29 +52,16 @@ class KD(Baseline):
                 "`teacher_network` does not go with `teacher`, which brings its own network: give "
                 "one of them"
             )
-        if teacher:
-            teacher = make.trained(teacher)
-            return [
-                Stage(
-                    "student",
-                    network,
-                    lambda trained: make(cls, network, teacher=teacher, **arguments),
-                )
-            ]
+        given = make.trained(teacher) if teacher else None
         teacher_network = teacher_network or "resnet110"
-        return [
-            Stage(
-                "teacher",
-                teacher_network,
-                lambda trained: make(Baseline, teacher_network, exit_name="teacher"),
-                alone=True,
-            ),
-            Stage(
-                "student",
-                network,
-                lambda trained: make(cls, network, teacher=trained[0].deployed(), **arguments),
-            ),
-        ]
+
+        def build(trained):
+            taught_by = trained[0].deployed() if given is None else given
+            return make(cls, network, teacher=taught_by, **arguments)
+
+        alone = lambda trained: make(Baseline, teacher_network, exit_name="teacher")
+        first = [] if teacher else [Stage("teacher", teacher_network, alone, alone=True)]
+        return [*first, Stage("student", network, build)]
 
     @property
     def untrained(self):
