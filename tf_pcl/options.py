@@ -244,8 +244,6 @@ class Options:
         0.0,
         "part ε of each label that is spread over all classes, in the cross-entropy with the "
         "labels; distillation does not change",
-        low=0,
-        high=1,
     )
     temperature: Optional[float] = _flag(None, "softens teachers' and students' probabilities")
     rampup_epochs: Optional[float] = _flag(

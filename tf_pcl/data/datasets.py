@@ -16,7 +16,7 @@ import numpy as np
 
 from tf_pcl.data import digits, from_tfds, image_files, image_folder, tiny_imagenet
 from tf_pcl.data.class_names import escape
-from tf_pcl.data.splits import Loaded, Request, hold_out
+from tf_pcl.data.splits import NOT_DIVISIBLE, Loaded, Request, hold_out
 from tf_pcl.data.storage import Arrays, Files, Origin, Reading, Split, Stream
 from tf_pcl.errors import UserError, choose
 
@@ -378,11 +378,9 @@ def _checked(name: str, request: Request) -> Dataset:
 
 def _subset(train: Split, name: str, count: int, seed: int) -> Split:
     if count > len(train):
-        problem = f"it is more than the {len(train)} training images of {name}"
+        problem = f"it is more than the {len(train)} training images of {name}: give fewer"
     elif isinstance(train, Stream):
-        problem = (
-            f"it is not possible with {name}, which is too large for memory and is read in order"
-        )
+        problem = NOT_DIVISIBLE.format(name)
     else:
         return train.subset(np.random.RandomState(seed).permutation(len(train))[:count])
     raise UserError(problem, parameter="train_examples", value=count)

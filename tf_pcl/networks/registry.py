@@ -130,12 +130,13 @@ def build(
     model = functional(model, tuple(input_shape))
     if tuple(model.output_shape[1:]) != (num_classes,):
         raise UserError(
-            f"network {name} gives outputs {model.output_shape}; "
-            f"the data set has {num_classes} classes"
+            f"network {name} gives outputs {model.output_shape}; the data set has {num_classes} "
+            "classes: build it for as many"
         )
     if not model.trainable_weights:
         raise UserError(
-            f"network {name} has no trainable weights: all its layers are frozen, or it has none"
+            f"network {name} has no trainable weights, since all its layers are frozen or it has "
+            "none: give one with layers that are trained"
         )
     if initializer:
         initialise(model, initializer)

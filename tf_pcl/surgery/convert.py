@@ -41,7 +41,7 @@ def functional(
     if input_shape and any(g not in (None, a) for g, a in zip(given, input_shape)):
         raise UserError(
             f"network {network.name!r} takes images {given}; those of the data set are "
-            f"{tuple(input_shape)}"
+            f"{tuple(input_shape)}: build it for these"
         )
     if input_shape and None in given and None not in input_shape:
         # The network allows any size. Its layers are called again on images of this size.
