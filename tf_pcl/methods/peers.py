@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
-from tf_pcl.methods.distiller import Exit
+from tf_pcl.methods.distiller import Distiller, Exit
 from tf_pcl.surgery import Target, deployable, prepared, proof, slice_at, with_features
 from tf_pcl.surgery.cuts import Cut, find_cut
 from tf_pcl.surgery.described import described
@@ -110,6 +110,49 @@ def _prove(network, whole, trunk, branch, training, known):
     proof.same(
         network, joined, what, reference=reference, parts=parts, training=training, known=known
     )
+
+
+class Branched(Distiller):
+    """A method of branches on a shared trunk, whose distillation is ramped up.
+
+    Its exits are those of the peers and a further one. Arguments are as the subclasses say.
+
+    Attributes:
+      further_exit: the name of the further exit. If it is the one to deploy, it has a branch.
+      peers: the Peers, which exist when `build_further` is called.
+    """
+
+    further_exit = "ensemble"
+    deployed_exit = "peer_1"
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        split_at: Optional[str] = None,
+        peers: int = 3,
+        temperature: float = 3.0,
+        rampup_epochs: Optional[float] = None,
+        distill_weight: float = 1.0,
+        preprocess: Optional[keras.layers.Layer] = None,
+    ):
+        super().__init__(preprocess)
+        self.temperature = temperature
+        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
+        self.peer_exits = peer_names(peers)
+        self.exits = (*self.peer_exits, self.further_exit)
+        names = self.exits if self.deployed_exit == self.further_exit else self.peer_exits
+        self.peers = Peers(
+            self.target_of(network), names, split_at=split_at, preprocess=self.preprocess
+        )
+        self.build_further()
+
+    def build_further(self) -> None:
+        """Builds the layers that the method has beside its peers."""
+        raise NotImplementedError
+
+    def deployed(self) -> keras.Model:
+        return self.peers.target(self.peers.names.index(self.deployed_exit))
 
 
 def whole_networks(networks: Any, peers: Optional[int], target_of: Callable[[Any], Target]) -> dict:
