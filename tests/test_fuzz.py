@@ -30,7 +30,7 @@ FUZZ = settings(
     derandomize=True,
     suppress_health_check=list(HealthCheck),
 )
-FIELDS = {field.name: field.metadata for field in dataclasses.fields(options.Options)}
+KINDS = {field.name: options.kind_of(field) for field in dataclasses.fields(options.Options)}
 
 
 @contextlib.contextmanager
@@ -51,7 +51,7 @@ def ends(check):
     try:
         check()
     except (UserError, flags.Error) as e:
-        text = e.as_flags(FIELDS) if isinstance(e, UserError) else " ".join(str(e).split())
+        text = e.as_flags(KINDS) if isinstance(e, UserError) else " ".join(str(e).split())
         assert text and "\n" not in text and len(text) < 3000
         event("refused")
     else:
@@ -96,20 +96,19 @@ NAMES = st.sampled_from(
 TEXTS = st.one_of(NAMES, NUMBERS, st.text(max_size=12), st.text(string.printable, max_size=30))
 
 
-def value_of(limits):
-    kind = limits["kind"]
+def value_of(kind):
     if isinstance(kind, tuple):
         return st.one_of(st.sampled_from(kind), TEXTS)
     if kind is bool:
         return st.one_of(st.sampled_from(["true", "false"]), TEXTS)
-    likely = st.sampled_from(["1", "2", "0.5"] if kind in (int, float, list) else ["resnet8"])
+    likely = st.sampled_from(["resnet8"] if kind is str else ["1", "2", "0.5"])
     return st.one_of(likely, likely, NUMBERS, TEXTS)
 
 
 FLAG = st.one_of(
     *[
-        value_of(limits).map(lambda value, name=name: f"--{name}={value}")
-        for name, limits in FIELDS.items()
+        value_of(kind).map(lambda value, name=name: f"--{name}={value}")
+        for name, kind in KINDS.items()
     ],
     st.sampled_from(
         ["--nojit_compile", "--deterministic", "--flagfile=.", "--flagfile", "--", "-x"]

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_tables_of_the_paper():
 
 def test_commands_name_what_is_not_usual():
     (cell,) = grid.plan([line("pcl")], "a folder", dict(SMALL, deterministic=True))
-    assert grid.in_a_shell(cell) == (
+    assert shlex.join(cell.command()) == (
         "python -m tf_pcl train --method=pcl --network=helpers:without_norm --dataset=digits "
         "--train_examples=200 --epochs=6 --batch_size=50 --seed=0 --deterministic=true "
         "'--workdir=a folder/pcl-helpers.without_norm-digits-seed0'"

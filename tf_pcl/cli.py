@@ -121,8 +121,9 @@ def _overview() -> str:
 def _help(row: Verb, program: str, modules: set[str]) -> str:
     """Returns the help of a verb, whose flags are those that `modules` define: its own first."""
     ordered = sorted(modules, key=lambda name: (name == options.__name__, name))
+    of = lambda name: "training" if name == options.__name__ else "this command"
     lists = "\n".join(
-        flags.FLAGS.module_help(name).replace(f"{name}:", f"{_heading(name)}:", 1)
+        flags.FLAGS.module_help(name).replace(f"{name}:", f"Flags of {of(name)}:", 1)
         for name in ordered
     )
     return (
@@ -131,11 +132,6 @@ def _help(row: Verb, program: str, modules: set[str]) -> str:
         "--flagfile=NAME reads flags from a file, or from the recipe of this name.\n"
         "--helpfull lists the flags of absl too."
     )
-
-
-def _heading(module: str) -> str:
-    """Returns the heading of the flags that a module defines."""
-    return "Flags of training" if module == options.__name__ else "Flags of this command"
 
 
 def _with_recipes(arguments: Sequence[str]) -> list[str]:

@@ -18,21 +18,6 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = [
-    "cutout",
-    "foreign_keras",
-    "import_tensorflow",
-    "is_of_keras",
-    "keras",
-    "keras_version",
-    "lamb",
-    "layers",
-    "let_xla_compile_elementwise",
-    "no_lines_of_tensorflow",
-    "pairwise_distance",
-    "use_keras_2",
-]
-
 # Set by __getattr__ on first use.
 keras: Any
 layers: Any

@@ -5,10 +5,12 @@ absl's log too. So what protects a run is put there, once, by the command line.
 """
 
 import codecs
+import contextlib
 import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, Optional
 
@@ -62,6 +64,35 @@ def protect() -> None:
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=_ERRORS)
         setattr(sys, name, Unfailing(stream))
+
+
+@contextlib.contextmanager
+def discarded(*names: str) -> Iterator[None]:
+    """Discards what is written to the streams "stdout" or "stderr", also by C++ code and tf.print.
+
+    A stream that is closed, or has no descriptor, stays as it is.
+    """
+    kept: dict[int, int] = {}
+
+    def flush(name: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            getattr(sys, name).flush()
+
+    numbers = {"stdout": 1, "stderr": 2}
+    for name in names:
+        flush(name)
+        with contextlib.suppress(OSError):
+            kept[numbers[name]] = os.dup(numbers[name])
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), numbers[name])
+    try:
+        yield
+    finally:
+        for name in names:
+            flush(name)
+        for number, copy in kept.items():
+            os.dup2(copy, number)
+            os.close(copy)
 
 
 def show(markdown: str) -> None:

@@ -8,14 +8,12 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, get_args
 
 from absl import flags
 
 from tf_pcl import ranges
 from tf_pcl.errors import UserError, choose
-
-Kind = Union[type, tuple[str, ...]]
 
 # Options in which a leading "~" means the home folder; no shell expands it within a flag.
 PATHS = ("workdir", "data_dir", "labels", "weights", "teacher")
@@ -24,7 +22,7 @@ PATHS = ("workdir", "data_dir", "labels", "weights", "teacher")
 def _flag(
     default: Any,
     help_text: str,
-    kind: Optional[Kind] = None,
+    words: tuple[str, ...] = (),
     *,
     low: Optional[float] = None,
     high: Optional[float] = None,
@@ -36,8 +34,7 @@ def _flag(
     Args:
       default: its value unless given.
       help_text: what it is, with its unit.
-      kind: int, float, bool, str, list (of floats) or a tuple of the allowed words; by default the
-        type of `default`.
+      words: the words that it may be; none if its annotation tells its type.
       low, high, above: the range of a number, see ranges.Range; that of a method's parameter
         stands in ranges.OF_PARAMETERS.
       run_only: whether it does not affect the result, so that it may differ between the calls of a
@@ -46,10 +43,7 @@ def _flag(
     return dataclasses.field(
         default=default,
         metadata=dict(
-            help=help_text,
-            kind=kind or type(default),
-            range=ranges.Range(low, high, above),
-            run_only=run_only,
+            help=help_text, words=words, range=ranges.Range(low, high, above), run_only=run_only
         ),
     )
 
@@ -66,11 +60,7 @@ class Usual(NamedTuple):
     weight_decay: float
 
 
-OPTIMIZERS = {
-    "sgd": Usual(0.1, 5e-4),
-    "adamw": Usual(1e-3, 0.05),
-    "lamb": Usual(5e-3, 0.02),
-}
+OPTIMIZERS = {"sgd": Usual(0.1, 5e-4), "adamw": Usual(1e-3, 0.05), "lamb": Usual(5e-3, 0.02)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,14 +79,12 @@ class Options:
         None,
         "layer after which each peer has its own branch; default: before the last section, or as "
         "--trunk_share says",
-        str,
     )
     trunk_share: Optional[float] = _flag(
         None,
         "largest share of the network's forward cost, more than 0 and at most 1, that the peers "
         "have in common: the cut is the last possible one; default: 0.7 for networks without named "
         "sections",
-        float,
         above=0,
         high=1,
     )
@@ -105,7 +93,6 @@ class Options:
         "what --network starts from in every stage: imagenet for applications.NAME, "
         ".weights.h5, .h5, .keras, a SavedModel, a TensorFlow checkpoint or a run's workdir; a "
         "classifier of other classes in it is left out",
-        str,
     )
     initializer: Optional[str] = _flag(
         None,
@@ -122,22 +109,16 @@ class Options:
         None,
         "number of peers, a leader not counted; default of dml and ctsl_mkt: as many as --network "
         "names, or 3 and 2 if it names one",
-        int,
         low=1,
         high=1000,
     )
     teacher: Optional[str] = _flag(
         None,
         "workdir or SavedModel of a network trained before; default: train --teacher_network first",
-        str,
     )
-    teacher_network: Optional[str] = _flag(None, "network of the teacher; default: resnet110", str)
+    teacher_network: Optional[str] = _flag(None, "network of the teacher; default: resnet110")
     generations: Optional[int] = _flag(
-        None,
-        "number of networks trained one after another, generation 0 counted",
-        int,
-        low=1,
-        high=1000,
+        None, "number of networks trained one after another, generation 0 counted", low=1, high=1000
     )
 
     trust_files: bool = _flag(
@@ -149,27 +130,23 @@ class Options:
 
     # Data.
     dataset: str = _flag("cifar100", "name of the data set")
-    data_dir: Optional[str] = _flag(None, "folder of the data", str, run_only=True)
+    data_dir: Optional[str] = _flag(None, "folder of the data", run_only=True)
     train_examples: Optional[int] = _flag(
-        None, "train on the first so many images of a seeded permutation; default: all", int, low=1
+        None, "train on the first so many images of a seeded permutation; default: all", low=1
     )
     labels: Optional[str] = _flag(
         None,
         "CSV file that names the images of --data_dir and their labels, and may name their splits; "
         "default: folders are the classes",
-        str,
         run_only=True,
     )
     labels_columns: Optional[str] = _flag(
-        None,
-        "names of the columns of --labels, FILE,LABEL or FILE,LABEL,SPLIT; default: guessed",
-        str,
+        None, "names of the columns of --labels, FILE,LABEL or FILE,LABEL,SPLIT; default: guessed"
     )
     test_examples: Optional[float] = _flag(
         None,
         "test on so many images, or on this share of them if less than 1, where the data set has "
         "no test images of its own; default: none",
-        float,
         above=0,
     )
     validation_examples: Optional[float] = _flag(
@@ -177,18 +154,16 @@ class Options:
         "hold so many training images, or this share of them if less than 1, out of training: "
         "every epoch is then tested on them, and the test images are used once, at the end; "
         "default: none",
-        float,
         above=0,
     )
     image_size: Optional[int] = _flag(
         None,
         "pixels: cut images square and resize them to this side; default: as they are",
-        int,
         low=4,
         high=10_000,
     )
     flip: Optional[bool] = _flag(
-        None, "mirror half of the views; default: unless the data set is of digits or letters", bool
+        None, "mirror half of the views; default: unless the data set is of digits or letters"
     )
     on_bad_image: str = _flag(
         "fail", "refuse image files that cannot be read, or leave them out", ("fail", "skip")
@@ -241,7 +216,6 @@ class Options:
         None,
         "learning rate at the start, or after the warm-up; default: "
         + ", ".join(f"{usual.learning_rate:g} for {name}" for name, usual in OPTIMIZERS.items()),
-        float,
         above=0,
     )
     schedule: str = _flag(
@@ -253,7 +227,6 @@ class Options:
         None,
         "epochs after which the learning rate is divided by 10, comma separated; default: 150,225 "
         "of 300, scaled to --epochs",
-        list,
     )
     warmup_epochs: float = _flag(
         0.0, "epochs in which the learning rate rises to that of the schedule", low=0
@@ -263,51 +236,38 @@ class Options:
         "L2 decay, which sgd adds to the gradient and the others subtract from the weight, times "
         "the learning rate; default: "
         + ", ".join(f"{usual.weight_decay:g} for {name}" for name, usual in OPTIMIZERS.items()),
-        float,
         low=0,
     )
     clip_norm: Optional[float] = _flag(
-        None, "largest norm of all gradients together; default: any", float, above=0
+        None, "largest norm of all gradients together; default: any", above=0
     )
     label_smoothing: float = _flag(
         0.0,
         "part ε of each label that is spread over all classes, in the cross-entropy with the "
         "labels; distillation does not change",
-        low=0,
-        high=1,
     )
-    temperature: Optional[float] = _flag(
-        None, "softens teachers' and students' probabilities", float
-    )
+    temperature: Optional[float] = _flag(None, "softens teachers' and students' probabilities")
     rampup_epochs: Optional[float] = _flag(
         None,
         "epochs until distillation has its full weight, 0: from the start; default: 80 of 300, "
         "scaled to --epochs",
-        float,
     )
-    distill_weight: Optional[float] = _flag(None, "full weight of distillation", float)
+    distill_weight: Optional[float] = _flag(None, "full weight of distillation")
     distill_share: Optional[float] = _flag(
-        None,
-        "share of distillation in a student's loss, the rest is cross-entropy",
-        float,
+        None, "share of distillation in a student's loss, the rest is cross-entropy"
     )
-    hint_weight: Optional[float] = _flag(
-        None, "weight of the squared distance between features", float
-    )
-    ce_weight: Optional[float] = _flag(None, "weight α of cross-entropy", float)
+    hint_weight: Optional[float] = _flag(None, "weight of the squared distance between features")
+    ce_weight: Optional[float] = _flag(None, "weight α of cross-entropy")
     collaboration_weight: Optional[float] = _flag(
-        None, "weight β of what comes from the other peers", float
+        None, "weight β of what comes from the other peers"
     )
-    self_weight: Optional[float] = _flag(None, "weight γ of self-distillation", float)
-    angle_weight: Optional[float] = _flag(None, "weight β_1 of the angles, times β", float)
-    mutual_weight: Optional[float] = _flag(
-        None, "weight β_2 of the other peers' logits, times β", float
-    )
+    self_weight: Optional[float] = _flag(None, "weight γ of self-distillation")
+    angle_weight: Optional[float] = _flag(None, "weight β_1 of the angles, times β")
+    mutual_weight: Optional[float] = _flag(None, "weight β_2 of the other peers' logits, times β")
     ema_decay: Optional[float] = _flag(
         None,
         "largest decay of the mean teacher; default: 0.999, with --ema_every=step capped so that "
         "the average spans at most 1 % of training",
-        float,
     )
     ema_every: Optional[str] = _flag(None, "when the mean teacher is updated", ("step", "epoch"))
     ensemble_teacher: Optional[str] = _flag(
@@ -338,7 +298,6 @@ class Options:
         None,
         "epochs: end the run when the error on validation images has not improved for so many; "
         "schedules stay those of --epochs; default: never",
-        int,
         low=1,
     )
     deploy: Optional[str] = _flag(
@@ -378,7 +337,6 @@ class Options:
         None,
         "folder of results, logs, checkpoints and the SavedModel; default "
         "runs/DATASET-NETWORK-METHOD-seedSEED",
-        str,
         run_only=True,
     )
     checkpoint_every: str = _flag(
@@ -405,13 +363,13 @@ class Options:
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.path.expanduser(path))
         # The defaults of other options depend on it.
-        _check("optimizer", self.optimizer, {"kind": tuple(OPTIMIZERS)})
+        choose("optimizer", self.optimizer, OPTIMIZERS, parameter="optimizer")
         for name, usual in OPTIMIZERS[self.optimizer]._asdict().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, usual)
         for field in dataclasses.fields(self):
             if (value := getattr(self, field.name)) is not None:
-                _check(field.name, value, field.metadata)
+                _check(field, value)
         for name in ("test_examples", "validation_examples"):
             object.__setattr__(self, name, _count_or_share(name, getattr(self, name)))
         self._check_together()
@@ -505,8 +463,13 @@ def _count_or_share(name: str, value: Optional[float]) -> Optional[float]:
     return int(value)
 
 
-def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    kind = limits["kind"]
+def kind_of(option: dataclasses.Field) -> Any:
+    """Returns the words that an option may be, or the type in its annotation."""
+    return option.metadata["words"] or next(iter(get_args(option.type)), option.type)
+
+
+def _check(option: dataclasses.Field, value: Any) -> None:
+    name, kind = option.name, kind_of(option)
     if isinstance(kind, tuple):
         choose(name, value, kind, parameter=name)
     elif kind is str and not value:
@@ -519,21 +482,21 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
             value=value.encode("unicode_escape", "backslashreplace").decode(),
         )
     elif kind in (int, float):
-        allowed = ranges.OF_PARAMETERS.get(name, limits["range"])
+        allowed = ranges.OF_PARAMETERS.get(name, option.metadata["range"])
         allowed.check(name, value, whole=kind is int)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines an absl flag for every option, in the given absl FlagValues."""
-    define: dict[type, Any] = {
+    define: dict[Any, Any] = {
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         bool: flags.DEFINE_boolean,
         str: flags.DEFINE_string,
-        list: flags.DEFINE_list,
+        tuple[float, ...]: flags.DEFINE_list,
     }
     for f in dataclasses.fields(Options):
-        kind, text = f.metadata["kind"], f.metadata["help"]
+        kind, text = kind_of(f), f.metadata["help"]
         default: Any = f.default
         if isinstance(kind, tuple):
             flags.DEFINE_enum(f.name, default, kind, text, flag_values=values)

@@ -45,7 +45,7 @@ class Range(NamedTuple):
 
 
 _NOT_NEGATIVE, _SHARE = Range(low=0), Range(low=0, high=1)
-# Of the methods' parameters, wherever they are given.
+# Of the parameters of methods and of their `compile`, wherever they are given.
 OF_PARAMETERS = {
     "temperature": Range(above=0),
     "rampup_epochs": _NOT_NEGATIVE,
@@ -58,4 +58,5 @@ OF_PARAMETERS = {
     "angle_weight": _NOT_NEGATIVE,
     "mutual_weight": _NOT_NEGATIVE,
     "ema_decay": _SHARE,
+    "label_smoothing": _SHARE,
 }

@@ -1,9 +1,9 @@
 """Random augmentations of uint8 images [B, H, W, C]: for each, one function and one row.
 
 A function takes images, Draws that give it random numbers, and the value of its option; it returns
-images of the same shape. Random numbers are stateless: the same key gives the same
-images. They depend on the augmentation's name and not on other rows. The rows of AUGMENTATIONS are
-applied in their order.
+images of the same shape. Random numbers are stateless: the same key gives the same images. They
+depend on the augmentation's name and not on other rows. The rows of AUGMENTATIONS are applied in
+their order.
 """
 
 import dataclasses
@@ -65,11 +65,6 @@ class Draws:
         return Draws(key, self.total, self.rows)
 
 
-def random_crop(images: tf.Tensor, draws: Draws, kind: str) -> tf.Tensor:
-    """Cuts a random window out of each image, as "crop" or "inception" do."""
-    return CROPS[kind](images, draws)
-
-
 def pad_and_crop(images: tf.Tensor, draws: Draws, padding: Optional[int] = None) -> tf.Tensor:
     """Zero-pads images on every side and cuts a random window of the old size.
 
@@ -96,10 +91,6 @@ def inception_crop(images: tf.Tensor, draws: Draws) -> tf.Tensor:
     A window's ratio of width to height is log-uniform in [3/4, 4/3], its area uniform from 8 % of
     the image to the largest that fits. It is cut from the given image; photos have been resized
     before.
-
-    Args:
-      images: uint8 [B, H, W, C].
-      draws: the random numbers.
     """
     return resized_windows(images, inception_windows(draws.uniform(4), *images.shape[1:3]))
 
@@ -208,7 +199,7 @@ class Augmentation:
 
 AUGMENTATIONS = {
     "augment": Augmentation(
-        random_crop,
+        lambda images, draws, kind: CROPS[kind](images, draws),
         tuple(CROPS),
         default=lambda data: "crop" if min(data.image_shape[:2]) <= 64 else "inception",
     ),

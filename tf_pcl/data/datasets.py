@@ -14,10 +14,10 @@ from typing import Any, Callable, Optional, Union
 
 import numpy as np
 
-from tf_pcl.data import digits, from_tfds, image_files, image_folder, storage, tiny_imagenet
+from tf_pcl.data import digits, from_tfds, image_files, image_folder, tiny_imagenet
 from tf_pcl.data.class_names import escape
-from tf_pcl.data.splits import Loaded, Request, hold_out
-from tf_pcl.data.storage import Arrays, Origin, Reading, Split, Stream
+from tf_pcl.data.splits import NOT_DIVISIBLE, Loaded, Request, hold_out
+from tf_pcl.data.storage import Arrays, Files, Origin, Reading, Split, Stream
 from tf_pcl.errors import UserError, choose
 
 # If a channel varies less than this over all images, on the scale 0–255, it holds little but the
@@ -201,7 +201,8 @@ def load(
 
 def reading_of(data: ImageData) -> Optional[Reading]:
     """Returns the Reading of the image files of a data set; None if none is read by index."""
-    return storage.reading_of(data.train, data.test, data.validation)
+    parts = data.train, data.test, data.validation
+    return next((part.reading for part in parts if isinstance(part, Files)), None)
 
 
 def record(data: ImageData) -> Optional[dict[str, Any]]:
@@ -377,11 +378,9 @@ def _checked(name: str, request: Request) -> Dataset:
 
 def _subset(train: Split, name: str, count: int, seed: int) -> Split:
     if count > len(train):
-        problem = f"it is more than the {len(train)} training images of {name}"
+        problem = f"it is more than the {len(train)} training images of {name}: give fewer"
     elif isinstance(train, Stream):
-        problem = (
-            f"it is not possible with {name}, which is too large for memory and is read in order"
-        )
+        problem = NOT_DIVISIBLE.format(name)
     else:
         return train.subset(np.random.RandomState(seed).permutation(len(train))[:count])
     raise UserError(problem, parameter="train_examples", value=count)

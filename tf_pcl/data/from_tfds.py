@@ -101,7 +101,7 @@ def load(name: str, request: Request) -> Loaded:
         if isinstance(part, Arrays) and (missing := (part.all_labels() < 0).sum()):
             raise UserError(
                 f"the data set {name} has no label of {missing:,} of {len(part):,} images in "
-                f"{split}"
+                f"{split}: give another one"
             )
     test, validation = (kept[split] if split else None for split in chosen[1:])
     return Loaded(features["label"].names, kept[chosen.train], test, validation)

@@ -50,7 +50,7 @@ class Header(NamedTuple):
 
 
 def header(data: bytes) -> Header:
-    """Reads the header of a JPEG, PNG, GIF or BMP file, by Pillow of WebP or TIFF, from its bytes.
+    """Reads the header of a JPEG, PNG, GIF, BMP or, with Pillow, WebP or TIFF file from its bytes.
 
     Raises:
       ValueError: if they are not from such a file, or end within the header.

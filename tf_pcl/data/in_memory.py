@@ -60,7 +60,9 @@ def from_arrays(
     most = max(map(_class_count, given))
     names = [str(k) for k in range(most)] if classes is None else [str(name) for name in classes]
     if len(names) < most:
-        raise UserError(f"the label {most - 1} has no name: there are {len(names)} `classes`")
+        raise UserError(
+            f"the label {most - 1} has no name: there are {len(names)} `classes`: name all"
+        )
     loaded = Loaded(names, train, tested, validated)
     loaded = divided(loaded, name, validation_examples, test_examples, seed)
     if loaded.test is None:

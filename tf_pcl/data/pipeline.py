@@ -126,7 +126,7 @@ def steps_per_epoch(data: ImageData, batch_size: int) -> int:
     """
     if batch_size > len(data.train):
         raise UserError(
-            f"it is larger than the {len(data.train)} training images of {data.name}",
+            f"it is larger than the {len(data.train)} training images of {data.name}: give less",
             parameter="batch_size",
             value=batch_size,
         )

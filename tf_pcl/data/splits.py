@@ -15,6 +15,10 @@ VALIDATION = ("val", "validation", "valid", "dev")
 # Without a test split, the validation split is used for tests.
 TEST = ("test", *VALIDATION)
 NAMES = (*TRAIN, *TEST)
+# Why no images can be taken out of a Stream.
+NOT_DIVISIBLE = (
+    "it is not possible with {}, which is too large for memory and is read in order: leave it out"
+)
 
 
 class Request(NamedTuple):
@@ -134,11 +138,7 @@ def hold_out(
         order.
     """
     if isinstance(images, Stream):
-        raise UserError(
-            f"it is not possible with {name}, which is too large for memory and is read in order",
-            parameter=parameter,
-            value=examples,
-        )
+        raise UserError(NOT_DIVISIBLE.format(name), parameter=parameter, value=examples)
     if not (0 < examples < 1 or examples >= 1 and examples % 1 == 0):
         raise UserError(
             "give a whole number of images, or a share of them, more than 0 and less than 1",

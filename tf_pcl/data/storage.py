@@ -104,11 +104,6 @@ class Reading:
         )
 
 
-def reading_of(*splits: Optional["Split"]) -> Optional[Reading]:
-    """Returns the Reading of a data set's splits; None if no files are read by index."""
-    return next((split.reading for split in splits if isinstance(split, Files)), None)
-
-
 @contextlib.contextmanager
 def watched(reading: Optional[Reading]) -> Iterator[None]:
     """Names the file that cannot be read, if that ends the body.

@@ -5,22 +5,20 @@ float32 [N, K]: it includes the preprocessing. Only a SavedModel has the signatu
 TFLite and ONNX have no operations for image files.
 """
 
-import contextlib
 import dataclasses
 import functools
 import importlib
 import os
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
 
+from tf_pcl import console, surgery
 from tf_pcl import data as datasets
-from tf_pcl import surgery
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData
 from tf_pcl.data.storage import Split, Stream
@@ -120,7 +118,7 @@ def export_run(
     _make_folder(folder)
     workdirs.write_labels(folder, data.classes)
     paths = {name: _written(name, source) for name in dict.fromkeys(formats)}
-    with _quiet():
+    with console.discarded("stdout", "stderr"):
         loaded = {name: runtimes.load(file) for name, file in paths.items()}
     table = {
         "run": os.path.abspath(finished.path),
@@ -300,7 +298,7 @@ def _written(name: str, source: Source) -> str:
     """Writes a network in one format and returns its path."""
     path = os.path.join(source.folder, FORMATS[name].file)
     try:
-        with _quiet():
+        with console.discarded("stdout", "stderr"):
             content = FORMATS[name].convert(source)
     # Converters raise anything for operations that they do not know.
     except Exception as e:
@@ -313,25 +311,6 @@ def _written(name: str, source: Source) -> str:
             f.write(content)
         os.replace(path + ".part", path)
     return path
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Discards what converters and runtimes write to the standard streams of the process."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = [os.dup(1), os.dup(2)]
-    try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-            yield
-            sys.stdout.flush()
-            sys.stderr.flush()
-    finally:
-        for number, copy in enumerate(kept, 1):
-            os.dup2(copy, number)
-            os.close(copy)
 
 
 def _size(path: str) -> int:

@@ -73,7 +73,6 @@ class Evaluation:
 
     def summary(self) -> dict[str, Any]:
         """Returns the figures of evaluation.json: errors in percent, nll in nats, ece in [0, 1]."""
-        means = {name: float(np.mean(errors)) for name, errors in self.corruptions.items()}
         found = {
             "images": len(self.labels),
             "error": metrics.error(self.logits, self.labels),
@@ -84,8 +83,8 @@ class Evaluation:
             "nll": metrics.nll(self.logits, self.labels),
             "ece": metrics.reliability(self.logits, self.labels).error(),
         }
-        if means:
-            found["corruption_error"] = float(np.mean(list(means.values())))
+        if self.corruptions:
+            found["corruption_error"] = float(np.mean([*map(np.mean, self.corruptions.values())]))
         return found
 
     def of_class(self) -> list[dict[str, Any]]:

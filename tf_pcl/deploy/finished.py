@@ -3,7 +3,6 @@
 import dataclasses
 import glob
 import os
-from collections.abc import Sequence
 from typing import Any, Optional
 
 from tf_pcl import options
@@ -161,7 +160,8 @@ class Finished:
         """
         found, mine = {self.options.seed: self}, _settings(self)
         data = Workdir(self.path).read_data()
-        for flags in sorted(glob.glob(os.path.join(glob.escape(self._beside), "*", "flags.txt"))):
+        beside = glob.escape(os.path.dirname(os.path.abspath(self.path)))
+        for flags in sorted(glob.glob(os.path.join(beside, "*", "flags.txt"))):
             try:
                 other = Finished.of(os.path.dirname(flags))
             except UserError:
@@ -172,15 +172,6 @@ class Finished:
             if same and _settings(other) == mine:
                 found.setdefault(other.options.seed, other)
         return [found[seed] for seed in sorted(found)]
-
-    @property
-    def _beside(self) -> str:
-        return os.path.dirname(os.path.abspath(self.path))
-
-
-def errors_by_exit(runs: Sequence[Finished]) -> dict[str, list[float]]:
-    """Returns {exit: test errors in percent of the exported epoch, one of each run}."""
-    return {name: [one.results["error"][name] for one in runs] for name in runs[0].results["error"]}
 
 
 def _settings(finished: Finished) -> dict[str, str]:

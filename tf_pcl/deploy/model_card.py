@@ -15,7 +15,7 @@ import numpy as np
 from tf_pcl.compat import keras
 from tf_pcl.data import ImageData, datasets
 from tf_pcl.data.class_names import escape
-from tf_pcl.deploy.finished import Finished, errors_by_exit
+from tf_pcl.deploy.finished import Finished
 from tf_pcl.options import Options
 from tf_pcl.surgery.observe import flops
 from tf_pcl.training import workdir as workdirs
@@ -38,6 +38,7 @@ def write(
       table: the contents of artifacts.json.
     """
     runs = finished.siblings()
+    errors = [run.results["error"] for run in runs]
     template = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     ).from_string(
@@ -53,7 +54,7 @@ def write(
         shape="×".join(map(str, data.image_shape)),
         classes=[_plain(name) for name in data.classes[:_SHOWN_CLASSES]],
         seeds=[run.options.seed for run in runs],
-        errors={name: _spread(values) for name, values in errors_by_exit(runs).items()},
+        errors={name: _spread([one[name] for one in errors]) for name in errors[0]},
         parameters=int(sum(np.prod(w.shape) for w in network.trainable_weights)),
         multiply_adds=sum(flops(network).values()) // 2,
         command=_command(options),

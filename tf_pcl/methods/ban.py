@@ -17,12 +17,13 @@ import tensorflow as tf
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit, Stage
+from tf_pcl.methods.baseline import Baseline
+from tf_pcl.methods.distiller import Exit, Stage
 from tf_pcl.methods.peers import check_ends
-from tf_pcl.surgery import Target, deployable, with_logits
+from tf_pcl.surgery import with_logits
 
 
-class BAN(Distiller):
+class BAN(Baseline):
     """One generation of a network, which learns from the one before.
 
     Args:
@@ -37,16 +38,13 @@ class BAN(Distiller):
     terms = ("ce", "parent")
 
     def __init__(self, network, *, ancestors=(), temperature=1.0, preprocess=None):
-        super().__init__(preprocess)
-        self.temperature = temperature
-        self.network = with_logits(Target.of(network).new())
         if isinstance(ancestors, keras.Model):
             raise UserError("`ancestors` is one network: give a list, the oldest first")
+        super().__init__(network, exit_name=f"generation_{len(ancestors)}", preprocess=preprocess)
+        self.temperature = temperature
         self.ancestors = [with_logits(one) for one in ancestors]
-        *self.ancestor_names, self.deployed_exit = [
-            f"generation_{k}" for k in range(len(ancestors) + 1)
-        ]
-        check_ends(self.network, dict(zip(self.ancestor_names, self.ancestors)))
+        self.ancestor_names = [f"generation_{k}" for k in range(len(ancestors))]
+        check_ends(self.network, self.given_teachers)
         self.exits = (
             self.deployed_exit,
             *self.ancestor_names,
@@ -83,15 +81,8 @@ class BAN(Distiller):
     def given_teachers(self):
         return dict(zip(self.ancestor_names, self.ancestors))
 
-    def students(self, views, training):
-        return {
-            self.deployed_exit: Exit(
-                **self.network(self.prepared_view(views, training), training=training)
-            )
-        }
-
     def teachers(self, views, training):
-        ancestors = list(zip(self.ancestor_names, self.ancestors))
+        ancestors = list(self.given_teachers.items())
         # Only the parent teaches; the others are needed for the ensemble alone.
         return {
             name: Exit(**ancestor(views[:, 0], training=False))
@@ -114,6 +105,3 @@ class BAN(Distiller):
                 teacher[self.ancestor_names[-1]].logits, z, self.temperature
             )
         return terms
-
-    def deployed(self):
-        return deployable(self.preprocess, self.network)

@@ -15,13 +15,14 @@ class Baseline(Distiller):
       preprocess: a layer in front of the network, such as networks.standardise(mean, std).
     """
 
-    terms = ("ce",)
+    terms: tuple[str, ...] = ("ce",)
 
     def __init__(self, network, *, exit_name="peer_1", preprocess=None):
         super().__init__(preprocess)
         self.target = Target.of(network)
         self.network = with_logits(self.target.new())
-        self.exits, self.deployed_exit = (exit_name,), exit_name
+        self.exits: tuple[str, ...] = (exit_name,)
+        self.deployed_exit = exit_name
 
     def students(self, views, training):
         return {

@@ -225,11 +225,6 @@ class Distiller(Fitting):
         """Returns the first view of each image, preprocessed, float32 [B, H, W, C]."""
         return surgery.prepared(self.preprocess, views[:, 0], training)
 
-    @property
-    def fractional_epoch(self) -> tf.Tensor:
-        """Epochs done, float32: step / steps per epoch."""
-        return tf.cast(self.step, tf.float32) / self.steps_per_epoch
-
     def ramp_up(self) -> tf.Tensor:
         """Returns ω at the current step; α, unless given, is 80 of 300 epochs, scaled to the run.
 
@@ -238,7 +233,8 @@ class Distiller(Fitting):
         assert self.distill_weight is not None
         alpha = self.rampup_epochs
         alpha = schedules.PAPER_RAMPUP * self.epochs if alpha is None else alpha
-        return schedules.ramp_up(self.fractional_epoch, alpha, self.distill_weight)
+        epoch = tf.cast(self.step, tf.float32) / self.steps_per_epoch
+        return schedules.ramp_up(epoch, alpha, self.distill_weight)
 
     def all_exits(self, images: tf.Tensor) -> dict[str, Exit]:
         """Returns {exit name: Exit} of all predictions in inference mode.

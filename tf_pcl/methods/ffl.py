@@ -22,12 +22,12 @@ import tensorflow as tf
 from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit
-from tf_pcl.methods.peers import Peers, peer_names
+from tf_pcl.methods.distiller import Exit
+from tf_pcl.methods.peers import Branched
 from tf_pcl.networks.blocks import conv_norm_relu, norm
 
 
-class FFL(Distiller):
+class FFL(Branched):
     """Branches and the fusion of their feature maps that teach each other.
 
     Args:
@@ -44,28 +44,9 @@ class FFL(Distiller):
     """
 
     terms = ("ce", "fused", "average")
-    deployed_exit = "peer_1"
 
-    def __init__(
-        self,
-        network,
-        *,
-        split_at=None,
-        peers=3,
-        temperature=3.0,
-        rampup_epochs=None,
-        distill_weight=1.0,
-        preprocess=None,
-    ):
-        super().__init__(preprocess)
-        self.temperature = temperature
-        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
-        self.peer_exits = peer_names(peers)
-        self.exits = (*self.peer_exits, "ensemble")
-        self.peers = Peers(
-            self.target_of(network), self.peer_exits, split_at=split_at, preprocess=self.preprocess
-        )
-        self.fusion = fusion(self.peers.branches[0], peers)
+    def build_further(self):
+        self.fusion = fusion(self.peers.branches[0], len(self.peer_exits))
 
     @property
     def decay_exceptions(self):
@@ -85,9 +66,6 @@ class FFL(Distiller):
             "fused": w * sum(distillation(z_f, z_j, T) for z_j in z),
             "average": w * distillation(z_a, z_f, T),
         }
-
-    def deployed(self):
-        return self.peers.target()
 
 
 def fusion(branch, count):

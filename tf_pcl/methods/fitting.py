@@ -15,7 +15,7 @@ from typing import Any, Optional
 import numpy as np
 import tensorflow as tf
 
-from tf_pcl import losses, surgery
+from tf_pcl import losses, ranges, surgery
 from tf_pcl import optimizer as optimizers
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
@@ -93,10 +93,7 @@ class Fitting(keras.Model):
                     parameter=name,
                     value="…",
                 )
-        if not 0 <= label_smoothing <= 1:
-            raise UserError(
-                "out of range", parameter="label_smoothing", value=label_smoothing, allowed="0 to 1"
-            )
+        ranges.OF_PARAMETERS["label_smoothing"].check("label_smoothing", label_smoothing)
         self._label_smoothing = label_smoothing
         # Not through Keras's __setattr__, as above.
         self.__dict__["_recomputed"] = surgery.recomputed(self, self.untrained) if recompute else []

@@ -15,12 +15,12 @@ terms have the weight 1; and T = 3.
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
 from tf_pcl.methods.baseline import Baseline
-from tf_pcl.methods.distiller import Distiller, Exit, Stage
+from tf_pcl.methods.distiller import Exit, Stage
 from tf_pcl.methods.peers import check_ends
-from tf_pcl.surgery import Target, deployable, with_logits
+from tf_pcl.surgery import with_logits
 
 
-class KD(Distiller):
+class KD(Baseline):
     """A student that learns from a teacher trained before.
 
     Args:
@@ -33,14 +33,12 @@ class KD(Distiller):
     """
 
     terms = ("ce", "teacher")
-    exits = ("student", "teacher")
-    deployed_exit = "student"
 
     def __init__(self, network, *, teacher, temperature=3.0, preprocess=None):
-        super().__init__(preprocess)
+        super().__init__(network, exit_name="student", preprocess=preprocess)
         self.temperature = temperature
-        self.network = with_logits(Target.of(network).new())
         self.teacher = with_logits(teacher)
+        self.exits = ("student", "teacher")
         check_ends(self.network, {"`teacher`": self.teacher})
 
     @classmethod
@@ -54,29 +52,16 @@ class KD(Distiller):
                 "`teacher_network` does not go with `teacher`, which brings its own network: give "
                 "one of them"
             )
-        if teacher:
-            teacher = make.trained(teacher)
-            return [
-                Stage(
-                    "student",
-                    network,
-                    lambda trained: make(cls, network, teacher=teacher, **arguments),
-                )
-            ]
+        given = make.trained(teacher) if teacher else None
         teacher_network = teacher_network or "resnet110"
-        return [
-            Stage(
-                "teacher",
-                teacher_network,
-                lambda trained: make(Baseline, teacher_network, exit_name="teacher"),
-                alone=True,
-            ),
-            Stage(
-                "student",
-                network,
-                lambda trained: make(cls, network, teacher=trained[0].deployed(), **arguments),
-            ),
-        ]
+
+        def build(trained):
+            taught_by = trained[0].deployed() if given is None else given
+            return make(cls, network, teacher=taught_by, **arguments)
+
+        alone = lambda trained: make(Baseline, teacher_network, exit_name="teacher")
+        first = [] if teacher else [Stage("teacher", teacher_network, alone, alone=True)]
+        return [*first, Stage("student", network, build)]
 
     @property
     def untrained(self):
@@ -85,11 +70,6 @@ class KD(Distiller):
     @property
     def given_teachers(self):
         return {"teacher": self.teacher}
-
-    def students(self, views, training):
-        return {
-            "student": Exit(**self.network(self.prepared_view(views, training), training=training))
-        }
 
     def teachers(self, views, training):
         return {"teacher": Exit(**self.teacher(views[:, 0], training=False))}
@@ -100,6 +80,3 @@ class KD(Distiller):
             "ce": cross_entropy(labels, z),
             "teacher": distillation(teacher["teacher"].logits, z, self.temperature),
         }
-
-    def deployed(self):
-        return deployable(self.preprocess, self.network)

@@ -21,11 +21,10 @@ import tensorflow as tf
 
 from tf_pcl.compat import keras, layers
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller
-from tf_pcl.methods.peers import Peers, peer_names
+from tf_pcl.methods.peers import Branched
 
 
-class OKDDip(Distiller):
+class OKDDip(Branched):
     """Peers with targets of their own, and a leader who learns from them all.
 
     Args:
@@ -42,27 +41,9 @@ class OKDDip(Distiller):
     """
 
     terms = ("ce", "personal", "group")
-    deployed_exit = "leader"
+    further_exit = deployed_exit = "leader"
 
-    def __init__(
-        self,
-        network,
-        *,
-        split_at=None,
-        peers=3,
-        temperature=3.0,
-        rampup_epochs=None,
-        distill_weight=1.0,
-        preprocess=None,
-    ):
-        super().__init__(preprocess)
-        self.temperature = temperature
-        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
-        self.peer_exits = peer_names(peers)
-        self.exits = (*self.peer_exits, "leader")
-        self.peers = Peers(
-            self.target_of(network), self.exits, split_at=split_at, preprocess=self.preprocess
-        )
+    def build_further(self):
         d = self.peers.branches[0].output_shape["features"][-1]
         self.query, self.key = (
             layers.Dense(
@@ -101,6 +82,3 @@ class OKDDip(Distiller):
             ),
             "group": w * distillation(tf.reduce_mean(z, axis=1), z_leader, T, cut=False),
         }
-
-    def deployed(self):
-        return self.peers.target(-1)

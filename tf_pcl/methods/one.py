@@ -19,12 +19,12 @@ import tensorflow as tf
 from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.losses import cross_entropy, distillation
-from tf_pcl.methods.distiller import Distiller, Exit
-from tf_pcl.methods.peers import Peers, peer_names
+from tf_pcl.methods.distiller import Exit
+from tf_pcl.methods.peers import Branched
 from tf_pcl.networks.blocks import norm
 
 
-class ONE(Distiller):
+class ONE(Branched):
     """Branches that learn from their gated ensemble.
 
     Args:
@@ -41,28 +41,9 @@ class ONE(Distiller):
     """
 
     terms = ("ce", "ensemble")
-    deployed_exit = "peer_1"
 
-    def __init__(
-        self,
-        network,
-        *,
-        split_at=None,
-        peers=3,
-        temperature=3.0,
-        rampup_epochs=None,
-        distill_weight=1.0,
-        preprocess=None,
-    ):
-        super().__init__(preprocess)
-        self.temperature = temperature
-        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
-        self.peer_exits = peer_names(peers)
-        self.exits = (*self.peer_exits, "ensemble")
-        self.peers = Peers(
-            self.target_of(network), self.peer_exits, split_at=split_at, preprocess=self.preprocess
-        )
-        self.gate = gate(self.peers.trunk, peers)
+    def build_further(self):
+        self.gate = gate(self.peers.trunk, len(self.peer_exits))
 
     def students(self, views, training):
         low = self.peers.low(views, training)
@@ -81,9 +62,6 @@ class ONE(Distiller):
                 for name in self.peer_exits
             ),
         }
-
-    def deployed(self):
-        return self.peers.target()
 
 
 def gate(trunk, count):

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
-from tf_pcl.methods.distiller import Exit
+from tf_pcl.methods.distiller import Distiller, Exit
 from tf_pcl.surgery import Target, deployable, prepared, proof, slice_at, with_features
 from tf_pcl.surgery.cuts import Cut, find_cut
 from tf_pcl.surgery.described import described
@@ -51,14 +51,9 @@ class Peers(keras.Model):
             if not branches:
                 self.cut = split_at if isinstance(split_at, Cut) else find_cut(whole, split_at)
             trunk, branch = slice_at(whole, self.cut.path)
-            _prove(
-                network,
-                whole,
-                trunk,
-                branch,
-                training=network is target.first,
-                known=_case(target, network, self.cut),
-            )
+            text = described(network)
+            known = (target.proven, ("cut", self.cut.path, text)) if text else None
+            _prove(network, whole, trunk, branch, training=network is target.first, known=known)
             if branches:
                 start_apart(branches, branch)
             else:
@@ -100,12 +95,6 @@ class Peers(keras.Model):
         return deployable(self.preprocess, self.trunk, self.branches[j])
 
 
-def _case(target, network, cut):
-    """Returns what proof.same takes as `known` for a network that is cut."""
-    text = described(network)
-    return None if text is None else (target.proven, ("cut", cut.path, text))
-
-
 def _prove(network, whole, trunk, branch, training, known):
     """Proves that trunk and branch together compute what `whole`, the network's graph, does."""
 
@@ -121,6 +110,49 @@ def _prove(network, whole, trunk, branch, training, known):
     proof.same(
         network, joined, what, reference=reference, parts=parts, training=training, known=known
     )
+
+
+class Branched(Distiller):
+    """A method of branches on a shared trunk, whose distillation is ramped up.
+
+    Its exits are those of the peers and a further one. Arguments are as the subclasses say.
+
+    Attributes:
+      further_exit: the name of the further exit. If it is the one to deploy, it has a branch.
+      peers: the Peers, which exist when `build_further` is called.
+    """
+
+    further_exit = "ensemble"
+    deployed_exit = "peer_1"
+
+    def __init__(
+        self,
+        network: Any,
+        *,
+        split_at: Optional[str] = None,
+        peers: int = 3,
+        temperature: float = 3.0,
+        rampup_epochs: Optional[float] = None,
+        distill_weight: float = 1.0,
+        preprocess: Optional[keras.layers.Layer] = None,
+    ):
+        super().__init__(preprocess)
+        self.temperature = temperature
+        self.rampup_epochs, self.distill_weight = rampup_epochs, distill_weight
+        self.peer_exits = peer_names(peers)
+        self.exits = (*self.peer_exits, self.further_exit)
+        names = self.exits if self.deployed_exit == self.further_exit else self.peer_exits
+        self.peers = Peers(
+            self.target_of(network), names, split_at=split_at, preprocess=self.preprocess
+        )
+        self.build_further()
+
+    def build_further(self) -> None:
+        """Builds the layers that the method has beside its peers."""
+        raise NotImplementedError
+
+    def deployed(self) -> keras.Model:
+        return self.peers.target(self.peers.names.index(self.deployed_exit))
 
 
 def whole_networks(networks: Any, peers: Optional[int], target_of: Callable[[Any], Target]) -> dict:

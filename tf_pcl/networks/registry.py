@@ -6,35 +6,22 @@ from typing import Any, Callable, Optional
 
 from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError, choose, one_line
-from tf_pcl.networks import applications
-from tf_pcl.networks.densenet import densenet40_12
-from tf_pcl.networks.resnets import (
-    resnet8,
-    resnet14,
-    resnet18,
-    resnet20,
-    resnet32,
-    resnet50,
-    resnet110,
-    wrn20_8,
-)
-from tf_pcl.networks.resnext import resnext29_2x64d
-from tf_pcl.networks.vgg import vgg16
+from tf_pcl.networks import applications, densenet, resnets, resnext, vgg
 from tf_pcl.surgery import Target, functional
 
 # Functions (input_shape, num_classes) -> functional keras.Model that gives logits.
 FOR_SMALL_IMAGES = (
-    resnet8,
-    resnet14,
-    resnet20,
-    resnet32,
-    resnet110,
-    wrn20_8,
-    resnext29_2x64d,
-    vgg16,
-    densenet40_12,
+    resnets.resnet8,
+    resnets.resnet14,
+    resnets.resnet20,
+    resnets.resnet32,
+    resnets.resnet110,
+    resnets.wrn20_8,
+    resnext.resnext29_2x64d,
+    vgg.vgg16,
+    densenet.densenet40_12,
 )
-FOR_LARGE_IMAGES = (resnet18, resnet50)
+FOR_LARGE_IMAGES = (resnets.resnet18, resnets.resnet50)
 NETWORKS = {f.__name__: f for f in (*FOR_SMALL_IMAGES, *FOR_LARGE_IMAGES)}
 
 
@@ -130,12 +117,13 @@ def build(
     model = functional(model, tuple(input_shape))
     if tuple(model.output_shape[1:]) != (num_classes,):
         raise UserError(
-            f"network {name} gives outputs {model.output_shape}; "
-            f"the data set has {num_classes} classes"
+            f"network {name} gives outputs {model.output_shape}; the data set has {num_classes} "
+            "classes: build it for as many"
         )
     if not model.trainable_weights:
         raise UserError(
-            f"network {name} has no trainable weights: all its layers are frozen, or it has none"
+            f"network {name} has no trainable weights, since all its layers are frozen or it has "
+            "none: give one with layers that are trained"
         )
     if initializer:
         initialise(model, initializer)

@@ -229,15 +229,12 @@ def _cost(
         return None
     figure = Figure((_WIDTH, _HEIGHT))
     axes = figure.add_subplot()
-    alone = sorted(
-        (cost, statistics.summary(list(g.errors().values())).mean)
-        for g, cost in drawn
-        if g.is_baseline
-    )
+    mean = lambda group: statistics.summary(group.errors().values()).mean
+    alone = sorted((cost, mean(group)) for group, cost in drawn if group.is_baseline)
     if len(alone) > 1:
         axes.plot(*zip(*alone), color=_SERIES[0], lw=1, linestyle=_DASHES[2], zorder=1)
     for group, cost in drawn:
-        s = statistics.summary(list(group.errors().values()))
+        s = statistics.summary(group.errors().values())
         color = look[group.label].line["color"]
         axes.errorbar([cost], [s.mean], [s.deviation or 0], fmt="o", color=color, ms=7, capsize=3)
         if group.is_baseline:

@@ -1,31 +1,20 @@
 """A grid of runs, their costs, and a baseline that costs as much as the most expensive run."""
 
-import csv
 import dataclasses
 import functools
-import importlib.resources
 import itertools
 import os
 import re
-import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
 
 from tf_pcl.errors import UserError, choose
 from tf_pcl.methods import BASELINE, METHODS
 from tf_pcl.options import Options
-from tf_pcl.study import cost
+from tf_pcl.study import cost, paper
 from tf_pcl.training.assemble import method_arguments, options_of
 
 EQUAL_COST = f"{BASELINE}_equal_cost"
-# The tables of the paper by name: a file has a column for each method, and a first column of
-# networks or data sets.
-_TABLES = {
-    "1": ("table1_cifar10.csv", {"dataset": "cifar10"}),
-    "2": ("table2_cifar100.csv", {"dataset": "cifar100"}),
-    "two_stage": ("two_stage_resnet32.csv", {"network": "resnet32"}),
-}
-TABLES = tuple(_TABLES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,23 +149,14 @@ def table(
     """Returns the entries of a table of the paper, each as {"method", "network", "dataset"}.
 
     Args:
-      name: one of TABLES.
+      name: one of paper.TABLES.
       networks, methods: if given, only their entries are returned.
 
     Raises:
       UserError: if there is no such table, or no such entry in it.
     """
-    file, common = _TABLES[choose("table", name, TABLES, parameter="table")]
-    text = (importlib.resources.files("tf_pcl") / "paper" / file).read_text(encoding="utf-8")
-    rows = csv.DictReader(line for line in text.splitlines() if not line.startswith("#"))
-    entries = [
-        {**common, key: row[key], "method": method}
-        for row in rows
-        for key in ("network", "dataset")
-        if key in row
-        for method in row
-        if method != key
-    ]
+    choose("table", name, paper.TABLES, parameter="table")
+    entries = [entry for entry, _ in paper.entries(name)]
     for what, wanted in ("network", networks), ("method", methods):
         for one in wanted:
             choose(what, one, sorted({entry[what] for entry in entries}), parameter=f"{what}s")
@@ -218,11 +198,6 @@ def saved_by_sharing(cells: Sequence[Cell]) -> float:
             if f"{number}-{stage.name}" in shared
         )
     return saved
-
-
-def in_a_shell(cell: Cell) -> str:
-    """Returns the command of a run as a line for a shell."""
-    return shlex.join(cell.command())
 
 
 def _cell(values: Mapping[str, Any], name: str, workdir: str) -> Cell:

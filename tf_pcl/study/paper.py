@@ -11,11 +11,15 @@ from tf_pcl.options import Options
 from tf_pcl.training.beside import settings_of
 
 _FOLDER = importlib.resources.files("tf_pcl") / "paper"
-_OF_NETWORKS = {"cifar10": "table1_cifar10.csv", "cifar100": "table2_cifar100.csv"}
-_CLASSES = "classes.csv"
+# The tables by name: a file has a column for each method, and a first column of networks or data
+# sets.
+TABLES = {
+    "1": ("table1_cifar10.csv", {"dataset": "cifar10"}),
+    "2": ("table2_cifar100.csv", {"dataset": "cifar100"}),
+    "two_stage": ("two_stage_resnet32.csv", {"network": "resnet32"}),
+}
 # The sizes of all these data sets.
 _SHAPE, _TRAINING, _TEST = [32, 32, 3], 50_000, 10_000
-_TWO_STAGES = ("resnet32", "two_stage_resnet32.csv")
 
 
 class Figure(NamedTuple):
@@ -51,7 +55,7 @@ def known_as(options: Options, data: Mapping[str, Any]) -> Optional[str]:
       options: the run's options.
       data: the contents of its data.json.
     """
-    if options.dataset in _OF_NETWORKS:
+    if options.dataset in _classes():
         return options.dataset
     training = data.get("training images", 0) + data.get("validation images", 0)
     whole = training == _TRAINING or options.train_examples
@@ -77,35 +81,37 @@ def departures(options: Options) -> list[str]:
     ]
 
 
+def entries(table: str) -> list[tuple[dict[str, str], str]]:
+    """Returns ({"method", "network", "dataset"}, text) of each entry of one of TABLES."""
+    file, common = TABLES[table]
+    (key, *methods), *rows = _lines(file)
+    return [
+        ({**common, key: name, "method": method}, text)
+        for name, *texts in rows
+        for method, text in zip(methods, texts)
+    ]
+
+
 @functools.cache
 def _figures() -> dict[tuple[str, str, str], Figure]:
     """Returns {(method, network, data set): Figure}."""
-    found = {}
-    for dataset, name in _OF_NETWORKS.items():
-        for network, method, text in _cells(name):
-            found[method, network, dataset] = _figure(text)
-    network, name = _TWO_STAGES
-    for dataset, method, text in _cells(name):
-        found[method, network, dataset] = _figure(text)
-    return found
+    return {
+        (of["method"], of["network"], of["dataset"]): _figure(text)
+        for name in TABLES
+        for of, text in entries(name)
+    }
 
 
 @functools.cache
 def _classes() -> dict[str, set[str]]:
     """Returns {data set: names of its classes}."""
-    return {name: set(classes) for name, *classes in _lines(_CLASSES)}
+    return {name: set(classes) for name, *classes in _lines("classes.csv")}
 
 
 def _lines(name: str) -> list[list[str]]:
     """Returns the cells of each line of a file beside the tables."""
     lines = (_FOLDER / name).read_text(encoding="utf-8").splitlines()
     return list(csv.reader(line for line in lines if not line.startswith("#")))
-
-
-def _cells(name: str) -> list[tuple[str, str, str]]:
-    """Returns (row's name, column's name, text) of a table."""
-    (_, *columns), *rows = _lines(name)
-    return [(row[0], column, cell) for row in rows for column, cell in zip(columns, row[1:])]
 
 
 def _figure(text: str) -> Figure:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Optional
+from typing import Any, Optional
 
 from tf_pcl.console import ENDS_WITH_STDIN
 
@@ -63,17 +63,12 @@ def stop(processes: Iterable[subprocess.Popen]) -> None:
                 process.wait()
 
 
-def run(
-    command: Sequence[str],
-    log: str,
-    folder: Optional[str] = None,
-    environment: Optional[Mapping[str, str]] = None,
-) -> int:
-    """Runs a command as `start` does, and returns its exit status.
+def run(command: Sequence[str], log: str, **where: Any) -> int:
+    """Runs a command as `start` does, with its arguments, and returns its exit status.
 
     If this process is interrupted, it stops the command before it raises KeyboardInterrupt.
     """
-    process = start(command, log, folder, environment)
+    process = start(command, log, **where)
     try:
         while process.poll() is None:
             # Short waits, since an unlimited wait cannot be interrupted on every system.

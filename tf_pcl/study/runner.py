@@ -205,7 +205,8 @@ class _Board:
         """Updates the progress bar."""
         spent = sum(_done(cell) - before for cell, before, _ in self.running.values())
         # What was done at the beginning took no time, and says nothing about the time left.
-        left = sum(cell.gflop - _done(cell) for cell in self._unfinished())
+        failed = {failure.cell.title for failure in self.failures}
+        left = sum(cell.gflop - _done(cell) for cell in self.waiting if cell.title not in failed)
         self.bar.update(
             self._task,
             description=", ".join(self.running) or "…",
@@ -226,10 +227,6 @@ class _Board:
         else:
             self.say(f"{cell.title}: test error {results['deployed_error']:.2f} %, {seconds:.0f} s")
         self.look()
-
-    def _unfinished(self) -> list[Cell]:
-        failed = {failure.cell.title for failure in self.failures}
-        return [cell for cell in self.waiting if cell.title not in failed]
 
 
 def log_of(cell: Cell) -> str:

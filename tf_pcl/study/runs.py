@@ -89,13 +89,11 @@ class Group:
       settings: {name: text} of the given options, except for the seed, those of the machine and
         those that have the method's default.
       runs: {seed: Run}, at least one.
-      unfinished: {seed: Run}.
     """
 
     label: str
     settings: Mapping[str, str]
     runs: Mapping[int, Run]
-    unfinished: Mapping[int, Run] = dataclasses.field(default_factory=dict)
 
     @property
     def options(self) -> Options:
@@ -249,17 +247,20 @@ def _sections(found: Sequence[Run], notes: list[str]) -> list[Section]:
     by_subject: dict[Any, list[Group]] = {}
     for key, seeds in grouped.items():
         done: dict[int, Run] = {}
-        unfinished: dict[int, Run] = {}
+        unfinished = []
         for seed, runs in sorted(seeds.items()):
             first, *others = sorted(runs, key=lambda run: not run.done)
-            (done if first.done else unfinished)[seed] = first
+            if first.done:
+                done[seed] = first
+            else:
+                unfinished.append(_unfinished(first))
             same = f"is left out: {first.path} has the same options and seed"
             notes += [f"{run.path} {same}" for run in others]
         settings = dict(key)
-        notes += [_unfinished(run) for run in unfinished.values()]
+        notes += unfinished
         if done:
             subject = tuple(settings[name] for name in _SUBJECT)
-            by_subject.setdefault(subject, []).append(Group("", settings, done, unfinished))
+            by_subject.setdefault(subject, []).append(Group("", settings, done))
     return [
         _labelled(name, network, groups) for (name, network), groups in sorted(by_subject.items())
     ]

@@ -1,6 +1,6 @@
 """Statistics of differences over several seeds, or over the test images of two networks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -69,8 +69,9 @@ class McNemar(NamedTuple):
     p: float
 
 
-def summary(values: Sequence[float]) -> Summary:
+def summary(values: Iterable[float]) -> Summary:
     """Returns the Summary of at least one value."""
+    values = list(values)
     deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
     return Summary(len(values), float(np.mean(values)), deviation)
 

@@ -112,7 +112,7 @@ def errors_csv(found: Iterable[tuple[Section, Mapping[str, Optional[float]]]]) -
         for group in section.groups:
             figure = paper.figure(group.options.method, section.network, section.in_paper)
             for name in group.exits():
-                s = statistics.summary(list(group.errors(name).values()))
+                s = statistics.summary(group.errors(name).values())
                 deployed = name == group.deployed
                 rows.append(
                     {
@@ -166,7 +166,7 @@ def differences_csv(found: Iterable[tuple[Section, Sequence[Comparison]]]) -> st
 
 def mean(values: Iterable[float]) -> str:
     """Returns "mean ± deviation" of errors in percent, or the value itself if there is only one."""
-    s = statistics.summary(list(values))
+    s = statistics.summary(values)
     return f"{s.mean:.2f}" + (f" ± {s.deviation:.2f}" if s.deviation is not None else "")
 
 
@@ -206,7 +206,7 @@ def _others(group: Group) -> str:
     for kind, names in kinds(group.exits()).items():
         others = [name for name in names if name != group.deployed]
         if others:
-            means = [statistics.summary(list(group.errors(n).values())).mean for n in others]
+            means = [statistics.summary(group.errors(n).values()).mean for n in others]
             name = others[0] if len(names) == 1 else f"{kind}_…"
             texts.append(f"{name} {', '.join(f'{m:.2f}' for m in means)}")
     return "; ".join(texts)

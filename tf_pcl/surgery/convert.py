@@ -1,7 +1,7 @@
 """Makes a functional Keras model of a user's network."""
 
 import inspect
-from typing import Optional
+from typing import Any, Optional
 
 import tensorflow as tf
 
@@ -32,14 +32,7 @@ def functional(
     Raises:
       UserError: if it is not such a model, or does not take such images.
     """
-    foreign = compat.foreign_keras(network)
-    if foreign:
-        raise UserError(foreign)
-    if not isinstance(network, keras.Model):
-        raise UserError(
-            f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "
-            "function that returns one"
-        )
+    check_kind(network, isinstance(network, keras.Model))
     network = _with_inputs(network, input_shape)
     _check_ends(network, integers)
     if network.output is not network.outputs[0]:  # One tensor in a dict or a list.
@@ -48,13 +41,26 @@ def functional(
     if input_shape and any(g not in (None, a) for g, a in zip(given, input_shape)):
         raise UserError(
             f"network {network.name!r} takes images {given}; those of the data set are "
-            f"{tuple(input_shape)}"
+            f"{tuple(input_shape)}: build it for these"
         )
     if input_shape and None in given and None not in input_shape:
         # The network allows any size. Its layers are called again on images of this size.
         images = keras.Input(input_shape, name=network.inputs[0].node.layer.name)
         network = keras.Model(images, network(images), name=network.name)
     return network
+
+
+def check_kind(network: Any, known: bool) -> None:
+    """Raises UserError if a network is a list, of another Keras, or not of a `known` kind."""
+    if isinstance(network, (list, tuple)):
+        raise UserError(f"{len(network)} networks were given: this method takes one")
+    if foreign := compat.foreign_keras(network):
+        raise UserError(foreign)
+    if not known:
+        raise UserError(
+            f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "
+            "function that returns one"
+        )
 
 
 def _with_inputs(network, input_shape):
@@ -88,23 +94,33 @@ def _of_subclassed(network, input_shape):
             f"{input_shape}: {one_line(e)}"
         ) from e
     try:
-        return _traced(network, images, whole)
+        return traced(network, images, whole, "the graph of its layers")
     except Exception as e:  # Whatever the user's code raises on a symbolic input.
         # The model stays one layer. Errors about its inside report this reason.
         whole.why_one_layer = " ".join(str(e).split())[:300]
     return whole
 
 
-def _traced(network, images, whole):
-    """Returns the graph of layers that a subclassed model's `call` makes of symbolic images."""
+def traced(last: keras.layers.Layer, x: Any, whole: keras.Model, what: str) -> keras.Model:
+    """Returns a model with the layers that its last layer calls in place of that layer.
+
+    Args:
+      last: the last layer of `whole`, which may be a model.
+      x: the tensor in the graph of `whole` that it is called on.
+      whole: a functional keras.Model.
+      what: the name of the result in an error.
+
+    Raises:
+      ValueError: or whatever the layer's code raises, if the result is not the same.
+    """
     # With training=None the layers follow the phase of the whole graph.
-    takes = inspect.signature(network.call).parameters
-    traced = network.call(images, **({"training": None} if "training" in takes else {}))
-    graph = keras.Model(images, traced, name=network.name)
-    lost = {w.name for w in network.weights} - {w.name for w in graph.weights}
-    if lost or len(graph.weights) != len(network.weights):
+    takes = inspect.signature(last.call).parameters
+    end = last.call(x, **({"training": None} if "training" in takes else {}))
+    graph = keras.Model(whole.input, end, name=whole.name)
+    lost = {w.name for w in whole.weights} - {w.name for w in graph.weights}
+    if lost or len(graph.weights) != len(whole.weights):
         raise ValueError(f"it holds weights outside of its layers ({', '.join(sorted(lost))})")
-    proof.same(whole, graph, "the graph of its layers")
+    proof.same(whole, graph, what)
     if not proof.draws_alike(whole, graph):
         raise ValueError("it draws random numbers in training alone")
     return graph

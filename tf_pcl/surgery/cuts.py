@@ -1,5 +1,6 @@
 """Where a functional Keras model can be cut in two, and what each part costs."""
 
+import collections
 import re
 from typing import NamedTuple, Optional
 
@@ -72,13 +73,12 @@ def _in_order(model):
 def _paths(model):
     """Yields (path, leaf that makes the tensor) of the cuts of a model."""
     order = calls(model)
-    times: dict = {}
+    times = collections.Counter(id(call.layer) for call in order)
     last_use: dict = {}
     last_call: dict = {}
     for i, call in enumerate(order):
         last_use.update((id(t), i) for t in call.keras_inputs)
         last_call[id(call.layer)] = i
-        times[id(call.layer)] = times.get(id(call.layer), 0) + 1
     # A branch must make all outputs except the feature map.
     output = model.output if isinstance(model.output, dict) else {"": model.output}
     needed = {id(t) for key, t in output.items() if key != "feature_map"}

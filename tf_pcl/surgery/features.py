@@ -1,6 +1,5 @@
 """The end of a network: its logits, the feature before them, and the feature map before that."""
 
-import inspect
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -9,7 +8,7 @@ import tensorflow as tf
 from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.surgery import proof
-from tf_pcl.surgery.convert import functional
+from tf_pcl.surgery.convert import functional, traced
 from tf_pcl.surgery.described import described
 from tf_pcl.surgery.graph import (
     Place,
@@ -67,7 +66,6 @@ def with_logits(network: keras.Model) -> keras.Model:
     Raises:
       UserError: if the network gives neither logits nor probabilities.
     """
-    network = _one(network)
     if _has_logits(network):
         return network
     network = functional(network, integers=True)
@@ -97,7 +95,6 @@ def with_features(network: keras.Model, proven: Optional[set] = None) -> keras.M
     Raises:
       UserError: if the network does not end in a linear classifier.
     """
-    network = _one(network)
     if _has_logits(network) and "features" in network.output:
         return network
     network, classifier = _with_classifier(functional(network))
@@ -106,12 +103,6 @@ def with_features(network: keras.Model, proven: Optional[set] = None) -> keras.M
     if feature_map is not None:
         wanted["feature_map"] = feature_map
     return _made(network, classifier, wanted, proven)
-
-
-def _one(network):
-    if isinstance(network, (list, tuple)):
-        raise UserError(f"{len(network)} networks were given: this method takes one")
-    return network
 
 
 def _has_logits(network):
@@ -257,20 +248,10 @@ def _opened(network) -> Optional[keras.Model]:
     inside = [layer for layer in sublayers(call.layer) if layer is not call.layer]
     if not inside or isinstance(call.layer, keras.Model) or len(call.keras_inputs) != 1:
         return None
-    takes = inspect.signature(call.layer.call).parameters
     try:
-        end = call.layer.call(
-            call.keras_inputs[0], **({"training": None} if "training" in takes else {})
-        )
-        opened = keras.Model(network.input, end, name=network.name)
-        if len(opened.weights) != len(network.weights):
-            return None
-        proof.same(network, opened, "the network with its last layer opened")
-        if not proof.draws_alike(network, opened):
-            return None
+        return traced(call.layer, call.keras_inputs[0], network, "the network")
     except Exception:  # Whatever the layer's code raises on a symbolic input.
         return None
-    return opened
 
 
 def _classifier(network) -> Classifier:
@@ -339,12 +320,8 @@ def _calls_of(network, layer):
 
 
 def _is_pointwise(layer):
-    return (
-        type(layer) is layers.Conv2D
-        and layer.kernel_size == (1, 1)
-        and layer.strides == (1, 1)
-        and layer.groups == 1
-    )
+    form = layer.kernel_size, layer.strides, layer.groups
+    return type(layer) is layers.Conv2D and form == ((1, 1), (1, 1), 1)
 
 
 def _pooled(classifier) -> tuple:
@@ -454,7 +431,6 @@ def kind_of_outputs(network: keras.Model) -> str:
     are scaled up and change their sign are neither: they come from a sigmoid.
     """
     images = proof.images_for(network)
-    infer = lambda: network(images, training=False)
     weights = [w for w in network.trainable_weights if w.dtype.is_floating]
     before = [w.numpy() for w in weights]
     answers = []
@@ -462,7 +438,7 @@ def kind_of_outputs(network: keras.Model) -> str:
         for factor in (1.0, -3.0, 5.0):
             for weight, value in zip(weights, before):
                 weight.assign(factor * value)
-            answers.append(_numpy(infer()))
+            answers.append(np.asarray(tf.cast(network(images, training=False), tf.float32)))
         for weight, value in zip(weights, before):
             weight.assign(value)
     finite = [a for a in answers if np.isfinite(a).all()]
@@ -470,7 +446,3 @@ def kind_of_outputs(network: keras.Model) -> str:
         return "probabilities"
     within = all(a.min() >= 0 and a.max() <= 1 for a in finite)
     return "neither" if finite and within and len(finite) > 1 and np.ptp(finite[0]) else "logits"
-
-
-def _numpy(x):
-    return np.asarray(tf.cast(x, tf.float32))

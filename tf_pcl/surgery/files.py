@@ -135,7 +135,7 @@ def _foreign(class_name: str, config: Any) -> Optional[str]:
             function = str(inside.get("function"))
             if not _FUNCTIONS.fullmatch(function):
                 return f"a call of the function {function}"
-        elif not (name in _HARMLESS or _is_keras_s(name, node.get("module"))):
+        elif not (name in _HARMLESS or _is_harmless(name, node.get("module"))):
             called = f"{inside['name']!r} " if "name" in inside else ""
             return f"the layer {called}of the class {name}"
     return None
@@ -152,7 +152,7 @@ def _nodes(value: Any) -> Iterator[Mapping[str, Any]]:
             yield from _nodes(one)
 
 
-def _is_keras_s(name: str, module: Optional[str]) -> bool:
+def _is_harmless(name: str, module: Optional[str]) -> bool:
     """Says whether a class is one that Keras has under this name, and harmless."""
     spaces = {
         "keras.layers": keras.layers,

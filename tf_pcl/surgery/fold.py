@@ -1,5 +1,6 @@
 """BatchNorm folded into the convolution or the dense layer before it, for inference alone."""
 
+import collections
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -77,12 +78,9 @@ class _Folding:
 def _pairs(model):
     """Returns [(layer, BatchNorm behind it)] of what can be folded in a model's own graph."""
     order = calls(model)
-    times: dict = {}
-    read: dict = {id(t): 1 for t in model.outputs}
-    for call in order:
-        times[id(call.layer)] = times.get(id(call.layer), 0) + 1
-        for tensor in call.keras_inputs:
-            read[id(tensor)] = read.get(id(tensor), 0) + 1
+    times = collections.Counter(id(call.layer) for call in order)
+    read = collections.Counter({id(t) for t in model.outputs})
+    read.update(id(t) for call in order for t in call.keras_inputs)
     return [
         (before.layer, call.layer)
         for call in order

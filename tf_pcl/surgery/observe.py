@@ -49,11 +49,6 @@ def _watched(
             del layer.call
 
 
-def own_kernels(layer: keras.layers.Layer) -> list:
-    """Returns the kernels that a layer holds itself, not in a sublayer."""
-    return [w for w in own_weights(layer) if "kernel" in w.name.split("/")[-1]]
-
-
 def own_weights(layer: keras.layers.Layer) -> list:
     """Returns the weights that a layer holds itself, not in a sublayer."""
     inside = {id(w) for sub in sublayers(layer) if sub is not layer for w in sub.weights}
@@ -87,10 +82,8 @@ def flops_while(compute: Callable[[], object], model: keras.layers.Layer) -> dic
       convolutions of every kind, of dense layers and of the projections of attention. A kernel is
       applied once at every place of the layer's output, or of its input where that has fewer.
     """
-    sizes = {
-        id(layer): sum(int(np.prod(w.shape)) for w in own_kernels(layer))
-        for layer in sublayers(model)
-    }
+    of_kernel = lambda w: int(np.prod(w.shape)) if "kernel" in w.name.split("/")[-1] else 0
+    sizes = {id(layer): sum(map(of_kernel, own_weights(layer))) for layer in sublayers(model)}
     found = {key: 0 for key, size in sizes.items() if size}
     replicas = []
 

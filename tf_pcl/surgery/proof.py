@@ -186,8 +186,7 @@ def draws_alike(model: keras.Model, other: keras.Model) -> bool:
 
     def drawn(one):
         forward = tf.function(lambda images: one(images, training=True))
-        spec = tf.TensorSpec(images_for(model).shape, model.inputs[0].dtype)
-        graph = forward.get_concrete_function(spec).graph.as_graph_def()
+        graph = forward.get_concrete_function(images_for(model)).graph.as_graph_def()
         nodes = [*graph.node, *(n for f in graph.library.function for n in f.node_def)]
         return sorted(node.op for node in nodes if "Random" in node.op)
 
@@ -220,9 +219,11 @@ def answers_once(model: keras.Model) -> None:
     """
     with trials:
         images, state = images_for(model), states(model)
-        infer = lambda images, training: model(images, training=training)
+        strategy = tf.distribute.get_strategy()
+        infer = lambda images: tf.nest.flatten(model(images, training=False))
+        first = lambda value: strategy.experimental_local_results(value)[0].numpy()
         before = [v.numpy() for v in state]
-        one, other = ([t.numpy() for t in _local(infer, images)] for _ in range(2))
+        one, other = ([*map(first, strategy.run(infer, args=(images,)))] for _ in range(2))
         for variable, value in zip(state, before):
             variable.assign(value)
     if not _all_close(one, other):
@@ -230,12 +231,6 @@ def answers_once(model: keras.Model) -> None:
             f"network {model.name!r} gives other outputs for the same images each time: it is "
             "random in inference, as with dropout with training=True; leave that out"
         )
-
-
-def _local(model, images):
-    strategy = tf.distribute.get_strategy()
-    outputs = strategy.run(lambda x: tf.nest.flatten(model(x, False)), args=(images,))
-    return [strategy.experimental_local_results(t)[0] for t in outputs]
 
 
 def owns_its_variables(model: keras.Model) -> None:
@@ -251,8 +246,7 @@ def owns_its_variables(model: keras.Model) -> None:
         def forward(images):
             return strategy.run(lambda x: model(x, training=True), args=(images,))
 
-        spec = tf.TensorSpec(images_for(model).shape, model.inputs[0].dtype)
-        graph = forward.get_concrete_function(spec).graph
+        graph = forward.get_concrete_function(images_for(model)).graph
         own = {id(handle) for handle in _handles([*model.weights, *states(model)])}
         foreign = [v for v in graph.variables if not own & {id(h) for h in _handles([v])}]
     if foreign:

@@ -12,9 +12,6 @@ from tf_pcl.surgery.cuts import find_cut
 from tf_pcl.surgery.features import with_features
 from tf_pcl.surgery.graph import calls, continued, free_name, last_leaf, phase
 
-# What the inputs and outputs of a deployed network are called.
-_ENDS = ("images", "logits")
-
 
 def split(network: keras.Model, at: Optional[str] = None) -> tuple:
     """Cuts a network after the layer `at`.
@@ -55,7 +52,8 @@ def slice_at(whole: keras.Model, path: tuple) -> tuple:
 def _parts(model, path):
     """Returns the models before and after a cut; the latter has the outputs that it can make."""
     order = calls(model)
-    call, after = order[path[0]], {id(t) for t in _made_after(order, path[0])}
+    call, later = order[path[0]], order[path[0] + 1 :]
+    after = {id(t) for one in later for t in tf.nest.flatten(one.outputs)}
     if len(path) == 1:
         cut = tf.nest.flatten(call.outputs)[0]
         return keras.Model(model.input, cut), _model(cut, _outputs(model, after))
@@ -78,11 +76,6 @@ def _model(inputs, outputs):
     return keras.Model(inputs, outputs.get("", outputs))
 
 
-def _made_after(order, index):
-    """Returns the tensors that are made after the call `index`."""
-    return [t for call in order[index + 1 :] for t in tf.nest.flatten(call.outputs)]
-
-
 def _outputs(model, made):
     """Returns {key: tensor} of those of a model's outputs whose ids are in `made`."""
     outputs = model.output if isinstance(model.output, dict) else {"": model.output}
@@ -101,7 +94,7 @@ def deployable(preprocess: keras.layers.Layer, *parts: keras.Model) -> keras.Mod
       [B, C].
     """
     images = raw_images(preprocess, parts[0])
-    x, taken = images, [*_ENDS]
+    x, taken = images, ["images", "logits"]
     for part in (preprocess, *parts):
         layer = renamed(part, taken, x)
         x = layer(x)

@@ -9,11 +9,10 @@ from typing import Any, Callable, Optional, Union
 import numpy as np
 import tensorflow as tf
 
-from tf_pcl import compat
 from tf_pcl.compat import is_of_keras, keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import proof, twins
-from tf_pcl.surgery.convert import functional
+from tf_pcl.surgery.convert import check_kind, functional
 from tf_pcl.surgery.graph import finalize, head, sublayers
 from tf_pcl.surgery.weights import assign_pairs
 
@@ -75,16 +74,7 @@ class Target:
         """
         if isinstance(network, cls):
             return network
-        if isinstance(network, (list, tuple)):
-            raise UserError(f"{len(network)} networks were given: this method takes one")
-        foreign = compat.foreign_keras(network)
-        if foreign:
-            raise UserError(foreign)
-        if not isinstance(network, keras.Model) and not callable(network):
-            raise UserError(
-                f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "
-                "function that returns one"
-            )
+        check_kind(network, callable(network))
         return cls(network)
 
     def new(self) -> keras.Model:

@@ -1,6 +1,7 @@
 """Writes TensorBoard's files of a run, and reads them if metrics.csv is damaged."""
 
 import contextlib
+import functools
 import glob
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,21 +51,20 @@ class Events:
         self.workdir, self.deployed_exit, self.tested = workdir, deployed_exit, tested
         self.settings = {name: _plain(value) for name, value in settings.items()}
         self._writers: dict[str, Any] = {}
-        self._rows = list(rows)
-        self._images: list[tuple[str, Any, str, int]] = []
-        self._tests: list[tuple[int, float]] = []
+        # Everything that was written, as functions that write it again.
+        self._written: list[Callable[[], None]] = [
+            functools.partial(self._write_row, row) for row in rows
+        ]
         self._lacking = False
         self._try(self._write_all)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Writes a row of metrics.csv: names with val_ into `tested`, the others into train."""
-        self._rows.append(row)
-        self._try(lambda: self._write_row(row))
+        self._keep(functools.partial(self._write_row, row))
 
     def write_image(self, name: str, image: Any, split: str = "train", step: int = 0) -> None:
         """Writes a picture, uint8 [H, W, C]."""
-        self._images.append((name, image, split, step))
-        self._try(lambda: self._write_image(name, image, split, step))
+        self._keep(functools.partial(self._write_image, name, image, split, step))
 
     def write_tested(self, step: int, error: float) -> None:
         """Writes the test error of the exported network, if every epoch has a validation error.
@@ -73,12 +73,15 @@ class Events:
           step: the step of the exported epoch.
           error: of the deployed exit, in percent.
         """
-        self._tests.append((step, error))
-        self._try(lambda: self._write_tested(step, error))
+        self._keep(functools.partial(self._write_tested, step, error))
 
     def flush(self) -> None:
         """Flushes the files."""
         self._try(self._flush)
+
+    def _keep(self, write: Callable[[], None]) -> None:
+        self._written.append(write)
+        self._try(write)
 
     def _try(self, write: Callable[[], None]) -> None:
         """Calls a function that writes, or writes all again if an earlier call failed."""
@@ -110,12 +113,8 @@ class Events:
         self._writers.clear()
         with self._writer(_BOTH).as_default(step=0):
             hparams.hparams(self.settings, trial_id=self.workdir.path)
-        for row in self._rows:
-            self._write_row(row)
-        for image in self._images:
-            self._write_image(*image)
-        for test in self._tests:
-            self._write_tested(*test)
+        for write in self._written:
+            write()
         self._flush()
         # The old files go only after the new ones are written.
         for path in old:

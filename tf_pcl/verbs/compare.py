@@ -71,23 +71,12 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def _define_lists(values: flags.FlagValues) -> None:
-    for plural, what in (
-        ("methods", "methods"),
-        ("networks", "networks"),
-        ("datasets", "data sets"),
-    ):
-        flags.DEFINE_list(
-            plural,
-            None,
-            f"{what}, comma separated; see --{_SINGLE[plural]} for their names",
-            flag_values=values,
-        )
-    flags.DEFINE_list(
-        "seeds",
-        None,
-        "the number of seeds, from 0 on, or several seeds: 3 means 0,1,2; default: 1",
-        flag_values=values,
-    )
+    for plural, single in _SINGLE.items():
+        names = plural.replace("datasets", "data sets")
+        text = f"{names}, comma separated; see --{single} for their names"
+        if plural == "seeds":
+            text = "the number of seeds, from 0 on, or several seeds: 3 means 0,1,2; default: 1"
+        flags.DEFINE_list(plural, None, text, flag_values=values)
 
 
 def planned(values: flags.FlagValues, rest: Sequence[str] = ()) -> list[Any]:
@@ -123,10 +112,10 @@ def planned(values: flags.FlagValues, rest: Sequence[str] = ()) -> list[Any]:
 def _compare(rest: list[str]) -> None:
     values = flags.FLAGS
     cells = planned(values, rest)
-    from tf_pcl.study import grid, listing, report, runner
+    from tf_pcl.study import listing, report, runner
 
     if values.print_commands:
-        print(*map(grid.in_a_shell, cells), sep="\n")
+        print(*(shlex.join(cell.command()) for cell in cells), sep="\n")
         return
     runner.check(cells, alone=not values.dry_run)
     if values.dry_run:

@@ -65,8 +65,7 @@ def _evaluate(rest: list[str]) -> None:
     values = flags.FLAGS
     runtime = runtimes.load(rest[0])
     workdir = _workdir(rest[0])
-    of_run = _options_of_run(workdir)
-    chosen = _options(of_run, runtime.image_shape)
+    chosen = _options(workdir, runtime.image_shape)
     data = _load(chosen)
     _refuse_trained(workdir, data, values.split)
     found = evaluate.evaluate(
@@ -101,17 +100,12 @@ def _workdir(path: str) -> Optional[str]:
     return None
 
 
-def _options_of_run(workdir: Optional[str]) -> Optional["Options"]:
-    from tf_pcl import options
-
-    return options.from_file(os.path.join(workdir, "flags.txt")) if workdir else None
-
-
-def _options(of_run: Optional["Options"], shape: tuple[int, ...]) -> "Options":
+def _options(workdir: Optional[str], shape: tuple[int, ...]) -> "Options":
     """Returns options for loading the data, for a network of images of this shape."""
-    from tf_pcl.options import Options
+    from tf_pcl.options import Options, from_file
 
     values = flags.FLAGS
+    of_run = from_file(os.path.join(workdir, "flags.txt")) if workdir else None
     dataset = values.dataset or (of_run.dataset if of_run else None)
     if dataset is None:
         raise UserError("the run of this network is not known: name its data with `dataset`")

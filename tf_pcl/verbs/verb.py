@@ -4,10 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 
-def _nothing() -> None:
-    pass
-
-
 class Verb(NamedTuple):
     """A verb of the command line.
 
@@ -25,4 +21,4 @@ class Verb(NamedTuple):
     define_flags: Callable[[], None]
     run: Callable[[list[str]], Any]
     arguments: str = ""
-    complete_help: Callable[[], None] = _nothing
+    complete_help: Callable[[], None] = lambda: None
