@@ -107,8 +107,7 @@ class Options:
     )
     peers: Optional[int] = _flag(
         None,
-        "number of peers, a leader not counted; default of dml and ctsl_mkt: as many as --network "
-        "names, or 3 and 2 if it names one",
+        "number of peers, a leader not counted; default for several networks: as many as they are",
         low=1,
         high=1000,
     )

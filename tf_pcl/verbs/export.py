@@ -17,9 +17,8 @@ def _define_flags() -> None:
     flags.DEFINE_string(
         "exit",
         "deployed",
-        "exit whose network is written: deployed; of pcl also ensemble, which is all peers (the "
-        "mean peers, if there are any) with their ensemble classifier (PCL-E), or a peer's name in "
-        "results.json",
+        "exit whose network is written: deployed; ensemble, which is all peers (the mean peers, if "
+        "there are any) with their ensemble classifier (PCL-E); or a peer's name in results.json",
     )
     flags.DEFINE_string("data_dir", None, "folder of the run's data set, if it was moved")
     flags.DEFINE_string(
