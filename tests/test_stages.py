@@ -312,7 +312,7 @@ def remove(folder, *patterns):
             [(1, 4), (2, 2)],
         ),
         # Between two stages.
-        (["checkpoints", "metrics.csv", "results.json", "tensorboard"], [(1, 4), (2, 4)]),
+        (["checkpoints", "export", "metrics.csv", "results.json", "tensorboard"], [(1, 4), (2, 4)]),
         # After the last step.
         (["export"], [(1, 4), (2, 4), (3, 4)]),
     ],
