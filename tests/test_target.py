@@ -613,3 +613,17 @@ def test_what_was_proven_of_a_graph_is_not_proven_again(monkeypatch):
     alike = counted(*(build() for _ in range(4)))
     # The one that differs is proven too: two passes for its features, two for its parts.
     assert counted(build(), build("relu"), build(), build()) == alike + 4
+
+
+def test_channels_first_are_refused():
+    # The methods' own layers would take the width of a map for its channels.
+    images = keras.Input(SHAPE)
+    pooled = L.GlobalAveragePooling2D("channels_first")(L.Permute((3, 1, 2))(images))
+    with pytest.raises(UserError, match="has channels first"):
+        methods.Baseline(keras.Model(images, L.Dense(CLASSES)(pooled)))
+    keras.backend.set_image_data_format("channels_first")
+    try:
+        with pytest.raises(UserError, match="has channels first"):
+            methods.PCL(lambda: without_norm(SHAPE, CLASSES), peers=2)
+    finally:
+        keras.backend.set_image_data_format("channels_last")
