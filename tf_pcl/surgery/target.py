@@ -144,7 +144,7 @@ class Target:
     def _begin(self):
         made = self._instance if self._instance is not None else self._called()
         network = functional(made, self._shape)
-        formats = {getattr(layer, "data_format", None) for layer in sublayers(network)}
+        formats = {str(getattr(layer, "data_format", None)) for layer in sublayers(network)}
         if "channels_first" in {*formats, keras.backend.image_data_format()}:
             raise UserError(
                 f"network {self.name!r} or Keras's own `image_data_format` has channels first, and "
