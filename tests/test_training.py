@@ -146,7 +146,7 @@ def test_saved_model_of_encoded_images_and_hub(channels, tmp_path):
         peers=2,
         preprocess=networks.standardise([100.0] * channels, [50.0] * channels),
     )
-    model.preprocess.takes_raw = True  # As if it were trained.
+    model.preprocess.takes_uint8 = True  # As if it were trained.
     deployed = model.deployed()
     folder = export.export(
         deployed, [f"class {i}" for i in range(CLASSES)], str(tmp_path / "export")

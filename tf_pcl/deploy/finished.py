@@ -145,12 +145,12 @@ class Finished:
                 return
             except Exception as e:  # A damaged file raises anything.
                 problem = f"a damaged checkpoint ({one_line(e)})"
-        other = exit_name != self.results["deployed"]
+        instead = " with `deploy`, or export the deployed exit"
+        if exit_name == self.results["deployed"]:
+            instead = ""
         raise UserError(
             f"{self.path} has {problem} of epoch {exported}, which the network of "
-            f"`exit={exit_name}` needs: train again"
-            + " with `deploy`, or export the deployed exit"
-            * other
+            f"`exit={exit_name}` needs: train again{instead}"
         )
 
     def siblings(self) -> list["Finished"]:

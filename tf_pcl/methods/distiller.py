@@ -293,10 +293,9 @@ class Distiller(Fitting):
         """Takes one optimizer step on a batch and returns {name: mean over the epoch so far}."""
         images, labels, weights = batches.parts(data)
         views = self._taught(batches.as_views(images, self.num_views, self._image_shape))
-        # So will the network that is deployed.
-        self.preprocess.takes_raw = views.dtype in _RAW and getattr(
-            self.preprocess, "takes_raw", True
-        )
+        # The deployed network takes uint8 if no other images were trained on.
+        so_far = getattr(self.preprocess, "takes_uint8", True)
+        self.preprocess.takes_uint8 = so_far and views.dtype in _RAW
         if self._own_recipe:
             _ = self.epochs, self.steps_per_epoch  # They must be known: its schedule uses them.
         teacher = self.teachers(views, True)

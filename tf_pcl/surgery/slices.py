@@ -110,7 +110,7 @@ def raw_images(preprocess: keras.layers.Layer, first: keras.Model) -> Any:
       first: its first part.
     """
     # Keras cuts floats to the type of an input, and images from 0 to 1 would all be black.
-    dtype = tf.uint8 if getattr(preprocess, "takes_raw", False) else tf.float32
+    dtype = tf.uint8 if getattr(preprocess, "takes_uint8", False) else tf.float32
     return keras.Input(first.input_shape[1:], dtype=dtype, name="images")
 
 

@@ -85,7 +85,7 @@ class Assembly:
         construct: Callable[..., Distiller] = cls
         target = targets if several is network else targets[0]
         model = construct(target, preprocess=preprocess, **arguments)
-        model.preprocess.takes_raw = True  # Whether it is trained or loaded.
+        model.preprocess.takes_uint8 = True  # A run has no other images.
         return model
 
     def trained(self, path: str) -> keras.Model:
@@ -143,14 +143,13 @@ class Assembly:
         return networks.standardise(self.data.mean, self.data.std)
 
     def _preprocess(self, network: Network, as_they_are: bool) -> Optional[keras.layers.Layer]:
+        chosen = self.preprocess == "auto"
         if as_they_are:
             self._say(
-                "images: raw, 0–255"
-                + (", since the network scales them itself" if self.preprocess == "auto" else "")
+                "images: raw, 0–255" + (", since the network scales them itself" if chosen else "")
             )
             return None
-        asked = self.preprocess != "auto"
-        if not asked and isinstance(network, str) and network in self.weights:
+        if chosen and isinstance(network, str) and network in self.weights:
             published = networks.preprocessing(network, self.data.image_shape)
             if published is not None:
                 self._say(f"images: through the preprocess_input of {network}")
