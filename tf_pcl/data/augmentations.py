@@ -89,14 +89,14 @@ def inception_crop(images: tf.Tensor, draws: Draws) -> tf.Tensor:
     """Cuts a random window and resizes it to the old size (Szegedy et al., 2015).
 
     A window's ratio of width to height is log-uniform in [3/4, 4/3], its area uniform from 8 % of
-    the image to the largest that fits. It is cut from the given image; photos have been resized
-    before.
+    the image to the largest that fits; both are rounded to whole pixels. It is cut from the given
+    image; photos have been resized before.
     """
     return resized_windows(images, inception_windows(draws.uniform(4), *images.shape[1:3]))
 
 
 def inception_windows(uniform: tf.Tensor, h: int, w: int) -> tf.Tensor:
-    """Returns windows (top, left, bottom, right) in images of `h` × `w` pixels, float32 [B, 4].
+    """Returns windows (top, left, height, width) in images of `h` × `w` pixels, int32 [B, 4].
 
     Args:
       uniform: numbers in [0, 1), float32 [B, 4].
@@ -107,25 +107,28 @@ def inception_windows(uniform: tf.Tensor, h: int, w: int) -> tf.Tensor:
     largest = tf.minimum(1.0, tf.minimum(w / h / ratio, h / w * ratio))
     smallest = tf.minimum(0.08, largest)
     area = h * w * (smallest + (largest - smallest) * uniform[:, 1])
-    height, width = tf.sqrt(area / ratio), tf.sqrt(area * ratio)
-    top, left = uniform[:, 2] * (h - height), uniform[:, 3] * (w - width)
-    return tf.stack([top, left, top + height, left + width], 1)
+    size = tf.maximum(1.0, tf.round(tf.sqrt(tf.stack([area / ratio, area * ratio], 1))))
+    first = tf.floor(uniform[:, 2:] * ([h + 1, w + 1] - size))
+    return tf.cast(tf.concat([first, size], 1), tf.int32)
 
 
 def resized_windows(images: tf.Tensor, windows: tf.Tensor) -> tf.Tensor:
-    """Cuts one window of each image, uint8 [B, H, W, C], and resizes it to H × W.
+    """Cuts one window of each image, uint8 [B, H, W, C], and resizes it to H × W, bilinearly.
 
     Args:
       images: uint8 [B, H, W, C].
-      windows: those of inception_windows, float32 [B, 4].
+      windows: those of inception_windows, int32 [B, 4].
     """
-    h, w = images.shape[1:3]
-    # For crop_and_resize, the centre of the first pixel is 0 and that of the last is 1; everything
-    # beyond becomes black.
-    edges = tf.clip_by_value(
-        (windows - [0, 0, 1, 1]) / [h - 1, w - 1, h - 1, w - 1], 1e-6, 1 - 1e-6
-    )
-    return _uint8(tf.image.crop_and_resize(images, edges, tf.range(tf.shape(images)[0]), [h, w]))
+    h, w, channels = images.shape[1:]
+
+    def resized(image: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+        top, left, height, width = tf.unstack(window)
+        cut = image[top : top + height, left : left + width]
+        return tf.cast(tf.round(tf.image.resize(cut, [h, w])), tf.uint8)
+
+    # One image after another, this takes half the time of tf.image.crop_and_resize.
+    kind = tf.TensorSpec([h, w, channels], tf.uint8)
+    return tf.map_fn(lambda one: resized(*one), (images, windows), fn_output_signature=kind)
 
 
 def flip(images: tf.Tensor, draws: Draws, value: bool = True) -> tf.Tensor:
