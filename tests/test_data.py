@@ -763,6 +763,7 @@ def test_batches_with_lost_images_are_the_same_wherever_a_run_goes_on(streamed):
     assert same(lacking, joined(d, 4, 2, views=2, n=2))
 
 
+@pytest.mark.slow
 def test_lost_test_images_are_missing_and_lost_classes_end_the_run(streamed, caplog):
     d = of_folder(streamed)
     (streamed / "test/b/0.png").unlink()
@@ -804,6 +805,7 @@ def test_files_that_change_or_break_under_a_run_are_named(streamed):
         raise ValueError("other")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_files_that_it_began_with(streamed, tmp_path):
     workdir = Workdir(str(tmp_path / "run"))
     bad, breaks = streamed / "train/b/9.png", streamed / "train/a/1.png"

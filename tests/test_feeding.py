@@ -5,7 +5,7 @@ import time
 
 import pytest
 import tensorflow as tf
-from helpers import build, other
+from helpers import build, other, slow_but
 from tensorflow import keras
 
 from tf_pcl import data
@@ -42,7 +42,7 @@ def fed(batches, digits, strategy=None, pause=0.0):
     return told
 
 
-@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("replicas", slow_but([1, 2], 2))
 def test_a_slow_source_is_named_once(replicas, digits, two_replicas, monkeypatch, capsys):
     monkeypatch.setattr(feeding, "SECONDS", 0.1)
     batches = data.train_batches(digits, 32, 3)

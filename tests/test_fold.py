@@ -152,7 +152,7 @@ def some_digits():
 
 
 def test_a_deployed_network_with_parts_within_it():
-    network = drawn(build("pcl", "resnet8").deployed())
+    network = drawn(build("one", "resnet8").deployed())
     made, facts = artifacts.folded(network, some_digits())
     found = facts["batch_norm"]
     assert found["folded"] == len(norms(network)) == 9 and found["left"] == [] == norms(made)

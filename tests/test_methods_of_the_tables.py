@@ -4,7 +4,7 @@ import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import CLASSES, SHAPE, assert_close, noise, without_norm
+from helpers import CLASSES, SHAPE, assert_close, noise, slow_but, without_norm
 from tensorflow import keras
 
 from tf_pcl import networks
@@ -107,7 +107,7 @@ def test_loss_and_the_gradient_that_is_cut_at_every_teacher(
             np.testing.assert_allclose(features[name], hint_weight * 2 * apart / B, atol=1e-6)
 
 
-@pytest.mark.parametrize("weight", ["distill_weight", "rampup_epochs"])
+@pytest.mark.parametrize("weight", slow_but(["distill_weight", "rampup_epochs"], "rampup_epochs"))
 def test_ramp_up_can_be_set(weight):
     for method, names in (
         ("one", peers(3, "ensemble")),

@@ -140,7 +140,7 @@ def test_views_share_the_trunks_batch_statistics_or_have_their_own():
     [
         ({"ema_decay": 0.6}, [oracle.phi(g, 0.6) for g in range(1, 13)]),
         # 300 steps in all: the average spans 1 % of them, β = 1 − 1/3.
-        ({}, [oracle.phi(g, 2 / 3) for g in range(1, 13)]),
+        pytest.param({}, [oracle.phi(g, 2 / 3) for g in range(1, 13)], marks=pytest.mark.slow),
         # 10 steps an epoch: one update, φ(1) = 0, at the end of the first.
         ({"ema_every": "epoch"}, [1.0] * 9 + [0.0, 1.0, 1.0]),
     ],

@@ -225,6 +225,7 @@ def test_damaged_records_of_a_run_give_a_warning(damage, tmp_path, caplog):
     assert "versions.json is damaged" in caplog.text
 
 
+@pytest.mark.slow
 def test_results_that_are_damaged_are_written_again(tmp_path, monkeypatch):
     monkeypatch.setattr(export, "export", lambda *arguments: "nowhere")
     monkeypatch.setattr(export, "check", lambda *arguments: None)
