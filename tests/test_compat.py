@@ -84,12 +84,47 @@ def test_beside_another_keras_its_models_are_told_apart_and_own_ones_are_copied(
     assert compat.foreign_keras("resnet32") is None
     printed = python(
         f"""
+        import sys
         from tf_pcl import compat, methods, networks, surgery
         from tf_pcl.compat import keras
+        from tf_pcl.errors import UserError
         import {OTHER} as other
         print(compat.foreign_keras(other.layers.Dense(1)))
         print(compat.foreign_keras(type("Mine", (other.Model,), {{}})()))
+
+        def mixed():
+            # Dropout would be left out, and BatchNorm be constant.
+            images = keras.Input([8, 8, 3])
+            x = other.layers.Dropout(0.5)(keras.layers.Flatten()(images))
+            return keras.Model(images, keras.layers.Dense(5)(x))
+
+        class Subclassed(keras.Model):
+            def __init__(self):
+                super().__init__()
+                self.end = other.layers.Dense(5)
+
+            def call(self, x):
+                return self.end(x[:, 0, 0])
+
         network = networks.resnet8((8, 8, 1), 10)
+        model = methods.Baseline(network)
+        foreign = lambda *_: other.Sequential([other.layers.Dense(5)])
+        sys.modules["my_foreign"] = type("M", (), dict(build=foreign, model=foreign()))
+        for refused in (
+            lambda: methods.Baseline(foreign),
+            lambda: networks.build("my_foreign:build", (8, 8, 1), 5),
+            lambda: methods.Baseline(mixed),
+            lambda: surgery.functional(Subclassed(), (8, 8, 3)),
+            lambda: methods.Baseline(network, preprocess=other.layers.Rescaling(1.0)),
+            lambda: model.compile(other.optimizers.SGD()),
+            lambda: model.fit(callbacks=[other.callbacks.TerminateOnNaN()]),
+            lambda: surgery.load_weights(foreign(), "absent"),
+            lambda: networks.build("my_foreign:model", (8, 8, 1), 5),
+        ):
+            try:
+                refused()
+            except UserError as e:
+                print("refused:", e)
         model = methods.PCL(network, peers=2)
         print(all(isinstance(layer, keras.layers.Layer) for layer in model.submodules
                   if "Layer" in [c.__name__ for c in type(layer).__mro__]))
@@ -97,10 +132,12 @@ def test_beside_another_keras_its_models_are_told_apart_and_own_ones_are_copied(
         print(len(surgery.load_weights(network, {str(tmp_path / "w.keras")!r})[0]))
         """
     )
-    sentence, of_subclass, of_keras, loaded = printed.splitlines()[-4:]
+    sentence, of_subclass, *refused, of_keras, loaded = printed.splitlines()[-13:]
     assert sentence.startswith(f"Dense comes from the package {OTHER}, ")
     assert "from tf_pcl.compat import keras" in sentence
-    assert ("TF_USE_LEGACY_KERAS=1" in sentence) == KERAS_3
+    assert all(line.startswith("refused: ") for line in refused)
+    assert all("from tf_pcl.compat import keras" in line for line in refused[:-1])
+    assert "it must name a function" in refused[-1]
     assert of_subclass.startswith("Mine comes from")
     assert of_keras == "True" and int(loaded) > 10
 

@@ -64,6 +64,46 @@ def test_weights_are_read_and_code_is_not_run(form, tmp_path):
     assert marker.exists()
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_layers_of_one_name_in_several_inner_models_get_their_own_weights(form, tmp_path):
+    def built():
+        block = lambda name: keras.Sequential(
+            [keras.Input((4, 4, 3)), keras.layers.Conv2D(3, 1, name="conv")], name=name
+        )
+        images = keras.Input((4, 4, 3))
+        x = keras.layers.GlobalAveragePooling2D()(block("second")(block("first")(images)))
+        return keras.Model(images, keras.layers.Dense(5, name="logits")(x))
+
+    source, other = filled(built()), built()
+    source.save(str(tmp_path / form))
+    assert surgery.load_weights(other, str(tmp_path / form)) == (["conv", "conv", "logits"], [])
+    np.testing.assert_equal(other.get_weights(), source.get_weights())
+
+
+def test_a_saved_model_with_adapted_statistics_is_read(tmp_path):
+    statistics = keras.layers.Normalization()
+    values = np.random.RandomState(0).randint(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+    statistics.adapt(values.astype(np.float32))
+    images = keras.Input((8, 8, 3), dtype="uint8")
+    x = statistics(keras.layers.Rescaling(1.0)(images))
+    x = keras.layers.Dense(5)(keras.layers.GlobalAveragePooling2D()(x))
+    deployed = keras.Model(images, x)
+    deployed.save(str(tmp_path / "saved"))
+    again = surgery.read_network(str(tmp_path / "saved"))
+    np.testing.assert_array_equal(again(values), deployed(values))
+
+
+def test_a_saved_model_without_a_description_says_what_to_give(tmp_path):
+    """As Keras 3 and model.export() write it."""
+    tf.saved_model.save(tf.Module(), str(tmp_path / "graph"))
+    for read in (
+        lambda: export.load(str(tmp_path / "graph"), "abcde"),
+        lambda: surgery.load_weights(network_of_8(), str(tmp_path / "graph")),
+    ):
+        with pytest.raises(UserError, match=r"graph holds a graph without .* \.weights\.h5"):
+            read()
+
+
 def teacher(end, tmp_path):
     path = str(tmp_path / "export")
     made = filled(network(end))

@@ -709,6 +709,8 @@ def test_names(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=text):
             networks.build(name, (8, 8, 1), 3)
+    # Errors name it as it was given.
+    assert networks.target("my_models:build", (8, 8, 1), 3).name == "my_models:build"
 
 
 def test_standardise_gives_zero_mean_and_unit_deviation():

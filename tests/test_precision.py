@@ -56,7 +56,10 @@ def test_only_bfloat16_on_the_cpu_is_compiled(policy, gpus, own, jit, monkeypatc
         monkeypatch.setenv("TF_XLA_FLAGS", own)
     monkeypatch.setattr(tf.config, "list_physical_devices", lambda kind: gpus)
     try:
+        # As the keras.json of a user may set it. Inputs would be rounded to it.
+        keras.backend.set_floatx("float16")
         strategy.set_precision(policy)
+        assert keras.Input([1]).dtype == "float32"
         assert keras.mixed_precision.global_policy().name == policy
         assert tf.config.optimizer.get_jit() == jit
     finally:

@@ -79,9 +79,12 @@ def test_any_number_of_images(made, monkeypatch):
 
 
 @pytest.mark.parametrize("integers, batch, atol", [(False, None, 1e-5), (True, 2, 0.02)])
-def test_a_tflite_file(made, integers, batch, atol):
+def test_a_tflite_file(made, integers, batch, atol, capfd):
     model, folder, _ = made
-    runtime = runtimes.load(tflite(model, folder, integers=integers, batch=batch))
+    path = tflite(model, folder, integers=integers, batch=batch)
+    capfd.readouterr()
+    runtime = runtimes.load(path)
+    assert capfd.readouterr() == ("", "")
     assert (runtime.kind, runtime.image_shape) == ("tflite", SHAPE)
     assert runtime.classes == tuple(NAMES) and runtime.logits_of_bytes is None
     # int8 has 256 levels, of which the logits' range takes all.

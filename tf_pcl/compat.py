@@ -121,7 +121,7 @@ def keras_version() -> str:
 
 
 def foreign_keras(thing: object) -> str | None:
-    """Says what to do about a model, layer or optimizer of another Keras than the package's.
+    """Says what to do about a model, layer, optimizer … of another Keras than the package's.
 
     Args:
       thing: any object.
@@ -132,14 +132,16 @@ def foreign_keras(thing: object) -> str | None:
     others = {_package(c) for c in type(thing).__mro__} & _KERAS_PACKAGES - {own}
     if not others:
         return None
-    # If the package uses tf_keras, the other one is Keras 3, TensorFlow's default.
-    first = (
-        "set TF_USE_LEGACY_KERAS=1 before TensorFlow is imported, or " if own == "tf_keras" else ""
-    )
     return (
         f"{type(thing).__name__} comes from the package {others.pop()}, and tf_pcl works with "
-        f"Keras 2 of the package {own}: {first}build it with `from tf_pcl.compat import keras`"
+        f"Keras 2 of the package {own}: build it with `from tf_pcl.compat import keras`"
     )
+
+
+def foreign_layer() -> type | None:
+    """Returns the class of another Keras's layers; None if that Keras is not imported."""
+    (other,) = _KERAS_PACKAGES - {_package(_import_keras().Model)}
+    return sys.modules[other].layers.Layer if other in sys.modules else None
 
 
 def names_are_taken() -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from tf_pcl.compat import no_lines_of_tensorflow
 from tf_pcl.data import class_names
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.training import workdir as workdirs
@@ -168,11 +169,12 @@ class TFLite(Runtime):
 
     def __init__(self, path: str):
         try:
-            with warnings.catch_warnings():
-                # The newest TensorFlow says that its interpreter will move to a package of its own.
+            # The newest TensorFlow says that its interpreter will move to a package of its own, and
+            # any that it has made a delegate.
+            with warnings.catch_warnings(), no_lines_of_tensorflow():
                 warnings.simplefilter("ignore")
                 self._interpreter = tf.lite.Interpreter(model_path=path)
-            self._interpreter.allocate_tensors()
+                self._interpreter.allocate_tensors()
             given = self._interpreter.get_input_details()
             made = self._interpreter.get_output_details()
             signatures = self._interpreter.get_signature_list()

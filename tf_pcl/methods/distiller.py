@@ -454,8 +454,7 @@ def _layer(preprocess: Any) -> keras.layers.Layer:
             return preprocess
         # Otherwise x − 128 would be computed of uint8, modulo 256.
         return keras.Sequential([keras.layers.Rescaling(1.0, dtype="float32"), preprocess])
-    if foreign := compat.foreign_keras(preprocess):
-        raise UserError(foreign)
+    surgery.check_keras(preprocess)
     if not callable(preprocess):
         raise UserError(
             "give a keras layer, such as networks.standardise(mean, std)",

@@ -84,7 +84,8 @@ class Fitting(keras.Model):
           **kwargs: jit_compile, run_eagerly, steps_per_execution.
 
         Raises:
-          UserError: for losses and metrics, and a smoothing out of range.
+          UserError: for losses, metrics, an optimizer of another Keras, and a smoothing out of
+            range.
         """
         for name in ("loss", "metrics", "loss_weights", "weighted_metrics"):
             if kwargs.get(name) is not None:
@@ -93,6 +94,7 @@ class Fitting(keras.Model):
                     parameter=name,
                     value="…",
                 )
+        surgery.check_keras(optimizer)
         ranges.OF_PARAMETERS["label_smoothing"].check("label_smoothing", label_smoothing)
         self._label_smoothing = label_smoothing
         # Not through Keras's __setattr__, as above.
@@ -173,9 +175,9 @@ class Fitting(keras.Model):
         """Trains as Keras's fit does and refuses in one sentence what it cannot train on.
 
         Raises:
-          UserError: for data of another form (see the class), invalid labels or weights, a
-            callback that sets the learning rate of an optimizer which follows a schedule, and a
-            loss that diverges because raw images reach the network.
+          UserError: for data of another form (see the class), invalid labels or weights, a callback
+            that is of another Keras or sets the learning rate of an optimizer which follows a
+            schedule, and a loss that diverges because raw images reach the network.
         """
         given = _bound(super().fit, x, y, *args, **kwargs)
         given["callbacks"] = self._callbacks(given)
@@ -325,6 +327,7 @@ class Fitting(keras.Model):
         rate = getattr(self._inner_optimizer, "_learning_rate", None)
         sets_rate = (keras.callbacks.ReduceLROnPlateau, keras.callbacks.LearningRateScheduler)
         for callback in callbacks:
+            surgery.check_keras(callback)
             if isinstance(callback, sets_rate) and isinstance(
                 rate, keras.optimizers.schedules.LearningRateSchedule
             ):

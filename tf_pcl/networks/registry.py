@@ -4,10 +4,11 @@ import functools
 import importlib
 from typing import Any, Callable, Optional
 
+from tf_pcl import compat
 from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError, choose, one_line
 from tf_pcl.networks import applications, densenet, resnets, resnext, vgg
-from tf_pcl.surgery import Target, functional
+from tf_pcl.surgery import Target, called, functional
 
 # Functions (input_shape, num_classes) -> functional keras.Model that gives logits.
 FOR_SMALL_IMAGES = (
@@ -43,7 +44,8 @@ def target(
       UserError: if there is no such network.
     """
     find(name)
-    build_it = functools.partial(build, name, input_shape, num_classes, initializer)
+    build_it: Any = functools.partial(build, name, input_shape, num_classes, initializer)
+    build_it.__name__ = name  # By which errors call it.
     return Target(build_it, input_shape=tuple(input_shape), load=load)
 
 
@@ -76,7 +78,8 @@ def _import(name):
             "module:function that can be imported from here."
         ) from e
     # A model is callable too, but does not make a second network for another peer.
-    if not callable(function) or isinstance(function, keras.Model):
+    is_model = isinstance(function, keras.Model) or compat.foreign_keras(function)
+    if not callable(function) or is_model:
         raise UserError(
             f"network {name} is {type(function).__name__}: it must name a function "
             "(input_shape, num_classes) that returns a new keras.Model"
@@ -105,15 +108,13 @@ def build(
     """
     function = find(name)
     try:
-        model = function(tuple(input_shape), num_classes)
+        model = called(name, function, tuple(input_shape), num_classes)
+    except UserError:
+        raise
     except Exception as e:  # The function is keras.applications' or the user's.
         raise UserError(
             f"network {name} cannot be built for images {tuple(input_shape)}: {one_line(e)}"
         ) from e
-    if not isinstance(model, keras.Model):
-        raise UserError(
-            f"network {name} returned {type(model).__name__}: it must return a keras.Model"
-        )
     model = functional(model, tuple(input_shape))
     if tuple(model.output_shape[1:]) != (num_classes,):
         raise UserError(

@@ -1,6 +1,10 @@
 """Makes a functional Keras model of a user's network."""
 
+import contextlib
+import functools
 import inspect
+import unittest.mock
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import tensorflow as tf
@@ -32,7 +36,7 @@ def functional(
     Raises:
       UserError: if it is not such a model, or does not take such images.
     """
-    check_kind(network, isinstance(network, keras.Model))
+    check_kind(network)
     network = _with_inputs(network, input_shape)
     _check_ends(network, integers)
     if network.output is not network.outputs[0]:  # One tensor in a dict or a list.
@@ -50,17 +54,73 @@ def functional(
     return network
 
 
-def check_kind(network: Any, known: bool) -> None:
-    """Raises UserError if a network is a list, of another Keras, or not of a `known` kind."""
+def check_keras(thing: Any) -> None:
+    """Raises UserError for a layer, optimizer … of another Keras than the package's."""
+    if foreign := compat.foreign_keras(thing):
+        raise UserError(foreign)
+
+
+def check_kind(network: Any, or_function: bool = False) -> None:
+    """Raises UserError for all but a keras.Model of this Keras, or for all but that and functions.
+
+    Args:
+      network: what was given.
+      or_function: whether it may be a function too.
+    """
     if isinstance(network, (list, tuple)):
         raise UserError(f"{len(network)} networks were given: this method takes one")
-    if foreign := compat.foreign_keras(network):
-        raise UserError(foreign)
-    if not known:
+    check_keras(network)
+    if not (isinstance(network, keras.Model) or or_function and callable(network)):
         raise UserError(
-            f"network {network!r} is {type(network).__name__}: it must be a keras.Model, or a "
-            "function that returns one"
+            f"network {network!r} is {type(network).__name__}: it must be a keras.Model"
+            + ", or a function that returns one" * or_function
         )
+
+
+def called(name: str, function: Callable[..., Any], *arguments: Any) -> keras.Model:
+    """Returns the keras.Model that a user's function makes.
+
+    Args:
+      name: the network's name, for errors.
+      function: the function.
+      *arguments: what it takes.
+
+    Raises:
+      UserError: if it returns anything else, or calls a layer of another Keras on a tensor of a
+        model of this one.
+      Exception: whatever else the function raises.
+    """
+    with _only_own_layers(name):
+        made = function(*arguments)
+    if isinstance(made, keras.Model):
+        return made
+    if foreign := compat.foreign_keras(made):
+        raise UserError(f"network {name!r}: {foreign}")
+    raise UserError(
+        f"network {name!r} returned {type(made).__name__}: it must return a keras.Model"
+    )
+
+
+@contextlib.contextmanager
+def _only_own_layers(name: str) -> Iterator[None]:
+    """Refuses, meanwhile, layers of another Keras that are called on tensors of this one.
+
+    TensorFlow would compute them as if their weights were constants, and leave out dropout.
+    """
+    other = compat.foreign_layer()
+    if other is None:
+        yield
+        return
+    own, call = type(keras.Input([1])), other.__call__
+
+    @functools.wraps(call)
+    def checked(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(tensor, own) for tensor in tf.nest.flatten((args, kwargs))):
+            raise UserError(f"network {name!r}: {compat.foreign_keras(layer)}")
+        return call(layer, *args, **kwargs)
+
+    with unittest.mock.patch.object(other, "__call__", checked):
+        yield
 
 
 def _with_inputs(network, input_shape):
@@ -128,6 +188,9 @@ def traced(last: keras.layers.Layer, x: Any, whole: keras.Model, what: str) -> k
 
 def _check_ends(network, integers):
     """Raises UserError if a functional model is not one from float images to one tensor."""
+    for weight in {type(weight): weight for weight in network.weights}.values():
+        if foreign := compat.foreign_keras(weight):
+            raise UserError(f"network {network.name!r} has weights of another Keras: {foreign}")
     if len(network.outputs) != 1 or len(network.inputs) != 1:
         raise UserError(
             f"network {network.name!r} has {len(network.inputs)} inputs and "

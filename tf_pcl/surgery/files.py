@@ -24,6 +24,8 @@ from tf_pcl.errors import UserError
 from tf_pcl.surgery.features import LogOfProbabilities, WithoutActivation
 from tf_pcl.surgery.graph import finalize, leaves
 
+# The file in a SavedModel by which Keras 2 describes its layers.
+_DESCRIPTION = "keras_metadata.pb"
 _MODELS = {"Functional", "Model", "Sequential"}
 # Layers that this package puts into networks, by the names that files have for them. Files of
 # earlier versions have the name of the class.
@@ -66,6 +68,16 @@ def is_model(path: str) -> bool:
 
     with h5py.File(path) as f:
         return "model_config" in f.attrs
+
+
+def check_described(folder: str) -> None:
+    """Raises UserError if a SavedModel has no description of its layers."""
+    if not os.path.exists(os.path.join(folder, _DESCRIPTION)):
+        raise UserError(
+            f"{folder} holds a graph without a description of its layers, as Keras 3 and "
+            "model.export() write it: give the export of a run, or as `weights` a .keras or "
+            ".weights.h5 file of the model"
+        )
 
 
 def read_layers(path: str) -> list[Layer]:
@@ -230,7 +242,8 @@ def _metadata(folder: str) -> dict[str, Any]:
     package = keras.Model.__module__.partition(".")[0]
     messages = importlib.import_module(f"{package}.protobuf.saved_metadata_pb2")
     metadata = messages.SavedMetadata()
-    with open(os.path.join(folder, "keras_metadata.pb"), "rb") as f:
+    check_described(folder)
+    with open(os.path.join(folder, _DESCRIPTION), "rb") as f:
         metadata.ParseFromString(f.read())
     return {
         node.node_path: json.loads(node.metadata, object_hook=_plain) for node in metadata.nodes
@@ -264,10 +277,14 @@ def _of_saved_model(folder: str) -> Iterator[Layer]:
             if "layer-0" in children[layer]:
                 yield from layers_of(layer)
             else:
-                listed = children[layer].get("variables")
-                own = {} if listed is None else children[listed]
-                variables = [objects.nodes[own[str(i)]].attributes[0] for i in range(len(own))]
+                variables = [objects.nodes[n].attributes[0] for n in variables_of(layer)]
                 weights = [reader.get_tensor(v.checkpoint_key) for v in variables]
                 yield Layer(names.get(layer, ""), weights)
+
+    def variables_of(node: int) -> list[int]:
+        listed = children[node].get("variables")
+        if listed is None:  # Layers such as Normalization have none, and those of the model tell.
+            return [n for n in variables_of(0) if n in children[node].values()]
+        return [children[listed][str(i)] for i in range(len(children[listed]))]
 
     yield from layers_of(0)

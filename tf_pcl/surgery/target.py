@@ -12,7 +12,7 @@ import tensorflow as tf
 from tf_pcl.compat import is_of_keras, keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import proof, twins
-from tf_pcl.surgery.convert import check_kind, functional
+from tf_pcl.surgery.convert import called, check_kind, functional
 from tf_pcl.surgery.graph import finalize, head, sublayers
 from tf_pcl.surgery.weights import assign_pairs
 
@@ -63,7 +63,7 @@ class Target:
         self._copies = 0
         self._made: Optional[keras.Model] = None
         self._given = False
-        self.name = getattr(network, "name", None) or getattr(network, "__name__", "network")
+        self.name: str = getattr(network, "name", "") or getattr(network, "__name__", "network")
 
     @classmethod
     def of(cls, network: Any) -> "Target":
@@ -74,7 +74,7 @@ class Target:
         """
         if isinstance(network, cls):
             return network
-        check_kind(network, callable(network))
+        check_kind(network, or_function=True)
         return cls(network)
 
     def new(self) -> keras.Model:
@@ -142,7 +142,7 @@ class Target:
             self._twins[i] = [(one, other, one.trainable) for one, other, _ in layers]
 
     def _begin(self):
-        made = self._instance if self._instance is not None else self._called()
+        made = self._instance if self._instance is not None else called(self.name, self._build)
         network = functional(made, self._shape)
         formats = {str(getattr(layer, "data_format", None)) for layer in sublayers(network)}
         if "channels_first" in {*formats, keras.backend.image_data_format()}:
@@ -166,19 +166,10 @@ class Target:
             self._loaded = True
         return network
 
-    def _called(self):
-        made = self._build()
-        if not isinstance(made, keras.Model):
-            raise UserError(
-                f"network {self.name!r} returned {type(made).__name__}: it must return a "
-                "keras.Model"
-            )
-        return made
-
     def _again(self):
         """Returns another instance, whose weights are not checked yet."""
         if self._build:
-            return functional(self._called(), self._shape)
+            return functional(called(self.name, self._build), self._shape)
         made = _serialized(self._instance)
         for a, b in zip(sublayers(self._instance), sublayers(made)):
             if type(a) is type(b):

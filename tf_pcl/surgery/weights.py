@@ -1,5 +1,6 @@
 """Weights: assigned from one model to another, or loaded from a file."""
 
+import collections
 import functools
 import os
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from tf_pcl import compat
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import files
+from tf_pcl.surgery.convert import check_kind
 from tf_pcl.surgery.graph import finalize, head, leaves
 
 _HOW_TO_TRUST = (
@@ -47,6 +49,7 @@ def load_weights(network: keras.Model, path: str, trust_files: bool = False) -> 
       UserError: if there is no such file, it cannot be read or does not fit; the network is then
         unchanged.
     """
+    check_kind(network)
     path = _located(path, trust_files)
     targets = [layer for layer in leaves(network) if layer.weights]
     best: dict = {}
@@ -98,6 +101,8 @@ def load_weights(network: keras.Model, path: str, trust_files: bool = False) -> 
 def _located(path, trust_files):
     """Returns the file or folder to read."""
     if os.path.exists(os.path.join(path, "saved_model.pb")):
+        if not trust_files:  # Keras itself also reads those of before it described them.
+            files.check_described(path)
         return path
     if os.path.isdir(path):
         found = tf.train.latest_checkpoint(path)
@@ -153,13 +158,21 @@ def _of_layers(network, read):
     read = functools.cache(read)
 
     def by_name():
-        values = dict(read())
-        return {id(layer): values.get(layer.name) for layer in targets}
+        # Inner models may have layers of the same names, which then say nothing.
+        values, asked = (_once(pairs) for pairs in (read(), ((t.name, t) for t in targets)))
+        return {id(layer): values.get(name) for name, layer in asked.items()}
 
     def by_order():
         return {id(layer): values for layer, (_, values) in zip(targets, read())}
 
     return [by_name, by_order]
+
+
+def _once(pairs):
+    """Returns {name: value} of the names that occur once in pairs (name, value)."""
+    pairs = list(pairs)
+    times = collections.Counter(name for name, _ in pairs)
+    return {name: value for name, value in pairs if times[name] == 1}
 
 
 def _of_keras(network, path):

@@ -60,6 +60,7 @@ def set_precision(policy: str) -> None:
     """
     narrow = policy == "mixed_bfloat16" and let_xla_compile_elementwise()
     keras.mixed_precision.set_global_policy(policy)
+    keras.backend.set_floatx("float32")  # The type of inputs, which a keras.json may change.
     # XLA is never turned off here, since it may have been turned on elsewhere.
     if narrow and not tf.config.list_physical_devices("GPU"):
         tf.config.optimizer.set_jit("autoclustering")
