@@ -74,7 +74,8 @@ class Target:
         """
         if isinstance(network, cls):
             return network
-        check_kind(network, callable(network))
+        is_layer = isinstance(network, keras.layers.Layer)
+        check_kind(network, isinstance(network, keras.Model) or callable(network) and not is_layer)
         return cls(network)
 
     def new(self) -> keras.Model:
@@ -152,8 +153,9 @@ class Target:
                 "`channels_last`"
             )
         try:
-            proof.answers_once(network)
-            proof.owns_its_variables(network)
+            graph = proof.traced(network)
+            proof.answers_once(network, graph)
+            proof.owns_its_variables(network, graph)
         except UserError:
             raise
         except Exception as e:  # Whatever its layers raise on images.
