@@ -358,10 +358,12 @@ def test_no_cut_parts_the_uses_of_a_layer(around):
     """A peer would have it in the trunk, and another one of its own in its branch."""
     for before, behind in ((around, None), (None, around), (around, around)):
         shared = Conv2D(3, 3, padding="same", name="shared")
-        use = lambda how, x: how(shared, x) if how else shared(x)
-        images = keras.Input((8, 8, 3))
-        x = Conv2D(3, 1, name="between")(use(before, images))
-        x = Conv2D(4, 1, name="last")(use(behind, x))
+        x = images = keras.Input((8, 8, 3))
+        for how, layer in (
+            (before, Conv2D(3, 1, name="between")),
+            (behind, Conv2D(4, 1, name="last")),
+        ):
+            x = layer(how(shared, x) if how else shared(x))
         points = surgery.cut_points(keras.Model(images, vector(x)))
         assert points[-1] == "last" and "between" not in points and len(points) == 2
 
