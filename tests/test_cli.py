@@ -1,6 +1,8 @@
 """The command line's verbs, as a process calls them and within this one."""
 
 import ast
+import io
+import os
 import re
 import sys
 
@@ -75,6 +77,28 @@ def test_tables_are_laid_out_where_a_terminal_shows_them(monkeypatch, capsys):
     console.show(markdown)
     shown = re.sub(r"\x1b\[[\d;]*m", "", capsys.readouterr().out)
     assert "|" not in shown and re.search("method +error", shown) and re.search("one +7.64", shown)
+
+
+def test_names_in_tables_are_whole_at_any_width(monkeypatch, capsys):
+    name = "a_name_[of]_some_length_in_a_row"
+    show = lambda: console.show_table(["file", "class"], [[name, f"{name} 60.1 %"]])
+    monkeypatch.setenv("COLUMNS", "20")
+    show()
+    assert capsys.readouterr().out.count(f"{name} ") == 2
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    show()
+    lines = [line.split("│")[1:3] for line in capsys.readouterr().out.splitlines() if "│" in line]
+    first, second = ("".join(cell.strip() for cell in cells) for cells in zip(*lines))
+    assert (first, second) == (name, f"{name}60.1 %")
+
+
+@pytest.mark.parametrize("width, kept", [("0", None), ("²", None), ("", None), ("70", "70")])
+def test_a_width_that_is_none_is_not_taken(width, kept, monkeypatch):
+    monkeypatch.setenv("COLUMNS", width)
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    console.protect()
+    assert os.environ.get("COLUMNS") == kept
 
 
 def test_a_recipe_is_found_by_its_name_where_no_file_is(tmp_path, monkeypatch):

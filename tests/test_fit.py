@@ -325,6 +325,9 @@ def test_weights_of_images_and_classes(method):
         assert found["loss"] == pytest.approx(want, rel=1e-5)
     with pytest.raises(UserError):
         model.fit(IMAGES, LABELS, sample_weight=-WEIGHTS, verbose=0)
+    for no_array in (2.0, WEIGHTS.tolist()):
+        with pytest.raises(UserError, match="`sample_weight` is a .*: give an array"):
+            model.evaluate(IMAGES, LABELS, sample_weight=no_array, verbose=0)
     with pytest.raises(UserError):
         model.fit(IMAGES, LABELS, sample_weight=np.stack([WEIGHTS] * 2, 1), verbose=0)
     for wrong in ({0: 1.0}, {**by_class, 10: 1.0}, {**by_class, 0: -1.0}, {"a": 1}, 3):

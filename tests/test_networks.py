@@ -334,6 +334,61 @@ def test_a_model_in_the_network_is_cut_inside():
     np.testing.assert_allclose(whole(x)["logits"], network(x), atol=1e-4)
 
 
+class Holds(keras.layers.Layer):
+    """A layer that computes with another layer."""
+
+    def __init__(self, inside, **kwargs):
+        super().__init__(**kwargs)
+        self.inside = inside
+
+    def call(self, x):
+        return tf.nn.relu(self.inside(x))
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda layer, x: Holds(layer)(x),
+        lambda layer, x: nested_layer(layer)(x),
+        lambda layer, x: nested_layer(nested_layer(layer))(x),
+    ],
+    ids=["own layer", "inner model", "two deep"],
+)
+def test_no_cut_parts_the_uses_of_a_layer(around):
+    """A peer would have it in the trunk, and another one of its own in its branch."""
+    for before, behind in ((around, None), (None, around), (around, around)):
+        shared = Conv2D(3, 3, padding="same", name="shared")
+        x = images = keras.Input((8, 8, 3))
+        for how, layer in (
+            (before, Conv2D(3, 1, name="between")),
+            (behind, Conv2D(4, 1, name="last")),
+        ):
+            x = layer(how(shared, x) if how else shared(x))
+        points = surgery.cut_points(keras.Model(images, vector(x)))
+        assert points[-1] == "last" and "between" not in points and len(points) == 2
+
+
+def nested_layer(layer):
+    images = keras.Input((8, 8, 3))
+    return keras.Model(images, layer(images))
+
+
+def test_an_inner_model_of_several_outputs_is_cut_where_all_of_them_come_later():
+    images = keras.Input((8, 8, 3))
+    first = Conv2D(4, 1, name="first")(images)
+    a = Conv2D(4, 1, name="a")(first)
+    b = Conv2D(4, 1, name="b")(a)
+    x = tf.constant(noise(3, 8, 8, 3), tf.float32)
+    for outputs in ([b, a], {"b": b, "a": a}):
+        inner = keras.Model(images, outputs, name="inner")
+        outer = keras.Input((8, 8, 3))
+        made = tf.nest.flatten(inner(outer))
+        network = keras.Model(outer, vector(keras.layers.Subtract(name="end")(made)))
+        assert surgery.cut_points(network) == ["first", "end"]
+        trunk, branch = surgery.split(network, "first")
+        np.testing.assert_allclose(branch(trunk(x))["logits"], network(x), rtol=1e-4, atol=1e-4)
+
+
 def test_frozen_layers_stay_frozen_and_keep_their_weights(digits):
     base = base_model()
     base.trainable = False

@@ -106,6 +106,8 @@ def test_copies_of_kerass_own_layers_are_what_they_were_made_of():
     one.compile("sgd", "mse")
     assert not twins.difference(one, type(one).from_config(one.get_config()))
     pcl(network(bias_initializer=tf.constant_initializer(0)))
+    # TensorFlow wraps these functions anew whenever Keras looks them up.
+    pcl(network(L.Lambda(abs), lambda x: -tf.maximum(tf.tanh(x), tf.square(x) % 2.0)))
 
 
 @pytest.mark.parametrize("end", [None, "softmax"])
@@ -222,6 +224,29 @@ def test_outputs_in_a_dict_are_taken_for_what_they_are():
     ):
         with pytest.raises(UserError, match="1 inputs and 2 outputs"):
             refused()
+
+
+def test_an_input_in_a_dict_is_that_input():
+    images = keras.Input((8, 8, 3))
+    logits = L.Dense(4)(L.GlobalAveragePooling2D()(L.Conv2D(4, 3, name="cut")(images)))
+    for inputs in ({"image": images}, (images,)):
+        pcl(keras.Model(inputs, logits))
+
+
+@pytest.mark.parametrize(
+    "end, said",
+    [
+        (lambda x: L.Dense(4)(tf.reduce_mean(x, 0, keepdims=True)), r"\(1, 4\) for any batch"),
+        (lambda x: tf.boolean_mask(L.Dense(4)(x), [True] * 4, axis=1), r"\(None, None\)"),
+        (lambda x: L.Dense(4)(x)[:, :0], r"\(None, 0\)"),
+    ],
+)
+def test_outputs_that_give_no_logits_for_each_image_are_refused(end, said):
+    images = keras.Input((8, 8, 3))
+    with pytest.raises(UserError, match=f"gives outputs {said}"):
+        methods.Baseline(keras.Model(images, end(L.Flatten()(images))))
+    with pytest.raises(UserError, match="Dense: it must be a keras.Model"):
+        methods.Baseline(L.Dense(4))
 
 
 def test_networks_for_other_images_or_classes_are_refused():

@@ -50,6 +50,13 @@ def test_workdirs_that_could_not_be_used_are_refused(path, text, tmp_path, monke
     assert "\n" not in str(refused.value) and not list(tmp_path.iterdir())
 
 
+def test_a_workdir_that_is_a_link_to_nothing_is_refused(tmp_path):
+    (tmp_path / "link").symlink_to("nothing")
+    for path in ("link", "link/run"):
+        with pytest.raises(UserError, match="link: No such file or directory"):
+            Workdir(str(tmp_path / path)).check(Options())
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch):
     monkeypatch.setenv("HOME", "/home/someone")
     options = Options(workdir="~/run", data_dir="~/data", weights="~/w.h5", teacher="~/t")
@@ -103,6 +110,12 @@ def test_names_that_tensorflow_datasets_cannot_read_are_refused(name, tmp_path):
         '{"cluster": {"worker": [1]}, "task": {"type": "worker", "index": 0}}',
         '{"cluster": {"ps": ["localhost:1"]}, "task": {"type": "ps", "index": 0}}',
         '{"cluster": 1, "task": 2}',
+        '{\n"cluster": {"worker": ["a:1"]},\n"task": {"type": "worker", "index": 7}}',
+        '{"cluster": {"worker": ["a:1", "a:1"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:0"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["a:65536"]}, "task": {"type": "worker", "index": 0}}',
+        '{"cluster": {"worker": ["http://a:1"]}, "task": {"type": "worker", "index": 0}}',
+        "[" * 100_000,
     ],
 )
 def test_a_cluster_that_cannot_be_is_refused(config, monkeypatch):

@@ -289,7 +289,15 @@ def test_frozen_weights_are_the_same_in_all_peers():
         np.testing.assert_array_equal(*(b.get_layer(name).kernel for b in branches))
 
 
-@pytest.mark.parametrize("end", [lambda x: L.Dropout(0.5)(x, training=True), Noisy()])
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda x: L.Dropout(0.5)(x, training=True),
+        lambda x: L.Dropout(0.001)(x, training=True),
+        lambda x: L.Conv2D(4, 3)(L.RandomFlip("horizontal")(x, training=True)),
+        Noisy(),
+    ],
+)
 def test_a_network_that_is_random_in_inference_is_refused(end):
     images = keras.Input((8, 8, 3))
     network = keras.Model(images, ends(end(L.Conv2D(4, 3)(images))))
@@ -469,6 +477,22 @@ def test_what_a_network_does_with_raw_images():
     inner = network(L.Rescaling(1 / 255))
     outer = keras.Input((8, 8, 3))
     assert networks.scales_raw_images(keras.Model(outer, inner(outer)), raw, standard)
+    # Padding is no image.
+    padded = lambda x: L.ZeroPadding2D(3)(L.Rescaling(1 / 127.5, -1)(x))
+    assert networks.scales_raw_images(network(padded), raw, standard)
+    # Bright images, such as pages of text, have a mean far from 0 however they are scaled.
+    bright = 200 + raw // 5
+    of_bright = networks.standardise([226.0] * 3, [15.0] * 3)
+    assert networks.scales_raw_images(network(L.Rescaling(1 / 255)), bright, of_bright)
+    assert not networks.scales_raw_images(network(lambda x: x), bright, of_bright)
+    # What a frozen part gets counts, not what it makes of it.
+    for front, own in ((L.Rescaling(1 / 255), True), (lambda x: x, False)):
+        images = keras.Input((8, 8, 3))
+        base = keras.Model(images, L.LayerNormalization()(L.Conv2D(4, 3)(front(images))))
+        base.trainable = False
+        outer = keras.Input((8, 8, 3))
+        model = keras.Model(outer, ends(base(outer, training=False)))
+        assert networks.scales_raw_images(model, raw, standard) == own
     assert not networks.scales_raw_images(surgery.functional(Opaque(), (8, 8, 3)), raw, standard)
 
 

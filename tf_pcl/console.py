@@ -7,10 +7,11 @@ absl's log too. So what protects a run is put there, once, by the command line.
 import codecs
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from types import FrameType
 from typing import Any, Optional
 
@@ -54,6 +55,9 @@ class Unfailing:
 def protect() -> None:
     """Makes the standard streams of this process unfailing."""
     _open_closed()
+    # At a width of 0, rich would print nothing; at what it takes for a number, it may fail.
+    if not re.fullmatch("0*[1-9][0-9]*", os.environ.get("COLUMNS", "")):
+        os.environ.pop("COLUMNS", None)
     codecs.register_error(_ERRORS, _plainly)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -105,6 +109,28 @@ def show(markdown: str) -> None:
     from rich.markdown import Markdown
 
     Console(highlight=False).print(Markdown(markdown))
+
+
+def show_table(
+    heads: Sequence[str], rows: Iterable[Sequence[str]], title: Optional[str] = None
+) -> None:
+    """Prints a table. On a terminal long cells are folded; elsewhere each row is one line.
+
+    Args:
+      heads: the columns' names; none is shown if all are empty.
+      rows: cells, which may have brackets.
+      title: a line above.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*heads, title=title, show_header=any(heads))
+    for column in table.columns:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 10_000
+    Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False).print(table)
 
 
 def end_on_signals() -> None:

@@ -352,6 +352,12 @@ class Fitting(keras.Model):
             except (TypeError, ValueError) as e:
                 raise UserError("the labels are no array of numbers") from e
             batches.as_labels(batches.dense("labels", y), classes)
+        weights = given.get("sample_weight")
+        if weights is not None and not getattr(weights, "shape", ()):
+            raise UserError(
+                f"`sample_weight` is a {type(weights).__name__}: give an array, with a number for "
+                "each image"
+            )
         form = [batches.form(given.get(name)) for name in ("x", "y", "sample_weight")]
         in_fit = given.get("_use_cached_eval_dataset", False)
         if form != self._forms.get(function) or ("?" in form and not in_fit):

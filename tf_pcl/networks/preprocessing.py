@@ -47,20 +47,27 @@ def scales_raw_images(
 ) -> bool:
     """Says whether a network scales raw images itself.
 
-    This depends on the input of the first layer that has weights: whether it is nearer to mean 0
-    and deviation 1 if the network gets raw images, or if it gets standardised ones.
+    This depends on the input of the first layer with weights for training, frozen or not: whether
+    raw images reach it at a size near 1, or standardised ones nearer to mean 0 and deviation 1.
 
     Args:
       network: a functional keras.Model.
       images: raw images [B, H, W, C], 0–255.
       standard: the layer that standardises them.
     """
-
-    def distance(given):
-        seen = first_weighted_input(network, given)
-        deviation, size = np.maximum([seen.std(), np.sqrt(np.mean(np.square(seen)))], 1e-6)
-        # A mean far from 0 is worse than a wrong scale: it makes all images look alike.
-        return abs(np.log(deviation)) + 2 * abs(np.log(deviation / size))
-
     raw = np.asarray(images, np.float32)
-    return bool(distance(raw) < distance(np.asarray(standard(raw))))
+    seen = np.stack([first_weighted_input(network, x) for x in (raw, np.asarray(standard(raw)))])
+    # What is equal in all images, such as padding, says nothing.
+    differs = np.ptp(seen, axis=1).all(axis=0)
+    seen = seen[:, :, differs] if differs.any() else seen
+    size, deviation = (np.maximum(one, 1e-6) for one in _sizes(seen))
+    # A mean far from 0 is worse than a wrong scale: it makes all images look alike. But raw images
+    # may be bright, however they are scaled.
+    from_standard = abs(np.log(deviation[1])) + 2 * abs(np.log(deviation[1] / size[1]))
+    return bool(abs(np.log(size[0])) < from_standard)
+
+
+def _sizes(values: np.ndarray) -> tuple:
+    """Returns the root mean squares and the deviations of the rows of an array."""
+    rows = values.reshape(len(values), -1)
+    return np.sqrt(np.mean(np.square(rows), axis=1)), rows.std(axis=1)

@@ -39,7 +39,8 @@ def functional(
     check_kind(network)
     network = _with_inputs(network, input_shape)
     _check_ends(network, integers)
-    if network.output is not network.outputs[0]:  # One tensor in a dict or a list.
+    ends = [(network.input, network.inputs[0]), (network.output, network.outputs[0])]
+    if any(given is not tensor for given, tensor in ends):  # One tensor in a dict or a list.
         network = keras.Model(network.inputs, network.outputs[0], name=network.name)
     given = tuple(network.inputs[0].shape[1:])
     if input_shape and any(g not in (None, a) for g, a in zip(given, input_shape)):
@@ -70,7 +71,8 @@ def check_kind(network: Any, or_function: bool = False) -> None:
     if isinstance(network, (list, tuple)):
         raise UserError(f"{len(network)} networks were given: this method takes one")
     check_keras(network)
-    if not (isinstance(network, keras.Model) or or_function and callable(network)):
+    is_function = callable(network) and not isinstance(network, keras.layers.Layer)
+    if not (isinstance(network, keras.Model) or or_function and is_function):
         raise UserError(
             f"network {network!r} is {type(network).__name__}: it must be a keras.Model"
             + ", or a function that returns one" * or_function
@@ -207,8 +209,14 @@ def _check_ends(network, integers):
             f"network {network.name!r} takes {tf.as_dtype(given.dtype).name} "
             f"{tuple(given.shape)}: it must take float images [batch, height, width, channels]"
         )
-    if network.input_shape[0] is not None:
+    if given.shape[0] is not None:
         raise UserError(
-            f"network {network.name!r} takes only batches of {network.input_shape[0]} images: "
+            f"network {network.name!r} takes only batches of {given.shape[0]} images: "
             "leave the batch size open (keras.Input(shape), and no stateful=True)"
+        )
+    made = network.outputs[0].shape
+    if made.rank and made[0] is not None:
+        raise UserError(
+            f"network {network.name!r} gives outputs {tuple(made)} for any batch: it must give "
+            "each image logits, [batch, classes]"
         )

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.surgery.features import with_features
-from tf_pcl.surgery.graph import calls, is_inner_model, last_leaf, leaves, names
+from tf_pcl.surgery.graph import calls, is_inner_model, last_leaf, leaves, named, names
 from tf_pcl.surgery.observe import flops
 
 # Cuts the tables' ResNets where the paper does: what comes before their last section is 0.65 to
@@ -53,7 +53,14 @@ def cuts(network: keras.Model) -> list:
     counted, known, order = flops(whole), names(whole), _in_order(whole)
     sums = np.cumsum([counted[id(leaf)] for leaf in order])
     share = {id(leaf): cost / max(1, sums[-1]) for leaf, cost in zip(order, sums)}
-    return [Cut(path, known[id(leaf)], float(share[id(leaf)])) for path, leaf in _paths(whole)]
+    shared = _shared(whole)
+    # Of such a layer, peers would have one in the trunk and others in their branches.
+    parts_one = lambda path: any(a[: len(path)] <= path < b[: len(path)] for a, b in shared)
+    return [
+        Cut(path, known[id(leaf)], float(share[id(leaf)]))
+        for path, leaf in _paths(whole)
+        if not parts_one(path)
+    ]
 
 
 def cut_points(network: keras.Model) -> list:
@@ -70,25 +77,39 @@ def _in_order(model):
     return list(found.values())
 
 
+def _shared(model):
+    """Returns the paths of the first and the last use of all weights that are used several times.
+
+    Layers without weights count like weights.
+    """
+    used = collections.defaultdict(list)
+
+    def look(inside, path):
+        for i, call in enumerate(calls(inside)):
+            if is_inner_model(call.layer):
+                look(call.layer, (*path, i))
+            else:
+                for one in call.layer.weights or [call.layer]:
+                    used[id(one)].append((*path, i))
+
+    look(model, ())
+    return {(paths[0], paths[-1]) for paths in used.values() if len(paths) > 1}
+
+
 def _paths(model):
     """Yields (path, leaf that makes the tensor) of the cuts of a model."""
     order = calls(model)
-    times = collections.Counter(id(call.layer) for call in order)
     last_use: dict = {}
-    last_call: dict = {}
     for i, call in enumerate(order):
         last_use.update((id(t), i) for t in call.keras_inputs)
-        last_call[id(call.layer)] = i
     # A branch must make all outputs except the feature map.
-    output = model.output if isinstance(model.output, dict) else {"": model.output}
-    needed = {id(t) for key, t in output.items() if key != "feature_map"}
+    needed = {id(t) for key, t in named(model.output).items() if key != "feature_map"}
     last_use.update((key, len(order)) for key in needed)
     open_until = max(last_use.get(id(t), 0) for t in model.inputs)
     for i, call in enumerate(order):
         made = tf.nest.flatten(call.outputs)
-        if is_inner_model(call.layer) and times[id(call.layer)] == 1 and open_until <= i:
+        if is_inner_model(call.layer) and open_until <= i:
             yield from (((i, *path), leaf) for path, leaf in _paths(call.layer))
-        open_until = max(open_until, last_call[id(call.layer)])
         if open_until <= i and len(made) == 1 and id(made[0]) not in needed:
             yield (i,), last_leaf(call.layer)
         open_until = max(open_until, *(last_use.get(id(t), i) for t in made))

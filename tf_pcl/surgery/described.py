@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_pcl.compat import is_of_keras, keras
-from tf_pcl.surgery.graph import calls, has_own_call, sublayers
+from tf_pcl.surgery.graph import calls, has_own_call, is_operation, sublayers
 
 
 def described(model: keras.Model) -> Optional[str]:
@@ -42,8 +42,8 @@ def _is_told(layer: Any) -> bool:
         return False
     if isinstance(layer, keras.Model) and (has_own_call(layer) or not layer.inputs):
         return False
-    if kind.__name__ in ("TFOpLambda", "SlicingOpLambda"):
-        return True  # The configuration names the function, which is TensorFlow's.
+    if is_operation(layer):
+        return True
     for name, value in vars(layer).items():
         if inspect.isfunction(value) and not value.__module__.startswith(("keras.", "tf_keras.")):
             return False

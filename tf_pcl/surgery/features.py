@@ -390,7 +390,7 @@ def _pools(call):
 
 def _by_values(network):
     """Returns a model of the logits of a network whose graph does not show them."""
-    if len(network.output_shape) != 2:
+    if len(network.output_shape) != 2 or not network.output_shape[-1]:
         raise UserError(
             f"network {network.name!r} gives outputs {network.output_shape}: it must give logits "
             "[batch, classes]"

@@ -84,6 +84,13 @@ class Place(NamedTuple):
         return [Place(t, deepest.around) for t in deepest.tensor.node.keras_inputs]
 
 
+def named(outputs: Any) -> dict:
+    """Returns {key: tensor} of a model's outputs, with numbers as keys unless they are a dict."""
+    if isinstance(outputs, dict):
+        return outputs
+    return {str(i): tensor for i, tensor in enumerate(tf.nest.flatten(outputs))}
+
+
 def leaves(model: keras.Model) -> list:
     """Returns a model's layers, each once, with the layers of inner models in their place."""
     found: dict = {}
@@ -115,6 +122,11 @@ def last_leaf(layer: keras.layers.Layer) -> keras.layers.Layer:
 def head(model: keras.Model) -> keras.layers.Layer:
     """Returns the last leaf that has weights, which gives the logits."""
     return [layer for layer in leaves(model) if layer.weights][-1]
+
+
+def is_operation(layer: keras.layers.Layer) -> bool:
+    """Says whether a layer applies a function of TensorFlow that its configuration names."""
+    return type(layer).__name__ in ("TFOpLambda", "SlicingOpLambda")
 
 
 def sublayers(model: keras.layers.Layer) -> Iterator[keras.layers.Layer]:

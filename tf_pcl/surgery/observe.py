@@ -107,7 +107,7 @@ def flops_while(compute: Callable[[], object], model: keras.layers.Layer) -> dic
 
 
 def first_weighted_input(model: keras.Model, images: np.ndarray) -> np.ndarray:
-    """Returns the input of the first layer with trained weights, for `images`.
+    """Returns the input of the first layer with weights for training, frozen or not, for `images`.
 
     Args:
       model: a functional keras.Model.
@@ -119,11 +119,13 @@ def first_weighted_input(model: keras.Model, images: np.ndarray) -> np.ndarray:
         if not seen:
             seen.append(np.asarray(tf.cast(tf.nest.flatten(inputs)[0], tf.float32)))
 
-    trained = {id(w) for w in model.trainable_weights} or {id(w) for w in model.weights}
+    # Normalization has other ones.
+    of_training = {id(w) for w in model.weights if w.trainable} or {id(w) for w in model.weights}
     holders = [
         layer
         for layer in sublayers(model)
-        if not isinstance(layer, keras.Model) and any(id(w) in trained for w in own_weights(layer))
+        if not isinstance(layer, keras.Model)
+        and any(id(w) in of_training for w in own_weights(layer))
     ]
     with trials, _watched(holders, note, lambda *_: None):
         model(tf.cast(images, model.inputs[0].dtype), training=False)

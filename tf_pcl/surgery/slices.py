@@ -10,7 +10,7 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.surgery.cuts import find_cut
 from tf_pcl.surgery.features import with_features
-from tf_pcl.surgery.graph import calls, continued, free_name, last_leaf, phase
+from tf_pcl.surgery.graph import calls, continued, free_name, last_leaf, named, phase
 
 
 def split(network: keras.Model, at: Optional[str] = None) -> tuple:
@@ -56,30 +56,22 @@ def _parts(model, path):
     after = {id(t) for one in later for t in tf.nest.flatten(one.outputs)}
     if len(path) == 1:
         cut = tf.nest.flatten(call.outputs)[0]
-        return keras.Model(model.input, cut), _model(cut, _outputs(model, after))
+        return keras.Model(model.input, cut), keras.Model(cut, _outputs(model, after))
     # The cut is within an inner model: cut that, and call its parts as it was called.
     low, high = _parts(call.layer, path[1:])
     trunk = keras.Model(model.input, low(call.keras_inputs[0], **phase(call)))
     cut = keras.Input(high.input_shape[1:], dtype=high.input.dtype)
     made = high(cut, **phase(call))
-    if isinstance(made, dict):  # An output that lies before the cut is missing.
-        made = {id(call.outputs[key]): made[key] for key in made}
-    else:
-        made = {id(call.outputs): made}
-    replaced = [made.get(id(t)) for t in tf.nest.flatten(call.outputs)]
-    outputs = _outputs(model, after | set(made))
-    return trunk, _model(cut, continued(call, replaced, outputs))
-
-
-def _model(inputs, outputs):
-    """Returns a model of the outputs {key: tensor}, or of the only one under the key ""."""
-    return keras.Model(inputs, outputs.get("", outputs))
+    # An output that lies before the cut is missing.
+    replaced = {id(t): made.get(key) for key, t in named(call.outputs).items()}
+    outputs = _outputs(model, after | {key for key, t in replaced.items() if t is not None})
+    inside = [replaced[id(t)] for t in tf.nest.flatten(call.outputs)]
+    return trunk, keras.Model(cut, continued(call, inside, outputs))
 
 
 def _outputs(model, made):
     """Returns {key: tensor} of those of a model's outputs whose ids are in `made`."""
-    outputs = model.output if isinstance(model.output, dict) else {"": model.output}
-    return {key: t for key, t in outputs.items() if id(t) in made}
+    return {key: t for key, t in named(model.output).items() if id(t) in made}
 
 
 def deployable(preprocess: keras.layers.Layer, *parts: keras.Model) -> keras.Model:

@@ -152,8 +152,9 @@ class Target:
                 "`channels_last`"
             )
         try:
-            proof.answers_once(network)
-            proof.owns_its_variables(network)
+            graph = proof.traced(network)
+            proof.answers_once(network, graph)
+            proof.owns_its_variables(network, graph)
         except UserError:
             raise
         except Exception as e:  # Whatever its layers raise on images.

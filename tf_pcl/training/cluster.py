@@ -51,9 +51,13 @@ def find() -> Cluster:
         processes, task = config["cluster"], config["task"]
         if other := set(processes) - {"chief", "worker"}:
             raise ValueError(f"a task is a chief or a worker, not {', '.join(sorted(other))}")
-        for address in [a for kind in processes.values() for a in list(kind)]:
-            if not re.fullmatch(r".+:\d+", address):
-                raise ValueError(f"an address is HOST:PORT, not {address}")
+        addresses = [a for kind in processes.values() for a in list(kind)]
+        for address in addresses:
+            match = re.fullmatch(r"[^/]+:([0-9]{1,5})", address)
+            if not match or not 0 < int(match[1]) < 65536:
+                raise ValueError(f"an address is HOST:PORT, with 1 to 65535, not {address}")
+            if addresses.count(address) > 1:
+                raise ValueError(f"each process has an address of its own, and {address} is twice")
         kinds = [kind for kind in ("chief", "worker") if kind in processes]
         tasks = [(kind, i) for kind in kinds for i in range(len(processes[kind]))]
         return Cluster(
@@ -61,8 +65,8 @@ def find() -> Cluster:
             [processes[kind][i] for kind, i in tasks],
             tasks.index((task["type"], task["index"])),
         )
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
-        text = os.environ.get("TF_CONFIG") or "{}"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        text = " ".join((os.environ.get("TF_CONFIG") or "{}").split())
         raise UserError(
             "it needs the environment variable TF_CONFIG with the cluster and this process's task, "
             'such as {"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": {"type": '

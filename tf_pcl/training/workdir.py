@@ -395,7 +395,7 @@ class Workdir:
     def _check_writable(self) -> None:
         there = os.path.abspath(self.path)
         missing: list[str] = []
-        while not os.path.exists(there):
+        while not os.path.lexists(there):  # A link to nothing is there, and no folder.
             there, name = os.path.split(there)
             missing.insert(0, name)
         try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Optional
 from absl import flags
 
 from tf_pcl import compat
+from tf_pcl.console import show_table
 from tf_pcl.errors import UserError
 from tf_pcl.verbs.verb import Verb
 
@@ -184,40 +185,36 @@ def _watch(batches: Iterable[Any], total: int) -> Iterable[Any]:
 
 def _show(found: "Evaluation", about: dict[str, Any]) -> None:
     """Prints the figures, the classes with the most errors, and the corruptions."""
-    from rich.console import Console
-    from rich.table import Table
-
     from tf_pcl.data.class_names import escape
 
-    # Brackets in names are not markup.
-    console = Console(file=sys.stdout, markup=False, highlight=False, emoji=False)
     figures = found.summary()
-    table = Table("", "", show_header=False, title=f"{about['network']} ({about['form']})")
-    table.add_row("images", f"{figures['images']:,} of {about['dataset']}, {about['split']}")
-    table.add_row("error", f"{figures['error']:.2f} %")
+    rows = [
+        ["images", f"{figures['images']:,} of {about['dataset']}, {about['split']}"],
+        ["error", f"{figures['error']:.2f} %"],
+    ]
     if figures["top5_error"] is not None:
-        table.add_row("top-5 error", f"{figures['top5_error']:.2f} %")
-    table.add_row("NLL", f"{figures['nll']:.4f} nats")
-    table.add_row("ECE, 15 bins", f"{100 * figures['ece']:.2f} %")
+        rows.append(["top-5 error", f"{figures['top5_error']:.2f} %"])
+    rows.append(["NLL", f"{figures['nll']:.4f} nats"])
+    rows.append(["ECE, 15 bins", f"{100 * figures['ece']:.2f} %"])
     if found.corruptions:
-        table.add_row("error when corrupted", f"{figures['corruption_error']:.2f} %")
-    console.print(table)
+        rows.append(["error when corrupted", f"{figures['corruption_error']:.2f} %"])
+    show_table(["", ""], rows, f"{about['network']} ({about['form']})")
 
     classes = [row for row in found.of_class() if row["error"]]
     classes.sort(key=lambda row: -row["error"])
-    table = Table("class", "images", "error", "most taken for", title="Classes with most errors")
+    rows = []
     for row in classes[:_ROWS]:
         taken = f"{escape(row['taken_for'])} ({row['taken_for_images']:,})"
-        table.add_row(escape(row["class"]), f"{row['images']:,}", f"{row['error']:.2f} %", taken)
-    if classes:
-        console.print(table)
+        error = f"{row['error']:.2f} %"
+        rows.append([escape(row["class"]), f"{row['images']:,}", error, taken])
+    if rows:
+        show_table(["class", "images", "error", "most taken for"], rows, "Classes with most errors")
 
     if found.corruptions:
         strengths = len(next(iter(found.corruptions.values())))
-        table = Table("", *map(str, range(1, strengths + 1)), title="Error in percent by strength")
-        for name, errors in found.corruptions.items():
-            table.add_row(name, *(f"{error:.1f}" for error in errors))
-        console.print(table)
+        rows = [[n, *(f"{e:.1f}" for e in errors)] for n, errors in found.corruptions.items()]
+        heads = ["", *map(str, range(1, strengths + 1))]
+        show_table(heads, rows, "Error in percent by strength")
 
 
 VERB = Verb(

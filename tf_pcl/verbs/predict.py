@@ -1,13 +1,13 @@
 """tf-pcl predict: classifies image files."""
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from tf_pcl import compat
+from tf_pcl.console import show_table
 from tf_pcl.errors import Stopped, UserError
 from tf_pcl.verbs.verb import Verb
 
@@ -62,22 +62,15 @@ def _as_json(found: Iterable["Prediction"]) -> Iterator["Prediction"]:
 
 def _as_table(found: Iterable["Prediction"], top_k: int) -> Iterator["Prediction"]:
     """Prints a table of the files and yields those that cannot be used."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("file", "class", *["next"] * (top_k - 1))
+    rows = []
     for one in found:
         if one.problem is not None:
             yield one
             continue
         pairs = zip(one.classes, one.probabilities)
-        table.add_row(_plain(one.path), *(f"{_plain(c)} {100 * p:.1f} %" for c, p in pairs))
-    # Lines are not folded unless they go to a terminal.
-    width = None if sys.stdout.isatty() else 10_000
-    # Brackets in names are not markup.
-    console = Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False)
-    if table.row_count:
-        console.print(table)
+        rows.append([_plain(one.path), *(f"{_plain(c)} {100 * p:.1f} %" for c, p in pairs)])
+    if rows:
+        show_table(["file", "class", *["next"] * (top_k - 1)], rows)
 
 
 VERB = Verb(
