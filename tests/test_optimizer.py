@@ -1,12 +1,13 @@
 """The papers' SGD: its steps against NumPy, its config."""
 
+import gc
 import json
 
 import numpy as np
 import oracle
 import pytest
 import tensorflow as tf
-from helpers import assert_close
+from helpers import SHAPE, assert_close, build, noise, without_norm
 from tensorflow import keras
 
 from tf_pcl import networks
@@ -108,3 +109,18 @@ def test_a_method_s_own_decay_is_in_the_config():
     by_name = model.optimizer.get_config()["decay_by_name"]
     (own,) = model.decay_exceptions
     assert by_name == {w.name: own[1] for w in own[0]} and len(by_name) > 3
+
+
+def test_the_graph_of_a_step_goes_with_its_model():
+    def steps():
+        keras.backend.clear_session()
+        gc.collect()
+        graphs = [g for g in gc.get_objects() if type(g).__name__ == "FuncGraph"]
+        return sum(graph.name == "train_function" for graph in graphs)
+
+    before = steps()
+    model = build("baseline", without_norm)
+    model.fit(noise(8, *SHAPE), np.arange(8), verbose=0)
+    assert steps() == before + 1
+    del model
+    assert steps() == before

@@ -73,6 +73,13 @@ class OwnDecays:
         by_name = self.decay_by_name.get(variable.name, self.usual_decay)
         return self._own_decays.get(self._key(variable), (variable.name, by_name))[1]
 
+    def aggregate_gradients(self, grads_and_vars: Iterable[tuple]) -> Any:
+        if tf.distribute.has_strategy():
+            return super().aggregate_gradients(grads_and_vars)  # type: ignore[misc]
+        # There is nothing to add. Keras would add with a function whose gradient TensorFlow
+        # registers for good, so that the graph of the step would stay in memory after its model.
+        return grads_and_vars
+
     def _internal_apply_gradients(self, grads_and_vars: Iterable[tuple]) -> Any:
         if tf.distribute.has_strategy() or self.use_ema or getattr(self, "_mesh", None):
             return super()._internal_apply_gradients(grads_and_vars)  # type: ignore[misc]
