@@ -683,7 +683,7 @@ def test_a_run_says_what_it_decided(digits, tmp_path):
     for _ in range(2):  # Said once, however often it is built.
         model = make(methods.PCL, network, peers=2)
     assert make.lines == [
-        f"`weights={path}`: 2 layers loaded, not logits; peers' own classifiers start afresh",
+        f"weights of {path}: 2 layers loaded, not logits; peers' own classifiers start afresh",
         "images: standardised by the mean and deviation of the training images",
         "no `split_at`: the peers share the network up to layer first, 27 % of its forward cost",
     ]

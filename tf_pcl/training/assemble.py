@@ -121,7 +121,7 @@ class Assembly:
         else:
             file = workdirs.saved_model(path) or path
             loaded, fresh = surgery.load_weights(network, file, self.trust_files)
-        line = f"`weights={path}`: {len(loaded)} layers loaded"
+        line = f"weights of {path}: {len(loaded)} layers loaded"
         line += f", not {fresh[0]}" if fresh else ""
         line += "; peers' own classifiers start afresh" if "peers" in cls.parameters() else ""
         self._say(line)
