@@ -1,5 +1,6 @@
 """tf-pcl compare as a process: planned, run, killed, resumed, refused."""
 
+import functools
 import json
 import os
 import re
@@ -107,6 +108,8 @@ def test_a_grid_goes_on_after_signals_and_shares_a_teacher_bit_for_bit(tmp_path)
     command = [sys.executable, "-m", "tf_pcl", "compare", *flags, *both, "--workdir=grid"]
     command += ["--noequal_cost"]
     call = dict(cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    # Where the tests run in the background of a shell, SIGINT is ignored.
+    call["preexec_fn"] = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     first, second = (
         tmp_path / "grid" / f"kd-helpers.{name}-digits-seed0" for name in ("without_norm", "other")
     )
