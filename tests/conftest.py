@@ -19,7 +19,7 @@ tf.config.set_logical_device_configuration(
 )
 
 
-# What was imported stays: collections that pass over it take half the time.
+# What was imported stays, so the garbage collector need not look at it again and again.
 gc.freeze()
 
 

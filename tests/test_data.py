@@ -262,6 +262,15 @@ def test_resized_windows_are_the_image_between_its_pixels():
     assert np.abs(part[:, 2:8:3, 1::3] - between).max() <= 0.51
 
 
+def test_windows_at_the_border_have_no_black_edge():
+    random = tf.random.stateless_uniform([1000, 2], [1, 2])
+    at_first, at_last = tf.zeros([1000, 2]), tf.fill([1000, 2], 1 - 1e-6)
+    white = tf.fill([1000, 70, 50, 1], tf.constant(255, tf.uint8))
+    for where in (at_first, at_last):
+        windows = augmentations.inception_windows(tf.concat([random, where], 1), 70, 50)
+        assert (augmentations.resized_windows(white, windows).numpy() == 255).all()
+
+
 def test_inception_crop_is_stateless_and_its_mirror_images_are_half():
     images = tf.constant(noise(8, 20, 20, 3))
     first, again, other = (

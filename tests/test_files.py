@@ -238,7 +238,7 @@ def test_a_taught_student_learns_from_it(tmp_path):
     model = methods.KD(network_of_8, teacher=export.load(folder, "abcde"))
     images = np.zeros((2, 1, 8, 8, 3), np.uint8)
     logits = model.teachers(tf.constant(images), False)["teacher"].logits
-    np.testing.assert_allclose(logits, deployed(images[:, 0]), rtol=1e-5)
+    np.testing.assert_allclose(logits, deployed(images[:, 0]), rtol=1e-6)
 
 
 def network_of_8():

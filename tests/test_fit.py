@@ -571,7 +571,7 @@ def test_backup_and_restore_goes_on_with_the_same_schedules(method, tmp_path):
     assert len(trained(backup(), Break())[1]) == 2
     resumed, rest = trained(backup())
     np.testing.assert_allclose(rest, rates[2:], rtol=1e-6)
-    assert_close(resumed, weights, rtol=1e-5, atol=1e-5)
+    assert_close(resumed, weights, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", BOTH)

@@ -90,7 +90,8 @@ def test_contract(method, network, digits, tmp_path):
     assert Checkpoints(other, str(tmp_path / "checkpoints")).restore() == 24
     for m in (model, other):
         m.fit(one, epochs=1, steps_per_epoch=2, verbose=0)
-    assert_close(model.weights, other.weights, rtol=1e-5, atol=1e-5)
+    # The means of metrics are larger than weights, and threads add in any order.
+    assert_close(model.weights, other.weights, rtol=1e-5, atol=1e-6)
 
 
 def optimized_graph(model, batches, folder):
@@ -166,7 +167,7 @@ def test_two_replicas_equal_one(method, digits, two_replicas, monkeypatch):
     weights, history = trained(tf.distribute.get_strategy())
     mirrored, of_two = trained(two_replicas)
     assert len(weights) > 4
-    assert_close(weights, mirrored, rtol=1e-5, atol=1e-5)
+    assert_close(weights, mirrored, rtol=1e-6, atol=1e-5)
     assert_close(history, of_two, rtol=1e-4, atol=1e-4)
 
 

@@ -55,7 +55,7 @@ class Unfailing:
 def protect() -> None:
     """Makes the standard streams of this process unfailing."""
     _open_closed()
-    # At a width of 0, rich would print nothing; at what it takes for a number, it may fail.
+    # At a width of 0 rich prints nothing, and at some characters that are no digits it fails.
     if not re.fullmatch("0*[1-9][0-9]*", os.environ.get("COLUMNS", "")):
         os.environ.pop("COLUMNS", None)
     codecs.register_error(_ERRORS, _plainly)

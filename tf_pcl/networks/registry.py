@@ -8,7 +8,7 @@ from tf_pcl import compat
 from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError, choose, one_line
 from tf_pcl.networks import applications, densenet, resnets, resnext, vgg
-from tf_pcl.surgery import Target, called, functional
+from tf_pcl.surgery import Target, built_by, functional
 
 # Functions (input_shape, num_classes) -> functional keras.Model that gives logits.
 FOR_SMALL_IMAGES = (
@@ -108,7 +108,7 @@ def build(
     """
     function = find(name)
     try:
-        model = called(name, function, tuple(input_shape), num_classes)
+        model = built_by(name, function, tuple(input_shape), num_classes)
     except UserError:
         raise
     except Exception as e:  # The function is keras.applications' or the user's.

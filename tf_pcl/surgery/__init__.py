@@ -1,6 +1,6 @@
 """Operations on any Keras model: making it functional, copying it, cutting it, loading weights."""
 
-from tf_pcl.surgery.convert import called, check_keras, functional
+from tf_pcl.surgery.convert import built_by, check_keras, functional
 from tf_pcl.surgery.cuts import costs, cut_points, propose_cut, section_names
 from tf_pcl.surgery.features import with_features, with_logits
 from tf_pcl.surgery.files import read_network

@@ -78,7 +78,7 @@ def check_kind(network: Any, or_function: bool = False) -> None:
         )
 
 
-def called(name: str, function: Callable[..., Any], *arguments: Any) -> keras.Model:
+def built_by(name: str, function: Callable[..., Any], *arguments: Any) -> keras.Model:
     """Returns the keras.Model that a user's function makes.
 
     Args:

@@ -10,7 +10,7 @@ import tensorflow as tf
 from tf_pcl.compat import keras
 from tf_pcl.errors import UserError
 from tf_pcl.surgery.features import with_features
-from tf_pcl.surgery.graph import calls, is_inner_model, last_leaf, leaves, named, names
+from tf_pcl.surgery.graph import calls, is_inner_model, last_leaf, leaves, names, outputs_by_key
 from tf_pcl.surgery.observe import flops
 
 # Cuts the tables' ResNets where the paper does: what comes before their last section is 0.65 to
@@ -103,7 +103,7 @@ def _paths(model):
     for i, call in enumerate(order):
         last_use.update((id(t), i) for t in call.keras_inputs)
     # A branch must make all outputs except the feature map.
-    needed = {id(t) for key, t in named(model.output).items() if key != "feature_map"}
+    needed = {id(t) for key, t in outputs_by_key(model.output).items() if key != "feature_map"}
     last_use.update((key, len(order)) for key in needed)
     open_until = max(last_use.get(id(t), 0) for t in model.inputs)
     for i, call in enumerate(order):

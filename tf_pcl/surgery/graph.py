@@ -84,7 +84,7 @@ class Place(NamedTuple):
         return [Place(t, deepest.around) for t in deepest.tensor.node.keras_inputs]
 
 
-def named(outputs: Any) -> dict:
+def outputs_by_key(outputs: Any) -> dict:
     """Returns {key: tensor} of a model's outputs, with numbers as keys unless they are a dict."""
     if isinstance(outputs, dict):
         return outputs

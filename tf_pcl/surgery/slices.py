@@ -10,7 +10,7 @@ from tf_pcl.compat import keras, layers
 from tf_pcl.errors import UserError
 from tf_pcl.surgery.cuts import find_cut
 from tf_pcl.surgery.features import with_features
-from tf_pcl.surgery.graph import calls, continued, free_name, last_leaf, named, phase
+from tf_pcl.surgery.graph import calls, continued, free_name, last_leaf, outputs_by_key, phase
 
 
 def split(network: keras.Model, at: Optional[str] = None) -> tuple:
@@ -63,7 +63,7 @@ def _parts(model, path):
     cut = keras.Input(high.input_shape[1:], dtype=high.input.dtype)
     made = high(cut, **phase(call))
     # An output that lies before the cut is missing.
-    replaced = {id(t): made.get(key) for key, t in named(call.outputs).items()}
+    replaced = {id(t): made.get(key) for key, t in outputs_by_key(call.outputs).items()}
     outputs = _outputs(model, after | {key for key, t in replaced.items() if t is not None})
     inside = [replaced[id(t)] for t in tf.nest.flatten(call.outputs)]
     return trunk, keras.Model(cut, continued(call, inside, outputs))
@@ -71,7 +71,7 @@ def _parts(model, path):
 
 def _outputs(model, made):
     """Returns {key: tensor} of those of a model's outputs whose ids are in `made`."""
-    return {key: t for key, t in named(model.output).items() if id(t) in made}
+    return {key: t for key, t in outputs_by_key(model.output).items() if id(t) in made}
 
 
 def deployable(preprocess: keras.layers.Layer, *parts: keras.Model) -> keras.Model:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from tf_pcl.compat import is_of_keras, keras
 from tf_pcl.errors import UserError, one_line
 from tf_pcl.surgery import proof, twins
-from tf_pcl.surgery.convert import called, check_kind, functional
+from tf_pcl.surgery.convert import built_by, check_kind, functional
 from tf_pcl.surgery.graph import finalize, head, sublayers
 from tf_pcl.surgery.weights import assign_pairs
 
@@ -142,7 +142,7 @@ class Target:
             self._twins[i] = [(one, other, one.trainable) for one, other, _ in layers]
 
     def _begin(self):
-        made = self._instance if self._instance is not None else called(self.name, self._build)
+        made = self._instance if self._instance is not None else built_by(self.name, self._build)
         network = functional(made, self._shape)
         formats = {str(getattr(layer, "data_format", None)) for layer in sublayers(network)}
         if "channels_first" in {*formats, keras.backend.image_data_format()}:
@@ -170,7 +170,7 @@ class Target:
     def _again(self):
         """Returns another instance, whose weights are not checked yet."""
         if self._build:
-            return functional(called(self.name, self._build), self._shape)
+            return functional(built_by(self.name, self._build), self._shape)
         made = _serialized(self._instance)
         for a, b in zip(sublayers(self._instance), sublayers(made)):
             if type(a) is type(b):

@@ -101,7 +101,7 @@ def load_weights(network: keras.Model, path: str, trust_files: bool = False) -> 
 def _located(path, trust_files):
     """Returns the file or folder to read."""
     if os.path.exists(os.path.join(path, "saved_model.pb")):
-        if not trust_files:  # Keras itself also reads those of before it described them.
+        if not trust_files:  # Else Keras reads the file, and needs no description.
             files.check_described(path)
         return path
     if os.path.isdir(path):

@@ -55,9 +55,9 @@ def find() -> Cluster:
         for address in addresses:
             match = re.fullmatch(r"[^/]+:([0-9]{1,5})", address)
             if not match or not 0 < int(match[1]) < 65536:
-                raise ValueError(f"an address is HOST:PORT, with 1 to 65535, not {address}")
+                raise ValueError(f"an address is HOST:PORT, with a PORT up to 65535, not {address}")
             if addresses.count(address) > 1:
-                raise ValueError(f"each process has an address of its own, and {address} is twice")
+                raise ValueError(f"each process needs an address of its own, not twice {address}")
         kinds = [kind for kind in ("chief", "worker") if kind in processes]
         tasks = [(kind, i) for kind in kinds for i in range(len(processes[kind]))]
         return Cluster(
